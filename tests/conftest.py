@@ -1,0 +1,19 @@
+"""Shared fixtures. Tests run on the CPU with one thread, so that two test processes do not get in each other's way."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
+os.environ.pop("RANK", None)
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
