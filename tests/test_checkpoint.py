@@ -1,0 +1,212 @@
+"""The schema of runs, loading of anybody's weights with every tensor accounted for."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from golden import build_hpm, load
+from torch import nn
+
+from models_hpm import MaskedAutoencoderViT
+from util import checkpoint
+
+SMALL = {
+    **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    **{"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+}
+
+
+def state(epoch=1, **kwargs):
+    return {
+        **{
+            "format": "hpm",
+            "version": 1,
+            "script": "main_pretrain",
+            "model": "m",
+            "state_dict": {"w": torch.arange(4.0)},
+            "epoch": epoch,
+            "step": 0,
+        },
+        **{"options": {"epochs": 3, "lr": 0.1}, "image": {"mean": [0.5], "std": [0.2]}, "extra": {}},
+        **kwargs,
+    }
+
+
+def test_newest_previous_and_milestones(tmp_path):
+    for epoch in (1, 2, 3):
+        checkpoint.save_run(tmp_path, state(epoch), ["checkpoint-2.pth"] * (epoch == 2))
+    read = {p.name: checkpoint.read_run(p)["epoch"] for p in tmp_path.iterdir()}
+    assert read == {"checkpoint-last.pth": 3, "checkpoint-prev.pth": 2, "checkpoint-2.pth": 2}
+    path, newest = checkpoint.newest(tmp_path)
+    assert (path.name, newest["epoch"], newest["version"]) == ("checkpoint-last.pth", 3, 1)
+    assert torch.equal(newest["state_dict"]["w"], torch.arange(4.0))
+
+
+def test_tensors_and_plain_values_alone(tmp_path):
+    checkpoint.save_run(tmp_path, state())
+    torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
+
+
+def test_copies_where_the_file_system_has_no_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoint.save_run(tmp_path, state(1))
+    checkpoint.save_run(tmp_path, state(2), ["checkpoint-2.pth"])
+    assert checkpoint.read_run(tmp_path / "checkpoint-prev.pth")["epoch"] == 1
+    assert checkpoint.read_run(tmp_path / "checkpoint-2.pth")["epoch"] == 2
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save_run(tmp_path, state(1))
+
+    def full(content, file):
+        file.write(b"x" * 1000)
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"could not write .*disk full.*the one before is intact"):
+        checkpoint.save_run(tmp_path, state(2))
+    assert checkpoint.newest(tmp_path)[1]["epoch"] == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_damaged_file_gives_way_to_the_one_before(tmp_path, caplog):
+    for epoch in (1, 2):
+        checkpoint.save_run(tmp_path, state(epoch))
+    last = tmp_path / "checkpoint-last.pth"
+    data = last.read_bytes()
+    place = data.index(torch.arange(4.0).numpy().tobytes())
+    damages = {"truncated": data[: len(data) // 2], "flipped": data[:place] + b"\1" + data[place + 1 :], "empty": b""}
+    checkpoint.log.propagate = True
+    for damaged in damages.values():
+        last.write_bytes(damaged)
+        caplog.clear()
+        assert checkpoint.newest(tmp_path)[1]["epoch"] == 1
+        assert "checkpoint-last.pth" in caplog.text
+    (tmp_path / "checkpoint-prev.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
+        checkpoint.newest(tmp_path)
+
+
+def test_where_a_run_goes_on(tmp_path):
+    def find(resume="", auto_resume=True, script="main_pretrain", folder=tmp_path / "run"):
+        found = checkpoint.find_resume(folder, resume, auto_resume, script)
+        return found and (found[0].name, found[1]["epoch"])
+
+    (tmp_path / "run").mkdir()
+    assert find() is None
+    checkpoint.write_file(tmp_path / "other.pth", state(7))
+    assert find(resume=str(tmp_path / "other.pth")) == ("other.pth", 7)
+    checkpoint.save_run(tmp_path / "run", state(1))
+    assert find() == ("checkpoint-last.pth", 1)
+    assert find(resume=str(tmp_path / "other.pth")) == ("checkpoint-last.pth", 1)  # what the run itself reached
+    assert find(resume=str(tmp_path / "other.pth"), auto_resume=False) == ("other.pth", 7)
+    with pytest.raises(ValueError, match="holds a run"):
+        find(auto_resume=False)
+    (tmp_path / "run/config.json").write_text(json.dumps({"script": "main_finetune"}))
+    with pytest.raises(ValueError, match="holds a run of main_finetune, not of main_pretrain"):
+        find()
+
+
+def test_what_may_change_when_a_run_goes_on(tmp_path):
+    path = tmp_path / "c.pth"
+    changes = checkpoint.check_resumable(path, state(), "main_pretrain", {"epochs": 3, "lr": 0.2}, ["epochs"])
+    assert changes == ["--lr: 0.1 -> 0.2"]
+    with pytest.raises(ValueError, match="was trained with --epochs 3, now it is 4"):
+        checkpoint.check_resumable(path, state(), "main_pretrain", {"epochs": 4, "lr": 0.1}, ["epochs"])
+    with pytest.raises(ValueError, match="is of a run of main_pretrain, not of main_finetune"):
+        checkpoint.check_resumable(path, state(), "main_finetune", {"epochs": 3, "lr": 0.1}, [])
+
+
+def test_other_peoples_files_are_no_runs(tmp_path):
+    torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "mae.pth")
+    with pytest.raises(ValueError, match="was not written by this project's scripts"):
+        checkpoint.read_run(tmp_path / "mae.pth")
+    checkpoint.write_file(tmp_path / "new.pth", state(version=99))
+    with pytest.raises(ValueError, match="has version 99, this code reads up to 1"):
+        checkpoint.read_run(tmp_path / "new.pth")
+
+
+def test_meta(tmp_path):
+    checkpoint.write_file(tmp_path / "ours.pth", state(5))
+    meta = checkpoint.read_meta(tmp_path / "ours.pth")
+    assert (meta["epoch"], meta["options"]["lr"], meta["image"]["mean"]) == (5, 0.1, [0.5])
+    torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "mae.pth")
+    assert checkpoint.read_meta(tmp_path / "mae.pth") == {}
+
+
+def model(**kwargs):
+    return MaskedAutoencoderViT(**{**SMALL, **kwargs})
+
+
+def test_every_tensor_is_accounted_for():
+    source, target = model(), model(learning_loss=False)
+    report = checkpoint.load_into(target, source.state_dict())
+    assert set(report.loaded) == set(target.state_dict())
+    assert all("losspred" in name for name in report.left_out)
+    assert report.fresh == []
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, source.state_dict()[name])
+    assert "left out  decoder_blocks_losspred" in str(report)
+
+
+def test_what_is_missing_unexpected_or_misshaped_is_named():
+    weights = model().state_dict()
+    with pytest.raises(ValueError, match=r"missing: blocks.2.norm1.weight, .* and \d+ more"):
+        checkpoint.load_into(model(depth=3), weights)
+    with pytest.raises(ValueError, match="unexpected: blocks.1.norm1.weight"):
+        checkpoint.load_into(model(depth=1), weights)
+    with pytest.raises(ValueError, match=r"of another shape: cls_token \(1, 1, 32\) in the file, \(1, 1, 64\)"):
+        checkpoint.load_into(model(embed_dim=64), weights)
+    with pytest.raises(ValueError, match=r"unexpected: surprise"):
+        checkpoint.load_into(model(), {**weights, "surprise": torch.ones(1)})
+    with pytest.raises(ValueError, match="missing: decoder_pos_embed, decoder_embed.weight"):
+        checkpoint.load_into(model(), {k: v for k, v in weights.items() if not k.startswith("decoder_")})
+
+
+def test_a_failed_load_changes_nothing():
+    target = model(depth=3)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match="missing"):
+        checkpoint.load_into(target, model().state_dict())
+    assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
+
+
+def test_what_may_be_fresh_keeps_its_initial_values():
+    source = {k: v for k, v in model().state_dict().items() if "losspred" not in k}
+    target = model()
+    before = target.decoder_pred_losspred.weight.clone()
+    report = checkpoint.load_into(target, source, fresh=("decoder_",))
+    assert torch.equal(target.decoder_pred_losspred.weight, before)
+    assert all("losspred" in name for name in report.fresh)
+
+
+def test_position_embeddings_are_fitted():
+    weights = model().state_dict()
+    target = nn.Module()
+    target.pos_embed = nn.Parameter(torch.zeros(1, 1 + 36, 32))
+    target.patch_embed = nn.Module()
+    target.patch_embed.grid_size = (6, 6)
+    checkpoint.load_into(target, {"pos_embed": weights["pos_embed"]})
+    assert target.pos_embed.abs().sum() > 0
+
+
+@pytest.mark.parametrize("wrap", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_official_and_mae_files(tmp_path, wrap):
+    """Official HPM: state_dict and ema_state_dict, `model` a name. MAE: the weights under `model`."""
+    golden, meta = load("hpm_relative")
+    weights = {wrap + k: v for k, v in build_hpm(golden, meta).state_dict().items()}
+    ema = {k: v + 1 for k, v in weights.items()}
+    torch.save({"epoch": 3, "model": "mae_vit", "state_dict": weights, "ema_state_dict": ema}, tmp_path / "hpm.pth")
+    torch.save({"model": weights, "epoch": 3, "optimizer": {}}, tmp_path / "mae.pth")
+    for name in ("hpm.pth", "mae.pth"):
+        loaded = checkpoint.load_pretrained(tmp_path / name)
+        build_hpm(golden, meta).load_state_dict(loaded, strict=True)
+    ema = checkpoint.load_pretrained(tmp_path / "hpm.pth", which="ema")
+    assert torch.equal(ema["cls_token"], loaded["cls_token"] + 1)
+    with pytest.raises(ValueError, match="holds no EMA teacher"):
+        checkpoint.load_pretrained(tmp_path / "mae.pth", which="ema")

@@ -1,0 +1,227 @@
+"""Every source gives the same images; every wrong layout ends in an error that names the fix."""
+
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from images import encode, members, picture, write_tar, write_tree
+
+from util.datasets import ImageDataset, ShapesSource, build_dataset, build_source, find_images
+from util.transforms import RandomCrop
+
+
+def content(source):
+    return [(source.load(i).tobytes(), int(source.labels[i])) for i in range(len(source))]
+
+
+def list_files(folder):
+    """The tree of `members` with the official list files, whose labels are numbers."""
+    files = members()
+    labels = {"cat": 0, "cat-2": 1, "dog": 2}
+    for split in ("train", "val"):
+        names = [name.removeprefix(f"{split}/") for name in files if name.startswith(split)]
+        (folder / f"{split}.txt").write_text("".join(f"{name} {labels[name.split('/')[0]]}\n" for name in names))
+    return write_tree(folder, files)
+
+
+def layouts(tmp_path):
+    tree = write_tree(tmp_path / "tree")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    two = tmp_path / "two"
+    two.mkdir()
+    for split in ("train", "val"):
+        write_tar(two / f"{split}.tar", {k.removeprefix(f"{split}/"): v for k, v in members((split,)).items()})
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for split in ("train", "val"):
+        write_tar(packed / f"{split}.tar.gz", members((split,)), "w:gz")
+    return {
+        "folder": tree,
+        "list files": list_files(lists),
+        "one tar": write_tar(tmp_path / "one.tar"),
+        "one tar with a top folder": write_tar(tmp_path / "top.tar", prefix="./imagenet/"),
+        "train.tar and val.tar": two,
+        "tar.gz": write_tar(tmp_path / "one.tar.gz", mode="w:gz"),
+        "tgz": write_tar(tmp_path / "one.tgz", mode="w:gz"),
+        "train.tar.gz and val.tar.gz": packed,
+    }
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_layout_gives_the_same_images_labels_and_order(tmp_path, split):
+    paths = layouts(tmp_path)
+    expected = content(find_images(str(paths["folder"]), split))
+    assert len(expected) == 12
+    assert [label for _, label in expected] == [0] * 4 + [1] * 4 + [2] * 4
+    for name, path in paths.items():
+        source = find_images(str(path), split)
+        assert content(source) == expected, name
+        assert source.classes == ([] if name == "list files" else ["cat", "cat-2", "dog"]), name
+
+
+def test_an_archive_is_decompressed_once(tmp_path):
+    path = write_tar(tmp_path / "a.tar.gz", mode="w:gz")
+    first = find_images(str(path), "train", cache_dir=str(tmp_path / "c"))
+    made = os.stat(first.root).st_mtime_ns
+    assert find_images(str(path), "val", cache_dir=str(tmp_path / "c")).root == first.root
+    assert os.stat(first.root).st_mtime_ns == made
+    assert not list((tmp_path / "c").rglob("*.partial"))
+
+
+def test_a_changed_archive_is_decompressed_anew(tmp_path):
+    path = write_tar(tmp_path / "a.tar.gz", mode="w:gz")
+    first = find_images(str(path), "train")
+    write_tar(path, members(per_class=2), mode="w:gz")
+    second = find_images(str(path), "train")
+    assert first.root != second.root
+    assert len(second) == 6
+
+
+def test_hidden_files_and_other_files_are_passed_over(tmp_path):
+    tree = write_tree(tmp_path / "d")
+    (tree / "train/cat/._0.jpg").write_bytes(b"x")
+    (tree / "train/cat/notes.txt").write_bytes(b"x")
+    (tree / "train/.cache").mkdir()
+    assert len(find_images(str(tree), "train")) == 12
+
+
+def test_nested_folders_belong_to_their_class(tmp_path):
+    tree = write_tree(tmp_path / "d", {**members(), "train/dog/puppies/a.JPEG": encode(picture())})
+    source = find_images(str(tree), "train")
+    assert len(source) == 13
+    assert source.classes == ["cat", "cat-2", "dog"]
+
+
+def test_without_a_split_every_image_is_found(tmp_path):
+    files = {name.removeprefix("train/"): data for name, data in members(("train",)).items()}
+    assert len(find_images(str(write_tar(tmp_path / "a.tar", files)), None)) == 12
+    assert len(find_images(str(write_tree(tmp_path / "d", files)), None)) == 12
+    assert len(find_images(str(write_tree(tmp_path / "e", {"a.jpg": encode(picture())})), None)) == 1
+
+
+WRONG = {
+    "missing": (lambda p: p / "nowhere", "does not exist: give a folder or a .tar archive"),
+    "empty": (lambda p: write_tree(p / "d", {"readme": b""}).parent / "empty", "found an empty folder"),
+    "a level too high": (
+        lambda p: write_tree(p / "d", {f"imagenet/{k}": v for k, v in members().items()}),
+        "looked for train/CLASS/.*found imagenet/; give the folder that holds train/",
+    ),
+    "a level too low": (lambda p: write_tree(p / "d") / "train", "found cat-2/, cat/, dog/"),
+    "flat": (
+        lambda p: write_tree(p / "d", {f"train/{i}.jpg": encode(picture()) for i in range(3)}),
+        "no class folders.*move the 3 images into one folder a class, or list them in train.txt",
+    ),
+    "empty class": (lambda p: write_tree(p / "d", {**members(), "train/fox/x.txt": b""}), "train/fox holds no image"),
+    "text file": (lambda p: write_tree(p / "d", {"data.zip": b"x"}) / "data.zip", "neither a folder nor an archive"),
+    "not a tar": (lambda p: write_tree(p / "d", {"a.tar": b"x" * 2000}) / "a.tar", "not a readable tar archive"),
+    "not gzip": (lambda p: write_tree(p / "d", {"a.tar.gz": b"x" * 99}) / "a.tar.gz", "not a complete gzip file"),
+    "tar without the split": (
+        lambda p: write_tar(p / "a.tar", members(("val",))),
+        r"a.tar: looked for train/CLASS/\*.jpg, found at its top val",
+    ),
+    "flat tar": (
+        lambda p: write_tar(p / "a.tar", {"train/1.jpg": encode(picture())}),
+        "train/1.jpg stands outside a class folder",
+    ),
+    "list with a missing file": (
+        lambda p: write_tree(p / "d", {"train.txt": b"cat/nine.jpg 0\n"}),
+        "names cat/nine.jpg, but .* does not exist",
+    ),
+    "list without labels": (
+        lambda p: write_tree(p / "d", {"train.txt": b"cat/0.jpg\n"}),
+        "line 1: expected 'RELATIVE/PATH LABEL', found 'cat/0.jpg'",
+    ),
+    "list that leads outside": (
+        lambda p: write_tree(p / "d", {"train.txt": b"../../etc/passwd 0\n"}),
+        "line 1: '../../etc/passwd' leads outside",
+    ),
+    "empty list": (lambda p: write_tree(p / "d", {"train.txt": b"\n"}), "lists no image"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_layout_says_what_was_found_and_the_fix(tmp_path, make, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        find_images(str(make(tmp_path)), "train")
+
+
+def test_a_truncated_archive_is_refused(tmp_path):
+    path = write_tar(tmp_path / "a.tar")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(ValueError, match=r"truncated|unexpected end"):
+        find_images(str(path), "train")
+    packed = write_tar(tmp_path / "b.tar.gz", mode="w:gz")
+    packed.write_bytes(packed.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a complete gzip file"):
+        find_images(str(packed), "train")
+    assert not list((tmp_path / "cache").rglob("*.tar"))
+
+
+def test_members_that_lead_outside_links_and_devices_are_left_out(tmp_path):
+    path = tmp_path / "a.tar"
+    write_tar(path, members(("train",)))
+    with tarfile.open(path, "a") as tar:
+        for name, kind in [
+            ("train/cat/link.jpg", tarfile.SYMTYPE),
+            ("train/cat/hard.jpg", tarfile.LNKTYPE),
+            ("train/cat/device.jpg", tarfile.CHRTYPE),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        for name in ("/train/cat/absolute.jpg", "train/cat/../../../escape.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    names = find_images(str(path), "train").names.tolist()
+    assert len(names) == 12
+    assert all(b".." not in name and not name.startswith(b"/") for name in names)
+
+
+def test_names_and_labels_are_arrays(tmp_path):
+    """Python lists would be copied into every worker as reference counts change."""
+    for path in (write_tree(tmp_path / "d"), write_tar(tmp_path / "a.tar")):
+        files = find_images(str(path), "train")
+        assert files.names.dtype.kind == "S"
+        assert files.labels.dtype == np.int64
+
+
+def test_shapes_have_the_sizes_asked_for():
+    assert (len(build_source(None, "train")), len(build_source(None, "val"))) == (2000, 500)
+    assert len(build_source(None, "train", shapes_count=7)) == 7
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone():
+    dataset = ImageDataset(ShapesSource("train"), RandomCrop(16), seed=1)
+    torch.manual_seed(5)
+    first = dataset[2, 7].image
+    torch.manual_seed(6)
+    assert torch.equal(first, dataset[2, 7].image)
+    assert not torch.equal(first, dataset[3, 7].image)
+    assert not torch.equal(first, ImageDataset(ShapesSource("train"), RandomCrop(16), seed=2)[2, 7].image)
+    assert torch.equal(dataset[7].image, dataset[0, 7].image)
+    assert dataset[2, 7].label == 7
+    assert dataset[2, 7].index == 7
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    tree = write_tree(tmp_path / "d", {**members(), "train/cat/0.jpg": b"broken"})
+    with pytest.raises(ValueError, match=r"train/cat/0.jpg: not a readable image"):
+        build_dataset(str(tree), "train", RandomCrop(16))[0]
+
+
+def test_listing_is_done_by_whoever_shares_it(tmp_path):
+    calls = []
+
+    def share(find):
+        calls.append(1)
+        return find()
+
+    build_source(str(write_tar(tmp_path / "a.tar.gz", mode="w:gz")), "train", share=share)
+    assert calls == [1]

@@ -1,0 +1,96 @@
+"""Torchrun's environment, and what holds with and without a process group."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from util import distributed
+
+FULL = {
+    **{"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+    **{"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+}
+
+
+def run_two(code, tmp_path, expect=0):
+    """Run code under torchrun with two gloo processes; what they print, by rank."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, '.')\nimport torch\nfrom util import distributed\n"
+        "world = distributed.read_environment()\ndistributed.start(world, torch.device('cpu'), 1)\n"
+        + textwrap.dedent(code)
+        + "\ndistributed.stop()\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (run.returncode == 0) == (expect == 0), run.stderr
+    return run.stdout
+
+
+def test_environment():
+    assert distributed.read_environment({}) == distributed.World(0, 1, 0, 1)
+    assert distributed.read_environment(FULL) == distributed.World(3, 8, 1, 2)
+    slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1"}
+    assert distributed.read_environment(slurm) == distributed.World(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("missing", sorted(FULL))
+def test_a_partial_environment_is_an_error(missing):
+    with pytest.raises(ValueError, match=f"{missing} is not set: start with torchrun, or unset"):
+        distributed.read_environment({name: value for name, value in FULL.items() if name != missing})
+
+
+@pytest.mark.parametrize("change", [{"RANK": "8"}, {"WORLD_SIZE": "two"}, {"LOCAL_RANK": "-1"}])
+def test_an_impossible_environment_is_an_error(change):
+    with pytest.raises(ValueError, match=r"must be numbers|do not fit each other"):
+        distributed.read_environment({**FULL, **change})
+
+
+def test_devices(monkeypatch):
+    one, two = distributed.World(0, 1, 0, 1), distributed.World(1, 2, 1, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.pick_device(None, two) == torch.device("cpu")
+    with pytest.raises(ValueError, match="sees no CUDA device"):
+        distributed.pick_device("cuda", one)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert distributed.pick_device(None, one) == torch.device("cuda", 0)
+    assert distributed.pick_device("cpu", one) == torch.device("cpu")
+    with pytest.raises(ValueError, match="2 processes on a node of 1 GPUs"):
+        distributed.pick_device(None, two)
+    with pytest.raises(ValueError, match="each process takes its own GPU"):
+        distributed.pick_device("cuda:0", two)
+
+
+def test_one_process_needs_no_group():
+    assert torch.equal(distributed.all_reduce_sum(torch.ones(2)), torch.ones(2))
+    assert distributed.from_rank_zero(lambda: 5) == 5
+    assert distributed.any_rank(True, torch.device("cpu"))
+    distributed.barrier()
+    model = torch.nn.Linear(2, 2)
+    assert distributed.wrap(model, torch.device("cpu")) is model
+
+
+def test_two_processes(tmp_path):
+    out = run_two(
+        """
+        total = distributed.all_reduce_sum(torch.tensor([1.0 + world.rank])).item()
+        answer = distributed.from_rank_zero(lambda: [world.rank, "from rank zero"])
+        up = distributed.any_rank(world.rank == 1, torch.device("cpu"))
+        try:
+            distributed.from_rank_zero(lambda: int("x"))
+        except ValueError as error:
+            print(f"rank {world.rank}: {total} {answer} {up} {error}\\n", end="", flush=True)
+        """,
+        tmp_path,
+    )
+    for rank in (0, 1):
+        assert f"rank {rank}: 3.0 [0, 'from rank zero'] True invalid literal for int()" in out

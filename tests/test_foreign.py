@@ -1,0 +1,153 @@
+"""Files from others are untrusted: nothing in them runs, and what cannot be read says the way out."""
+
+import argparse
+import pickle
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import models_hpm
+import models_vit
+from util import foreign
+from util.checkpoint import load_pretrained
+
+
+class Dangerous:
+    def __reduce__(self):
+        return eval, ("__import__('pathlib').Path('/tmp/hpm-was-here').touch()",)
+
+
+def test_a_namespace_is_the_one_class_allowed(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=0.1)}, tmp_path / "mae.pth")
+    assert torch.equal(load_pretrained(tmp_path / "mae.pth")["w"], torch.ones(2))
+
+
+def test_pickled_code_is_refused_with_a_way_out(tmp_path):
+    path = tmp_path / "bad.pth"
+    torch.save({"model": {"w": torch.ones(2)}, "x": Dangerous()}, path)
+    with pytest.raises(ValueError, match=r"holds pickled objects beyond tensors.*eval.*Convert it once"):
+        foreign.read_file(path)
+    with open(path, "wb") as file:
+        pickle.dump(Dangerous(), file)
+    with pytest.raises(ValueError, match=r"pickled objects|not a checkpoint"):
+        foreign.read_file(path)
+
+
+def test_a_torchscript_archive_is_refused_with_its_conversion(tmp_path):
+    path = tmp_path / "clip.pt"
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), str(path))
+    with pytest.raises(ValueError, match=r"TorchScript archive.*\n  import torch\n  model = torch.jit.load"):
+        foreign.read_file(path)
+
+
+def test_safetensors(tmp_path):
+    save_file({"w": torch.arange(3.0)}, str(tmp_path / "a.safetensors"))
+    assert torch.equal(load_pretrained(tmp_path / "a.safetensors")["w"], torch.arange(3.0))
+    data = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(data[:-4])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        foreign.read_file(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and then nothing", pickle.dumps([1, 2])])
+def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.pth"):
+        foreign.read_file(tmp_path / "a.pth")
+
+
+def test_missing_files_and_folders(tmp_path):
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        foreign.read_file(tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="folder without model.safetensors or pytorch_model.bin"):
+        foreign.read_file(tmp_path)
+
+
+def test_the_old_format_of_torch_is_read(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_pretrained(tmp_path / "old.pth")["w"], torch.ones(2))
+
+
+def test_a_flipped_byte_is_noticed(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"w": torch.zeros(1000)}, path)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        info = next(i for i in archive.infolist() if i.file_size == 4000)
+    data[info.header_offset + 2000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        foreign.read_file(path)
+
+
+def hugging_face(prefix="vit.", decoder="decoder.decoder_layers.0"):
+    """Names of a ViTMAE of one block and one decoder block, with tensors that tell them apart."""
+    names = [f"{prefix}embeddings.{n}" for n in ("cls_token", "position_embeddings")]
+    names += [f"{prefix}embeddings.patch_embeddings.projection.{k}" for k in ("weight", "bias")]
+    for block in (f"{prefix}encoder.layer.0", decoder):
+        parts = [f"attention.attention.{n}" for n in ("query", "key", "value")]
+        parts += ["attention.output.dense", "intermediate.dense", "output.dense", "layernorm_before", "layernorm_after"]
+        names += [f"{block}.{part}.{kind}" for part in parts for kind in ("weight", "bias")]
+    names += [f"{prefix}layernorm.{k}" for k in ("weight", "bias")]
+    names += ["decoder.mask_token", "decoder.decoder_pos_embed"]
+    names += [f"decoder.{n}.{k}" for n in ("decoder_embed", "decoder_norm", "decoder_pred") for k in ("weight", "bias")]
+    return {name: torch.full((2,), float(i)) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("decoder", ["decoder.decoder_layers.0", "decoder.decoder_encoder.layer.0"])
+def test_hugging_face_names_become_maes(decoder):
+    """Of released files, and of those that newer versions of transformers write."""
+    source = hugging_face(decoder=decoder)
+    assert foreign.is_hugging_face(source)
+    ours = foreign.from_hugging_face(source)
+    assert ours["pos_embed"][0] == source["vit.embeddings.position_embeddings"][0]
+    query, key, value = (
+        source[f"vit.encoder.layer.0.attention.attention.{n}.weight"] for n in ("query", "key", "value")
+    )
+    assert torch.equal(ours["blocks.0.attn.qkv.weight"], torch.cat([query, key, value]))
+    assert torch.equal(ours["decoder_blocks.0.mlp.fc2.bias"], source[f"{decoder}.output.dense.bias"])
+    assert torch.equal(ours["decoder_pred.bias"], source["decoder.decoder_pred.bias"])
+    assert len(ours) == len(source) - 8  # query, key and value joined, weight and bias, in two blocks
+    assert not foreign.is_hugging_face(ours)
+
+
+def test_unknown_hugging_face_names_are_an_error():
+    with pytest.raises(ValueError, match=r"unknown tensor vit.encoder.layer.0.lora.weight"):
+        foreign.from_hugging_face({**hugging_face(), "vit.encoder.layer.0.lora.weight": torch.ones(1)})
+    incomplete = hugging_face()
+    del incomplete["vit.encoder.layer.0.attention.attention.key.bias"]
+    with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.bias.*query"):
+        foreign.from_hugging_face(incomplete)
+
+
+def test_what_transformers_itself_writes(tmp_path):
+    """ViTMAE, ViT and a ViT classifier, saved by the library: every tensor finds its place, and features agree."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    sizes |= {"image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-6}
+    decoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    mae_config = transformers.ViTMAEConfig(**sizes, **{f"decoder_{k}": v for k, v in decoder.items()})
+    images = torch.randn(2, 3, 32, 32)
+    ours = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    for library, config in [
+        (transformers.ViTMAEForPreTraining, mae_config),
+        (transformers.ViTModel, transformers.ViTConfig(**sizes)),
+        (transformers.ViTForImageClassification, transformers.ViTConfig(**sizes, num_labels=7)),
+    ]:
+        theirs = library(config).eval()
+        theirs.save_pretrained(tmp_path / library.__name__)
+        weights = load_pretrained(tmp_path / library.__name__)
+        if library is transformers.ViTMAEForPreTraining:
+            names = {f"decoder_{k}": v for k, v in {"embed_dim": 16, "depth": 1, "num_heads": 2}.items()}
+            model = models_hpm.MaskedAutoencoderViT(**ours, **names, learning_loss=False)
+            model.load_state_dict(weights, strict=True)
+            continue
+        model = models_vit.VisionTransformer(**ours, num_classes=7 if "head.weight" in weights else 0).eval()
+        model.load_state_dict(weights, strict=True)
+        with torch.no_grad():
+            output = theirs(images)
+            expected = output.logits if "head.weight" in weights else output.last_hidden_state[:, 0]
+            torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)

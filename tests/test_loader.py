@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from util.datasets import ImageDataset, ShapesSource
+from util.loader import EpochSampler, ShardSampler, build_loader
+from util.transforms import RandomCrop
+
+
+def epoch(sampler, number, first_batch=0):
+    sampler.set_position(number, first_batch)
+    return list(sampler)
+
+
+def test_every_global_batch_is_the_same_on_any_topology():
+    """One rank with 2 b, two ranks with b, one rank with b and two accumulation steps: the same images a step."""
+    one = epoch(EpochSampler(100, 16, seed=3), 1)
+    two = [epoch(EpochSampler(100, 8, rank=r, world_size=2, seed=3), 1) for r in (0, 1)]
+    accumulated = epoch(EpochSampler(100, 8, accum_iter=2, seed=3), 1)
+    assert one == [a + b for a, b in zip(*two, strict=True)]
+    assert one == [a + b for a, b in zip(accumulated[::2], accumulated[1::2], strict=True)]
+
+
+def test_an_epoch_has_no_sample_twice_and_is_cut_to_whole_steps():
+    sampler = EpochSampler(103, 8, accum_iter=3, seed=0)
+    batches = epoch(sampler, 0)
+    assert len(batches) == len(sampler) == 12
+    keys = [key for batch in batches for key in batch]
+    assert len(set(keys)) == len(keys) == 96
+    assert {number for number, _ in keys} == {0}
+
+
+def test_order_depends_on_seed_and_epoch():
+    assert epoch(EpochSampler(64, 8, seed=1), 0) == epoch(EpochSampler(64, 8, seed=1), 0)
+    orders = {
+        tuple(index for batch in epoch(EpochSampler(64, 8, seed=seed), number) for _, index in batch)
+        for seed in (0, 1)
+        for number in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_a_pass_can_begin_inside_an_epoch():
+    sampler = EpochSampler(64, 8, seed=1)
+    whole = epoch(sampler, 4)
+    assert epoch(sampler, 4, first_batch=3) == whole[3:]
+    assert len(sampler) == 5
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match=r"31 images do not fill one optimizer step of 32 .*lower --batch_size"):
+        EpochSampler(31, 8, accum_iter=2, world_size=2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_evaluation_sees_each_image_once(world_size, batch_size):
+    shards = [ShardSampler(23, batch_size, rank, world_size) for rank in range(world_size)]
+    seen = [index for shard in shards for batch in shard for index in batch]
+    assert sorted(seen) == list(range(23))
+    assert all(len(list(shard)) == len(shard) for shard in shards)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_batches_do_not_depend_on_the_workers(num_workers):
+    dataset = ImageDataset(ShapesSource("train", 24), RandomCrop(16), seed=1)
+    sampler = EpochSampler(24, 8, seed=1)
+    loader = build_loader(dataset, sampler, num_workers, pin_memory=False)
+    for number in (0, 1):  # workers live on between epochs
+        sampler.set_position(number)
+        images = torch.cat([batch.image for batch in loader])
+        expected = torch.stack([dataset[key].image for batch in sampler for key in batch])
+        assert torch.equal(images, expected)

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from util.metrics import MeanMeter, rank_accuracy
+
+
+def alone(tensor):
+    return tensor
+
+
+def test_rank_accuracy():
+    target = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    assert rank_accuracy(target * 5 - 1, target) == 1
+    assert rank_accuracy(-target, target) == 0
+    assert rank_accuracy(torch.zeros(1, 4), target) == 0.5
+    assert rank_accuracy(torch.tensor([[0.0, 1.0, 3.0, 2.0]]), target) == pytest.approx(5 / 6)
+    assert rank_accuracy(target, torch.ones(1, 4)) == 0  # nothing to order
+    assert abs(rank_accuracy(torch.randn(200, 30), torch.randn(200, 30)) - 0.5) < 0.02
+
+
+def test_means_over_windows_and_epoch():
+    meter = MeanMeter()
+    assert meter.mean(alone) == {}
+    for value in (1.0, 3.0):
+        meter.update(loss=torch.tensor(value), norm=torch.tensor(2 * value))
+    assert meter.window(alone) == {"loss": 2.0, "norm": 4.0}
+    meter.update(loss=torch.tensor(8.0))
+    assert meter.window(alone) == {"loss": 8.0}  # norm was not seen again
+    assert meter.mean(alone) == {"loss": 4.0, "norm": 4.0}
+
+
+def test_reduction_weighs_observations():
+    meter = MeanMeter()
+    meter.update(loss=torch.tensor(1.0))
+
+    def with_another_rank(tensor):
+        return tensor + torch.tensor([[5.0 + 6.0], [2.0]])  # sums, counts
+
+    assert meter.mean(with_another_rank) == {"loss": 4.0}
+
+
+def test_a_saved_meter_goes_on():
+    meter = MeanMeter()
+    meter.update(loss=torch.tensor(1.0))
+    other = MeanMeter()
+    other.load_state_dict(meter.state_dict(), torch.device("cpu"))
+    other.update(loss=torch.tensor(2.0))
+    assert other.mean(alone) == {"loss": 1.5}

@@ -1,0 +1,343 @@
+"""The one schema of checkpoints, its one owner; and loading weights from this project's and everybody else's files.
+
+A checkpoint of a run is a dictionary of tensors and plain values (`weights_only=True` reads it), under the official HPM
+names where it has them:
+
+    format, version     "hpm", 1
+    script              which script wrote it
+    model               name of the model
+    state_dict          the student; names without wrappers
+    ema_state_dict      the EMA teacher (pre-training with a loss predictor)
+    optimizer           state of the optimizer
+    loss_scaler         state of the fp16 scaler, empty otherwise
+    epoch, step         the next epoch to run, and the next optimizer step in it
+    options             every option, resolved
+    image               mean and std of the images
+    extra               what a script adds (running means of a started epoch, best accuracy)
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from util.foreign import from_hugging_face, is_hugging_face, read_file, strip_wrappers
+from util.pos_embed import interpolate_pos_embed
+
+log = logging.getLogger("hpm")
+
+FORMAT, VERSION = "hpm", 1
+LAST, PREVIOUS, BEST = "checkpoint-last.pth", "checkpoint-prev.pth", "checkpoint-best.pth"
+
+# What a pre-training checkpoint holds beyond the encoder.
+DECODERS = ("decoder_", "mask_token", "vis_mask_token")
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def write_file(path: Path, content: dict[str, Any]) -> None:
+    """`torch.save` so that a file of this name is whole at any instant.
+
+    Raises:
+        OSError: the disk is full or cannot be written; what was there before is intact.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(f"could not write {path} (disk full or read-only?): {error}; the one before is intact") from error
+
+
+def save_run(folder: Path, state: dict[str, Any], also: Iterable[str] = ()) -> None:
+    """Write the newest checkpoint of a run, keep the one before, and let the new one be known by other names `also`."""
+    last = folder / LAST
+    if last.exists():
+        _second_name(last, folder / PREVIOUS)
+    write_file(last, {"format": FORMAT, "version": VERSION, **state})
+    for name in also:
+        _second_name(last, folder / name)
+
+
+def _second_name(source: Path, target: Path) -> None:
+    """Let `target` be the same file; a copy where the file system has no links. Files are replaced, never changed."""
+    partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    os.replace(partial, target)
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of a run of this project.
+
+    Raises:
+        ValueError: the file is damaged, or of another kind.
+    """
+    state = read_file(path)
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was not written by this project's scripts, so no run can go on from it; give it to --load_from"
+        )
+    if state["version"] > VERSION:
+        raise ValueError(f"{path} has version {state['version']}, this code reads up to {VERSION}: update the code")
+    return state
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run's folder and its content; None where there is no checkpoint.
+
+    Raises:
+        ValueError: there are checkpoints, but none is whole.
+    """
+    problems = []
+    for name in (LAST, PREVIOUS):
+        if (folder / name).exists():
+            try:
+                return folder / name, read_run(folder / name)
+            except ValueError as error:
+                problems.append(str(error))
+                log.warning("%s", error)
+    if problems:
+        raise ValueError(f"no checkpoint in {folder} can be read: {'; '.join(problems)}")
+    return None
+
+
+def find_resume(folder: Path, resume: str, auto_resume: bool, script: str) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a run goes on from, in this order:
+
+    1. the newest one of its own folder, with `auto_resume`: the same command started again goes on where it stopped;
+    2. the file `resume`;
+    3. none: a new run.
+
+    Raises:
+        ValueError: the folder holds another script's run; or it holds a run, and a new one would overwrite it.
+    """
+    config = folder / "config.json"
+    if config.is_file() and (owner := json.loads(config.read_text()).get("script")) != script:
+        raise ValueError(f"{folder} holds a run of {owner}, not of {script}: choose another --output_dir")
+    if auto_resume and (found := newest(folder)):
+        return found
+    if resume:
+        return Path(resume), read_run(resume)
+    if (folder / LAST).exists():
+        raise ValueError(f"{folder} holds a run: leave --no-auto_resume out to go on with it, or choose another folder")
+    return None
+
+
+def check_resumable(
+    path: Path, state: dict[str, Any], script: str, options: dict[str, Any], fixed: Iterable[str]
+) -> list[str]:
+    """Whether a run with `options` may go on from a checkpoint; the options that changed, to be reported.
+
+    Args:
+        fixed: names of the options that must not change: what the weights and the schedule depend on.
+
+    Raises:
+        ValueError: another script wrote it, a fixed option changed, or it stands inside an epoch of other data.
+    """
+    if state["script"] != script:
+        raise ValueError(f"{path} is of a run of {state['script']}, not of {script}: choose another --output_dir")
+    before = state["options"]
+    for name in fixed:
+        if before.get(name) != options.get(name):
+            raise ValueError(
+                f"{path} was trained with --{name} {before.get(name)}, now it is {options.get(name)}: a run cannot "
+                "change that; give the old value, or another --output_dir for a new run"
+            )
+    steps, steps_before = options.get("steps_per_epoch"), before.get("steps_per_epoch")
+    if state["step"] and steps != steps_before:
+        raise ValueError(
+            f"{path} is at step {state['step']} of an epoch of {steps_before} steps, an epoch now has {steps}: give "
+            "the data it was trained on, or go on from a whole epoch (a milestone, checkpoint-EPOCH.pth)"
+        )
+    shared = sorted(before.keys() & options.keys())
+    return [f"--{name}: {before[name]} -> {options[name]}" for name in shared if before[name] != options[name]]
+
+
+class Run:
+    """A run's folder: where the run goes on, and what it saves.
+
+    Args:
+        folder: made if it is missing.
+        script: name of the script; a folder of another one is refused.
+        share: runs a function on rank 0 and gives its result, or its error, to all (util/distributed.from_rank_zero).
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, script: str, share: Callable[[Callable[[], Any]], Any]) -> None:
+        self.folder, self.script, self.share = folder, script, share
+        self.found: tuple[Path, dict[str, Any]] | None = None
+        share(lambda: folder.mkdir(parents=True, exist_ok=True))
+
+    def find(self, resume: str, auto_resume: bool) -> None:
+        """Look for the checkpoint to go on from (`find_resume`)."""
+        self.found = find_resume(self.folder, resume, auto_resume, self.script)
+
+    def check(self, options: dict[str, Any], fixed: Iterable[str], report: bool = True) -> None:
+        """Refuse to go on with options that do not fit (`check_resumable`); `restore` reports the other changes."""
+        self.options = options
+        changes = check_resumable(*self.found, self.script, options, fixed) if self.found else []
+        self.changes = changes if report else []
+
+    def restore(self, parts: dict[str, Any], model: str, image: dict[str, list[float]]) -> tuple[int, int, dict]:
+        """Name what the run consists of, and load it if there is a checkpoint to go on from.
+
+        Args:
+            parts: what has a state, by its key in the checkpoint: model, optimizer, scaler.
+            model: name of the model.
+            image: mean and std of the images.
+
+        Returns:
+            The epoch and step to go on at, and `extra`; (0, 0, {}) for a new run.
+        """
+        self.parts, self.header = parts, {"script": self.script, "model": model, "image": image}
+        if self.found is None:
+            return 0, 0, {}
+        path, state = self.found
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        log.info("going on from %s, epoch %d, step %d", path, state["epoch"], state["step"])
+        for change in self.changes:
+            log.info("changed since: %s", change)
+        self.found = None  # its tensors need not stay in memory
+        return state["epoch"], state["step"], state["extra"]
+
+    def save(self, epoch: int, step: int, extra: dict[str, Any], keep: bool = False, best: bool = False) -> None:
+        """Write the newest checkpoint, on rank 0, while the others wait.
+
+        Args:
+            epoch, step: the next to run.
+            keep: as checkpoint-EPOCH.pth too, which no later one replaces.
+            best: as checkpoint-best.pth too.
+        """
+        state = {**self.header, "options": self.options, "epoch": epoch, "step": step, "extra": extra}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        also = [f"checkpoint-{epoch}.pth"] * keep + [BEST] * best
+        self.share(lambda: save_run(self.folder, state, also))
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def load_pretrained(path: str | Path, which: str = "student") -> dict[str, Tensor]:
+    """All weights of a file, under MAE's names.
+
+    Reads this project's and official HPM checkpoints, MAE's (pre-trained or fine-tuned), bare state dicts (timm),
+    .safetensors files and Hugging Face folders.
+
+    Args:
+        which: "student", or "ema" for the EMA teacher of an HPM checkpoint.
+
+    Raises:
+        ValueError: no such file, no such weights in it, or a file that would run code.
+    """
+    content = read_file(path)
+    if which == "ema":
+        if not isinstance(content.get("ema_state_dict"), dict):
+            raise ValueError(f"{path} holds no EMA teacher (ema_state_dict): load the student (--which student)")
+        return strip_wrappers(content["ema_state_dict"])
+    assert which == "student", which
+    for key in ("state_dict", "model"):  # HPM's files have both, and there `model` is a name
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    state_dict = strip_wrappers(content)
+    if is_hugging_face(state_dict):
+        state_dict = from_hugging_face(state_dict)
+    if not state_dict:
+        raise ValueError(f"{path} holds no weights; its keys are {', '.join(map(str, list(content)[:8]))}")
+    return state_dict
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """What a file says of how it was made: script, model, epoch, options, image; empty for other people's files."""
+    content = read_file(path)
+    if content.get("format") != FORMAT:
+        return {}
+    return {name: content[name] for name in ("script", "model", "epoch", "step", "options", "image")}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Tensors that were loaded, tensors of the file that were left out, tensors of the model that are fresh."""
+
+    loaded: list[str]
+    left_out: list[str]
+    fresh: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"loaded    {len(self.loaded)} tensors", f"left out  {_summary(self.left_out)}"]
+        return "\n".join([*lines, f"fresh     {_summary(self.fresh)}"])
+
+
+def _summary(names: list[str]) -> str:
+    groups: dict[str, int] = {}
+    for name in names:
+        groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
+    return ", ".join(f"{group} ({count})" for group, count in groups.items()) or "nothing"
+
+
+def load_into(
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    fresh: Iterable[str] = (),
+    left_out: Iterable[str] = DECODERS,
+) -> LoadReport:
+    """Load weights into a model and account for every tensor. Position embeddings are fitted to the model's grid.
+
+    Args:
+        fresh: prefixes of the model's tensors that may keep their initial values: the file lacks them, or has them of
+            another shape (a head of other classes).
+        left_out: prefixes of the file's tensors that the model may have no use for.
+
+    Raises:
+        ValueError: any other missing, unexpected or differently shaped tensor, with its name.
+    """
+    fresh, left_out = tuple(fresh), tuple(left_out)
+    state_dict = dict(state_dict)
+    own = model.state_dict()
+    if (
+        "pos_embed" in state_dict
+        and "pos_embed" in own
+        and state_dict["pos_embed"].shape[-1] == own["pos_embed"].shape[-1]
+    ):
+        interpolate_pos_embed(model, state_dict)
+
+    loaded = {k: v for k, v in state_dict.items() if k in own and own[k].shape == v.shape}
+    misshaped = [k for k, v in state_dict.items() if k in own and own[k].shape != v.shape and not k.startswith(fresh)]
+    missing = [k for k in own if k not in state_dict and not k.startswith(fresh)]
+    unexpected = [k for k in state_dict if k not in own and not k.startswith((*fresh, *left_out))]
+    problems = [
+        f"of another shape: {name} {tuple(state_dict[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in misshaped[:1]
+    ]
+    problems += [f"missing: {_some(missing)}"] * bool(missing) + [f"unexpected: {_some(unexpected)}"] * bool(unexpected)
+    if problems:
+        raise ValueError(f"the weights do not fit the model ({'; '.join(problems)}): is this the right --model?")
+    model.load_state_dict(loaded, strict=False)
+    return LoadReport(
+        loaded=list(loaded),
+        left_out=[k for k in state_dict if k not in loaded],
+        fresh=[k for k in own if k not in loaded],
+    )
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,48 @@
+"""LARS, the optimizer of MAE's linear probe (You et al. 2017, in MoCo v3's form)."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step on a matrix is scaled to `trust_coefficient` x |weight| / |gradient|.
+
+    Vectors get neither weight decay nor scaling.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict],
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad
+                if parameter.ndim > 1:
+                    update = update.add(parameter, alpha=group["weight_decay"])
+                    weight_norm, update_norm = parameter.norm(), update.norm()
+                    known = (weight_norm > 0) & (update_norm > 0)
+                    ratio = group["trust_coefficient"] * weight_norm / update_norm
+                    update = update * torch.where(known, ratio, torch.ones_like(ratio))
+                state = self.state[parameter]
+                if "mu" not in state:
+                    state["mu"] = torch.zeros_like(parameter)
+                state["mu"].mul_(group["momentum"]).add_(update)
+                parameter.add_(state["mu"], alpha=-group["lr"])
+        return loss

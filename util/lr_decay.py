@@ -1,0 +1,44 @@
+"""Layer-wise learning-rate decay (BEiT, as in MAE's util/lr_decay.py)."""
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+
+def param_groups_lrd(
+    model: nn.Module, weight_decay: float = 0.05, no_weight_decay_list: Collection[str] = (), layer_decay: float = 0.75
+) -> list[dict[str, Any]]:
+    """Parameter groups whose `lr_scale` falls by `layer_decay` with each block down from the head.
+
+    Vectors and the parameters named in `no_weight_decay_list` get no weight decay. Each group keeps the names of its
+    parameters.
+    """
+    num_layers = len(model.blocks) + 1
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layer_of(name, num_layers)
+        decayed = parameter.ndim > 1 and name not in no_weight_decay_list
+        group = groups.setdefault(
+            (layer, decayed),
+            {
+                "lr_scale": layer_decay ** (num_layers - layer),
+                "weight_decay": weight_decay if decayed else 0.0,
+                "params": [],
+                "names": [],
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def layer_of(name: str, num_layers: int) -> int:
+    """0 for the embeddings, i + 1 for block i, `num_layers` for what comes after the blocks."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return num_layers

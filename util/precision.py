@@ -1,0 +1,64 @@
+"""Compute precision: autocast, the loss scaler that fp16 needs, and the optimizer step with clipped gradients."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+NAMES = ("fp32", "bf16", "fp16")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def default_precision(device: torch.device) -> str:
+    """bf16 where the GPU has it natively, fp16 on older ones, fp32 on the CPU."""
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+class Precision:
+    """How a step computes. Weights, gradients and losses are float32 always; autocast picks what runs lower.
+
+    Raises:
+        ValueError: fp16 without CUDA.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        if name == "fp16" and device.type != "cuda":
+            raise ValueError(f"--precision fp16 needs CUDA, the device is {device}: give bf16 or fp32")
+        self.name = name
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def choose_attention(self, model: nn.Module) -> None:
+        """PyTorch's fused attention, except under bf16 on the CPU: its kernel is there slower than plain products."""
+        fused = not (self.name == "bf16" and self.device.type == "cpu")
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=_DTYPES[self.name], enabled=self.name != "fp32")
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip_grad: float) -> Tensor:
+        """Clip to the norm `clip_grad` (0 = do not), step, clear. Returns the norm before clipping, on the device."""
+        self.scaler.unscale_(optimizer)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if clip_grad > 0:
+            torch._foreach_mul_(gradients, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        if state:
+            self.scaler.load_state_dict(state)
