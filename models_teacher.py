@@ -1,0 +1,121 @@
+"""Frozen networks whose features are reconstruction targets: DINO and CLIP, ViT-B/16 at 224 pixels, from timm.
+
+Shapes: B batch, L = 196 patches, D = 768 (DINO) or 512 (CLIP).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from util.checkpoint import load_into
+from util.foreign import read_file, strip_wrappers
+
+IMAGE_SIZE, PATCH_SIZE = 224, 16
+
+
+@dataclass(frozen=True)
+class Kind:
+    """timm's name of the network, the width of its features, and the colours it was trained with."""
+
+    timm_name: str
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+KINDS = {
+    "dino": Kind("vit_base_patch16_224.dino", 768, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": Kind(
+        "vit_base_patch16_clip_quickgelu_224.openai",
+        512,
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
+}
+
+# The text half of CLIP, and DINO's projection head: no part of what looks at images.
+_CLIP_TEXT = (
+    *("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale"),
+    *("input_resolution", "context_length", "vocab_size"),
+)
+_DINO_HEAD = ("head.",)
+
+
+class FrozenTeacher(nn.Module):
+    """Patch features of whole images: (B, 3, 224, 224) -> (B, L, D).
+
+    DINO: the tokens after the final norm. CLIP: after the final norm and the projection.
+
+    Args:
+        kind: "dino" or "clip".
+        mean, std: how the images that come in are normalised; the teacher sees them in its own colours (in the official
+            code CLIP sees ImageNet's).
+    """
+
+    def __init__(self, kind: str, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.kind = KINDS[kind]
+        self.network = timm.create_model(self.kind.timm_name, pretrained=False)
+        own_mean, own_std = torch.tensor(self.kind.mean), torch.tensor(self.kind.std)
+        self.register_buffer("scale", (torch.tensor(std) / own_std).view(1, 3, 1, 1))
+        self.register_buffer("shift", ((torch.tensor(mean) - own_mean) / own_std).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, imgs: Tensor) -> Tensor:
+        tokens = self.network.forward_features(imgs * self.scale + self.shift)[:, 1:]  # (B, L, E)
+        return self.network.head(tokens)  # DINO's is the identity, CLIP's the projection
+
+
+def read_teacher(path: str) -> dict[str, Tensor] | None:
+    """The teacher's weights under timm's names, from the formats people have; None for timm's own download.
+
+    Reads DINO's backbone and full checkpoints, CLIP state dicts, and timm's names in .pth or .safetensors.
+
+    Raises:
+        ValueError: no such file, or one that would run code (OpenAI's TorchScript archive; the message has the
+            conversion).
+    """
+    if not path:
+        return None
+    content: dict[str, Any] = read_file(Path(path))
+    for key in ("teacher", "state_dict", "model"):  # DINO's full checkpoint holds student and teacher
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    return {name.removeprefix("backbone."): value.float() for name, value in strip_wrappers(content).items()}
+
+
+def build_teacher(
+    kind: str, weights: dict[str, Tensor] | None, mean: Sequence[float], std: Sequence[float]
+) -> tuple[FrozenTeacher, str]:
+    """The frozen network with its weights, and what was loaded, in words.
+
+    Raises:
+        ValueError: the weights do not fit, or there are none and timm's cannot be had.
+    """
+    teacher = FrozenTeacher(kind, mean, std)
+    if weights is None:
+        try:
+            pretrained = timm.create_model(teacher.kind.timm_name, pretrained=True)
+        except Exception as error:  # no connection shows in many ways
+            raise ValueError(
+                f"--target {kind}: timm's weights ({teacher.kind.timm_name}) cannot be downloaded "
+                f"({type(error).__name__}); give them with --{kind}_path"
+            ) from error
+        teacher.network.load_state_dict(pretrained.state_dict())
+        return teacher, f"timm's {teacher.kind.timm_name}"
+    text = [name for name in weights if name.startswith(_CLIP_TEXT)] if kind == "clip" else []
+    if any(name.startswith("visual.") for name in weights):  # OpenAI's names, which timm knows how to convert
+        unknown = [name for name in weights if not name.startswith(("visual.", *_CLIP_TEXT))]
+        if unknown:
+            raise ValueError(f"unexpected in a CLIP state dict: {', '.join(unknown[:4])}")
+        weights = checkpoint_filter_fn(weights, teacher.network)
+    report = load_into(teacher.network, weights, left_out=_DINO_HEAD if kind == "dino" else _CLIP_TEXT)
+    return teacher, f"{report}" + f"\ntext half left out ({len(text)} tensors)" * bool(text)
