@@ -1,0 +1,142 @@
+"""Running the scripts as users do: in this process, as another one, and under torchrun with two."""
+
+import importlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+# The smallest run that is still the whole program: 6 steps an epoch, two epochs.
+PRETRAIN = [
+    *["--model", "mae_vit_micro_patch16", "--input_size", "16", "--patch_size", "4", "--decoder_depth", "1"],
+    *["--shapes_train", "48", "--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--log_interval", "4"],
+]
+
+
+def run(script, *options):
+    """The script in this process; what it logged."""
+    log = logging.getLogger("hpm")
+    lines = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    original = log.addHandler
+
+    def add_both(handler):
+        original(handler)
+        original(Keep())
+
+    log.addHandler = add_both  # the script clears the handlers when it starts
+    try:
+        importlib.import_module(script).main([str(option) for option in options])
+    finally:
+        del log.addHandler
+        log.handlers.clear()
+    return "\n".join(lines)
+
+
+def command(script, options, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, str(ROOT / f"{script}.py"), *map(str, options)]
+
+
+def launch(script, *options, processes=1, check=True, env=None, cwd=ROOT, timeout=180):
+    """The script as a process of its own, or as several under torchrun."""
+    done = subprocess.run(
+        command(script, options, processes),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def start_and_kill(script, *options, processes, when):
+    """Start the script, wait until `when()` holds, and kill it with all its processes, giving it no chance to react."""
+    process = subprocess.Popen(
+        command(script, options, processes),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not when():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    kill_group(process)
+
+
+def kill_group(process):
+    """Kill a process and its children; torchrun's workers have sessions of their own."""
+    children = descendants(process.pid)
+    for pid in [process.pid, *children]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+    process.stderr.close()
+
+
+def descendants(pid):
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found, queue = [], [pid]
+    while queue:
+        for child in parents.get(queue.pop(), []):
+            found.append(child)
+            queue.append(child)
+    return found
+
+
+def checkpoint(folder, name="checkpoint-last.pth"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def log_lines(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_training(a, b):
+    """Bitwise the same student, teacher, optimizer and position."""
+
+    def compare(x, y, where):
+        assert type(x) is type(y), where
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, y), where
+        elif isinstance(x, dict):
+            assert x.keys() == y.keys(), where
+            for key in x:
+                compare(x[key], y[key], f"{where}.{key}")
+        elif isinstance(x, list):
+            assert len(x) == len(y), where
+            for i, pair in enumerate(zip(x, y, strict=True)):
+                compare(*pair, f"{where}[{i}]")
+        else:
+            assert x == y, where
+
+    a, b = checkpoint(a), checkpoint(b)
+    assert a.keys() == b.keys()
+    for key in a.keys() - {"options", "extra"}:
+        compare(a[key], b[key], key)

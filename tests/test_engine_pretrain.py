@@ -1,0 +1,49 @@
+"""The engine on any topology: the same masks give the same gradients, whoever computes them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Twenty steps of 8 images: each at once, in two micro-steps, on two ranks -> {name: gradients, losses, syncs}."""
+    folder = tmp_path_factory.mktemp("topology")
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name in ("once", "accumulated", "two ranks"):
+        start = [sys.executable, *(launcher if name == "two ranks" else []), str(HERE / "topology.py")]
+        done = subprocess.run(
+            [*start, name, str(folder / name)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    return {path.name: torch.load(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("other", ["accumulated", "two ranks"])
+def test_the_same_gradients(runs, other):
+    """To 1e-5; the relative loss is a mean over pairs, of which each micro-batch has as many."""
+    assert runs["once"]["gradients"].keys() == runs[other]["gradients"].keys()
+    for name, gradient in runs["once"]["gradients"].items():
+        torch.testing.assert_close(runs[other]["gradients"][name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("other", ["accumulated", "two ranks"])
+def test_the_same_loss_curve_over_twenty_steps(runs, other):
+    torch.testing.assert_close(runs[other]["losses"], runs["once"]["losses"], rtol=1e-4, atol=0)
+
+
+def test_gradients_are_exchanged_once_a_step(runs):
+    """With accumulation under DDP, all but the last micro-step run in no_sync."""
+    assert runs["two ranks"]["syncs"] == [False, True] * 20

@@ -1,0 +1,314 @@
+"""The pre-training script as a whole."""
+
+import json
+import sys
+
+import pytest
+import torch
+from images import members, write_tar, write_tree
+from programs import PRETRAIN, assert_same_training, checkpoint, launch, log_lines, run, start_and_kill
+
+import models_hpm
+from util.checkpoint import load_into, load_pretrained, read_meta
+
+
+def pretrain(folder, *more):
+    return run("main_pretrain", *PRETRAIN, "--output_dir", folder, *more)
+
+
+def test_a_plain_run_leaves_what_it_should(tmp_path):
+    log = pretrain(tmp_path / "run", "--save_interval", 1)
+    names = {path.name for path in (tmp_path / "run").iterdir() if "tfevents" not in path.name}
+    assert names == {
+        *{"config.json", "log.jsonl", "checkpoint-last.pth", "checkpoint-prev.pth"},
+        *{"checkpoint-1.pth", "checkpoint-2.pth"},
+    }
+    assert list((tmp_path / "run").glob("*tfevents*"))
+    first, second = log_lines(tmp_path / "run")
+    assert (first["epoch"], second["epoch"]) == (0, 1)
+    assert {
+        *{"train_loss", "train_loss_rec", "train_loss_learn", "train_rank_acc", "train_grad_norm", "train_lr"},
+        *{"ema_decay", "num_hardest", "epoch_seconds", "images_per_s", "data_wait"},
+    } <= set(first)
+    assert (first["num_hardest"], second["num_hardest"]) == (3, 6)  # of 12 masked patches: a quarter, a half
+    assert first["train_loss"] == pytest.approx(first["train_loss_rec"] + first["train_loss_learn"])
+
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["script"] == "main_pretrain"
+    assert config["options"]["lr"] == pytest.approx(1.5e-4 * 8 / 256)
+    assert config["environment"]["torch"] == torch.__version__
+
+    assert "Shapes, images drawn by the program (no --data_path was given): 48 images, 6 steps an epoch" in log
+    assert "4 x 4 of 4 pixels, 12 masked" in log
+    assert "batch     8 = --batch_size 8 x --accum_iter 1 x 1 process" in log
+    assert "epoch 1/2  step 4/6  loss" in log
+    assert "rank_acc" in log
+
+    state = checkpoint(tmp_path / "run")
+    assert (state["epoch"], state["step"], state["model"], state["script"]) == (2, 0, PRETRAIN[1], "main_pretrain")
+    assert read_meta(tmp_path / "run/checkpoint-last.pth")["image"]["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_it_learns(tmp_path):
+    """At a rate at which 36 steps tell: the reconstruction error falls by far more than it varies from epoch to epoch."""
+    pretrain(tmp_path / "run", "--lr", 3e-3, "--epochs", 6)
+    losses = [record["train_loss_rec"] for record in log_lines(tmp_path / "run")]
+    assert losses[-1] < 0.75 * losses[0], losses
+
+
+def test_the_same_options_give_the_same_weights_and_another_seed_others(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        pretrain(tmp_path / name, "--seed", seed, "--epochs", 1)
+    assert_same_training(tmp_path / "a", tmp_path / "b")
+    a, c = checkpoint(tmp_path / "a")["state_dict"], checkpoint(tmp_path / "c")["state_dict"]
+    assert not torch.equal(a["mask_token"], c["mask_token"])
+
+
+def test_workers_change_nothing(tmp_path):
+    for workers in (0, 2):
+        pretrain(tmp_path / str(workers), "--num_workers", workers)
+    assert_same_training(tmp_path / "0", tmp_path / "2")
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(tmp_path):
+    pretrain(tmp_path / "run")
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
+    log = pretrain(tmp_path / "run")
+    assert "nothing is left to do: 2 of 2 epochs" in log
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 9])
+def test_stopped_anywhere_it_goes_on_as_if_never_stopped(tmp_path, stop_at):
+    """Inside the first epoch, at its end, inside the second; the log too is that of one run."""
+    for name in ("whole", "parts"):
+        if name == "parts":
+            assert "steps, saved in" in pretrain(tmp_path / name, "--max_steps", stop_at)
+        log = pretrain(tmp_path / name, "--vis_mask_ratio", 0) if name == "whole" else pretrain(tmp_path / name)
+    assert "going on from" in log
+    assert "changed since: --max_steps" in log
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+    for a, b in zip(log_lines(tmp_path / "whole"), log_lines(tmp_path / "parts"), strict=True):
+        timed = {"epoch_seconds", "images_per_s", "data_wait"}
+        assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
+
+
+def test_max_steps_at_the_end_of_an_epoch_has_nothing_left(tmp_path):
+    pretrain(tmp_path / "run", "--max_steps", 6)
+    assert "nothing is left to do: 1 of 2 epochs and 0 steps" in pretrain(tmp_path / "run", "--max_steps", 6)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_started_again_it_ends_with_the_same_weights(tmp_path, processes):
+    """Killed with no warning once the first checkpoint is there; the second epoch is then done anew."""
+    options = [*PRETRAIN, "--epochs", 3, "--shapes_train", 96]
+    launch("main_pretrain", *options, "--output_dir", tmp_path / "whole", processes=processes)
+    killed = tmp_path / "killed"
+    start_and_kill(
+        "main_pretrain",
+        *[*options, "--output_dir", killed],
+        processes=processes,
+        when=(killed / "checkpoint-last.pth").exists,
+    )
+    assert checkpoint(killed)["epoch"] < 3
+    launch("main_pretrain", *options, "--output_dir", killed, processes=processes)
+    assert_same_training(tmp_path / "whole", killed)
+
+
+def test_two_processes_hold_equal_weights_and_one_log(tmp_path):
+    """The checkpoint is rank 0's; the ranks compare their own digests of student and teacher as they end."""
+    code = tmp_path / "digest.py"
+    code.write_text(
+        f"""
+import sys; sys.path.insert(0, {str(sys.path[0])!r}); sys.path.insert(0, ".")
+import torch, main_pretrain
+from util.ema import EMATeacher
+kept = []
+init = EMATeacher.__init__
+EMATeacher.__init__ = lambda self, student: (init(self, student), kept.append((student, self.module)))[0]
+stop = main_pretrain.distributed.stop
+def digest():
+    from torch.distributed import all_gather, get_world_size
+    flat = torch.cat([v.flatten().double() for m in kept[0] for v in m.state_dict().values()])
+    both = [torch.empty_like(flat) for _ in range(get_world_size())]
+    all_gather(both, flat)
+    assert len(both) == 2 and torch.equal(*both)
+    open({str(tmp_path)!r} + f"/rank{{torch.distributed.get_rank()}}", "w").write("equal")
+    stop()
+main_pretrain.distributed.stop = digest
+main_pretrain.main(sys.argv[1:])
+"""
+    )
+    from programs import ROOT, subprocess
+
+    options = [*PRETRAIN, "--output_dir", tmp_path / "run"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(code), *map(str, options)],
+        cwd=ROOT, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rank0").exists()
+    assert (tmp_path / "rank1").exists()
+    assert len(log_lines(tmp_path / "run")) == 2
+    assert done.stdout.count("epoch 1/2  step 3/3") == 1
+    assert "batch     16 = --batch_size 8 x --accum_iter 1 x 2 processes" in done.stdout
+
+
+def test_the_mae_baseline(tmp_path):
+    log = pretrain(tmp_path / "run", "--no-learning_loss", "--norm_pix_loss")
+    assert "target    norm_pixel, predictor none, masks random" in log
+    record = log_lines(tmp_path / "run")[-1]
+    assert "train_rank_acc" not in record
+    assert "train_loss_learn" not in record
+    assert "ema_decay" not in record
+    state = checkpoint(tmp_path / "run")
+    assert "ema_state_dict" not in state
+    assert not [name for name in state["state_dict"] if "losspred" in name]
+
+
+def test_accumulation(tmp_path):
+    """Four micro-batches of 2 and one of 8 see the same images a step; only masks and flips are drawn differently."""
+    pretrain(tmp_path / "run", "--batch_size", 2, "--global_batch", 8)
+    config = json.loads((tmp_path / "run/config.json").read_text())["options"]
+    assert (config["accum_iter"], config["steps_per_epoch"], config["lr"]) == (4, 6, pytest.approx(1.5e-4 * 8 / 256))
+    assert len(log_lines(tmp_path / "run")) == 2
+
+
+SMALL_DATA = ["--batch_size", 4]  # the sets of tests/images.py have 12 images
+
+
+@pytest.mark.parametrize("kind", ["folder", "list files", "tar", "tar.gz"])
+def test_each_source_of_images_trains_alike(tmp_path, kind):
+    if kind == "folder":
+        data = write_tree(tmp_path / "data")
+    elif kind == "list files":
+        data = write_tree(tmp_path / "data")
+        names = [name.removeprefix("train/") for name in members(("train",))]
+        (data / "train.txt").write_text("".join(f"{name} 0\n" for name in names))
+    else:
+        data = write_tar(tmp_path / f"data.{kind}", mode="w:gz" if kind == "tar.gz" else "w")
+    log = pretrain(tmp_path / "run", *SMALL_DATA, "--data_path", data)
+    assert "12 images, 3 steps an epoch" in log
+    pretrain(tmp_path / "reference", *SMALL_DATA, "--data_path", write_tree(tmp_path / "reference-data"))
+    assert_same_training(tmp_path / "run", tmp_path / "reference")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--no-relative"],
+        ["--vis_mask_ratio", "0.3"],
+        ["--mask_block", "--input_size", "32"],
+        ["--mask_regular"],
+        ["--mask_strategy", "hardest"],
+        ["--mask_strategy", "easiest", "--alpha_0", "0.2"],
+        ["--mask_strategy", "random"],
+        ["--mask_ratio", "0.5", "--grad_checkpointing", "--clip_grad", "0"],
+        ["--precision", "bf16"],
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_variants_train(tmp_path, options):
+    pretrain(tmp_path / "run", "--epochs", 1, *options)
+    record = log_lines(tmp_path / "run")[0]
+    assert 0 < record["train_loss"] < 10
+    assert 0 <= record["train_rank_acc"] <= 1
+
+
+def test_weights_to_begin_with(tmp_path):
+    """From a whole checkpoint, and from MAE's encoder alone, whose decoders stay fresh."""
+    pretrain(tmp_path / "a", "--epochs", 1)
+    log = pretrain(tmp_path / "b", "--load_from", tmp_path / "a/checkpoint-last.pth", "--epochs", 1, "--lr", 0)
+    assert "fresh     nothing" in log
+    a, b = (checkpoint(tmp_path / name)["state_dict"] for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    encoder = {name: value for name, value in a.items() if not name.startswith(("decoder", "mask_token"))}
+    torch.save({"model": encoder}, tmp_path / "mae.pth")
+    log = pretrain(tmp_path / "c", "--load_from", tmp_path / "mae.pth", "--epochs", 1, "--lr", 0)
+    assert "fresh     mask_token (1), decoder_pos_embed (1)" in log
+    c = checkpoint(tmp_path / "c")["state_dict"]
+    assert torch.equal(a["blocks.5.mlp.fc2.weight"], c["blocks.5.mlp.fc2.weight"])
+
+
+def test_another_epoch_to_start_at(tmp_path):
+    pretrain(tmp_path / "run", "--start_epoch", 1)
+    assert [line["epoch"] for line in log_lines(tmp_path / "run")] == [1]
+
+
+def test_resume_from_a_file_continues_in_a_new_folder(tmp_path):
+    pretrain(tmp_path / "a", "--save_interval", 1)
+    log = pretrain(tmp_path / "b", "--resume", tmp_path / "a/checkpoint-1.pth")
+    assert "epoch 1, step 0" in log
+    assert_same_training(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--epochs", "3"], "was trained with --epochs 2, now it is 3"),
+        (["--batch_size", "4"], "was trained with --global_batch 8, now it is 4"),
+        (["--norm_pix_loss"], "was trained with --target pixel, now it is norm_pixel"),
+        (["--patch_size", "8"], "was trained with --patch_size 4, now it is 8"),
+        (["--no-learning_loss"], "was trained with --learning_loss True, now it is False"),
+        (["--no-auto_resume"], "holds a run: leave --no-auto_resume out"),
+        (["--shapes_train", "40"], "is at step 3 of an epoch of 6 steps, an epoch now has 5"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_changes_that_a_run_cannot_make(tmp_path, change, message, capsys):
+    pretrain(tmp_path / "run", "--max_steps", 3)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        pretrain(tmp_path / "run", *change)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_folder_of_another_script_is_refused_untouched(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"script": "main_finetune"}')
+    with pytest.raises(SystemExit):
+        pretrain(tmp_path / "run")
+    assert "holds a run of main_finetune, not of main_pretrain: choose another --output_dir" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    pretrain(tmp_path / "whole")
+    pretrain(tmp_path / "run")
+    (tmp_path / "run/checkpoint-last.pth").write_bytes(b"half a file")
+    log = pretrain(tmp_path / "run")
+    assert "checkpoint-last.pth is not a checkpoint" in log
+    assert "going on from" in log
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+
+
+def test_experiment_and_log_dir(tmp_path):
+    pretrain(tmp_path / "out", "--experiment", "first", "--log_dir", tmp_path / "tb", "--epochs", 1)
+    assert (tmp_path / "out/first/checkpoint-last.pth").exists()
+    assert not list((tmp_path / "out/first").glob("*tfevents*"))
+    assert list((tmp_path / "tb").glob("*tfevents*"))
+
+
+def test_official_options_without_effect_are_reported(tmp_path):
+    log = pretrain(tmp_path / "run", "--epochs", 1, "--local_rank", 0, "--dist_on_itp")
+    assert "without effect here: --local_rank, --dist_on_itp" in log
+
+
+def test_the_weights_load_into_a_fresh_model_by_their_official_names(tmp_path):
+    pretrain(tmp_path / "run", "--epochs", 1)
+    model = models_hpm.mae_vit_micro_patch16(img_size=16, patch_size=4, decoder_depth=1)
+    for which in ("student", "ema"):
+        report = load_into(model, load_pretrained(tmp_path / "run/checkpoint-last.pth", which))
+        assert report.fresh == report.left_out == []
+
+
+def test_a_missing_data_path_stops_every_rank(tmp_path):
+    options = [*PRETRAIN, "--output_dir", tmp_path / "run", "--data_path", tmp_path / "nowhere"]
+    done = launch("main_pretrain", *options, processes=2, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("nowhere does not exist: give a folder or a .tar archive of images") == 1
+    assert 'main_pretrain.py", line' not in done.stderr  # torchrun's own traceback is not ours to stop
+    assert not (tmp_path / "run/config.json").exists()
