@@ -1,0 +1,388 @@
+"""Fine-tuning, linear probe and k-NN as whole programs, from anybody's checkpoint."""
+
+import argparse
+import json
+import re
+
+import pytest
+import torch
+from images import members, write_tree
+from programs import PRETRAIN, assert_same_training, checkpoint, launch, log_lines, run, start_and_kill
+from safetensors.torch import save_file
+
+import models_vit
+
+FINETUNE = [
+    *["--shapes_train", "48", "--shapes_val", "21", "--batch_size", "8", "--epochs", "2", "--num_workers", "0"],
+    *["--warmup_epochs", "0", "--log_interval", "4"],
+]
+MIXED = ["--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.5", "--drop_path", "0.2"]
+PROBE = [*FINETUNE, "--blr", "1", "0.1"]
+KNN = ["--shapes_train", "48", "--shapes_val", "21", "--batch_size", "8", "--num_workers", "0", "--nb_knn", "5", "20"]
+TRAINING = {"main_finetune": [*FINETUNE, *MIXED], "main_linprobe": PROBE}
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    run("main_pretrain", *PRETRAIN, "--output_dir", folder, "--mean", 0.4, 0.5, 0.6)
+    return folder / "checkpoint-last.pth"
+
+
+def start(script, folder, pretrained, *more):
+    return run(script, *TRAINING[script], "--finetune", pretrained, "--output_dir", folder, *more)
+
+
+# --------------------------------------------------------------------------------------------------- training scripts
+
+
+def test_fine_tuning(tmp_path, pretrained):
+    log = start("main_finetune", tmp_path / "run", pretrained)
+    assert "model     vit_micro_patch16, 10 classes, mean of patches" in log
+    assert "image     16 pixels in patches of 4" in log
+    assert re.search(
+        r"loaded    76 tensors\nleft out  mask_token \(1\), .*norm \(2\).*\nfresh     fc_norm \(2\), head \(2\)", log
+    )
+    assert re.search(r"epoch 2/2  acc1 \d+\.\d\d  acc5 \d+\.\d\d  loss \d\.\d{4}  best \d+\.\d\d", log)
+    names = {p.name for p in (tmp_path / "run").iterdir() if "tfevents" not in p.name}
+    assert names == {
+        *{"config.json", "log.jsonl", "checkpoint-last.pth", "checkpoint-prev.pth", "checkpoint-2.pth"},
+        "checkpoint-best.pth",
+    }
+    record = log_lines(tmp_path / "run")[-1]
+    assert {"train_loss", "test_acc1", "test_acc5", "test_loss", "best_acc1", "train_lr"} <= record.keys()
+    config = json.loads((tmp_path / "run/config.json").read_text())["options"]
+    assert config["mean"] == [0.4, 0.5, 0.6]  # what the checkpoint was trained with
+    assert config["lr"] == pytest.approx(5e-4 * 8 / 256)
+
+
+def test_evaluating_what_was_fine_tuned(tmp_path, pretrained):
+    start("main_finetune", tmp_path / "run", pretrained)
+    best = max(line["test_acc1"] for line in log_lines(tmp_path / "run"))
+    data = ["--shapes_val", 21, "--num_workers", 0, "--eval"]
+    for way in (
+        ["--output_dir", tmp_path / "run"],
+        ["--resume", tmp_path / "run/checkpoint-best.pth", "--output_dir", tmp_path / "x"],
+        ["--finetune", tmp_path / "run/checkpoint-best.pth", "--output_dir", tmp_path / "x", "--batch_size", 5],
+    ):
+        log = run("main_finetune", *data, *way)
+        assert float(re.search(r"acc1 ([\d.]+)", log)[1]) == pytest.approx(best, abs=1e-3)
+    assert not (tmp_path / "x").exists()  # evaluation writes nothing
+
+
+def test_a_class_token_and_random_weights(tmp_path):
+    sizes = ["--model", "vit_micro_patch16", "--input_size", 16, "--patch_size", 4]
+    log = run("main_finetune", *FINETUNE, *sizes, "--cls_token", "--aa", "", "--output_dir", tmp_path, "--epochs", 1)
+    assert "class token" in log
+    assert "no --finetune: from random weights" in log
+    assert "norm.weight" in checkpoint(tmp_path)["state_dict"]
+
+
+def test_the_probe(tmp_path, pretrained):
+    log = start("main_linprobe", tmp_path / "run", pretrained)
+    assert "features  vit_micro_patch16, class token, 16 pixels in patches of 4" in log
+    assert "rate      0.0312, 0.00313 (sgd)" in log
+    assert log.count("<- best") == 2
+    record = log_lines(tmp_path / "run")[-1]
+    assert {"test_acc1 lr 0.03125", "test_acc1 lr 0.003125", "best_head", "best_acc1"} <= record.keys()
+    state = checkpoint(tmp_path / "run")["state_dict"]
+    assert set(state) == {
+        *{"norm.running_mean", "norm.running_var", "heads.0.weight", "heads.0.bias"},
+        *{"heads.1.weight", "heads.1.bias"},
+    }
+    log = run("main_linprobe", "--eval", "--finetune", pretrained, "--output_dir", tmp_path / "run", "--shapes_val", 21)
+    accuracy = [float(x) for x in re.findall(r"acc1 ([\d.]+)", log)]
+    assert accuracy == pytest.approx([record["test_acc1 lr 0.03125"], record["test_acc1 lr 0.003125"]], abs=0.006)
+
+
+@pytest.mark.parametrize("more", [["--optimizer", "lars"], ["--global_pool"], ["--which", "ema"], ["--lr", "0.3"]])
+def test_ways_to_probe(tmp_path, pretrained, more):
+    log = start("main_linprobe", tmp_path, pretrained, "--epochs", 1, *more) if "--lr" not in more else run(
+        "main_linprobe", *FINETUNE, "--finetune", pretrained, "--output_dir", tmp_path, *more
+    )  # fmt: skip
+    assert "acc1" in log
+
+
+def test_a_head_alone_is_the_head_among_others(tmp_path, pretrained):
+    """Heads trained side by side do not touch each other; nor does their number change where they begin."""
+    for name, rates in (("one", ["1"]), ("two", ["1", "0.1"])):
+        run("main_linprobe", *FINETUNE, "--blr", *rates, "--finetune", pretrained, "--output_dir", tmp_path / name)
+    one, two = checkpoint(tmp_path / "one")["state_dict"], checkpoint(tmp_path / "two")["state_dict"]
+    torch.testing.assert_close(one["heads.0.weight"], two["heads.0.weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_heads_go_on_with_their_own_encoder_alone(tmp_path, pretrained, capsys):
+    start("main_linprobe", tmp_path / "run", pretrained, "--max_steps", 3)
+    with pytest.raises(SystemExit):
+        start("main_linprobe", tmp_path / "run", pretrained, "--which", "ema")
+    assert "was trained with --encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", TRAINING)
+@pytest.mark.parametrize("stop_at", [3, 9])
+def test_stopped_anywhere_they_go_on_as_if_never_stopped(tmp_path, pretrained, script, stop_at):
+    """Mixup, erasing, drop path, order and batch statistics included."""
+    start(script, tmp_path / "whole", pretrained)
+    start(script, tmp_path / "parts", pretrained, "--max_steps", stop_at)
+    log = start(script, tmp_path / "parts", pretrained)
+    assert "going on from" in log
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+    accuracy = [[line["best_acc1"] for line in log_lines(tmp_path / name)] for name in ("whole", "parts")]
+    assert accuracy[0] == accuracy[1]
+    assert "nothing is left to do" in start(script, tmp_path / "whole", pretrained)
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_killed_on_two_ranks_they_end_with_the_same_weights(tmp_path, pretrained, script):
+    options = [*TRAINING[script], "--finetune", pretrained, "--epochs", 3]
+    launch(script, *options, "--output_dir", tmp_path / "whole", processes=2)
+    killed = tmp_path / "killed"
+    when = (killed / "checkpoint-last.pth").exists
+    start_and_kill(script, *options, "--output_dir", killed, processes=2, when=when)
+    launch(script, *options, "--output_dir", killed, processes=2)
+    assert_same_training(tmp_path / "whole", killed)
+
+
+def test_accuracy_from_two_processes_is_that_from_one(tmp_path, pretrained):
+    """21 images, which neither the batch nor the ranks divide; and a probe's training does not depend on the ranks."""
+    start("main_finetune", tmp_path / "run", pretrained, "--epochs", 1)
+    options = ["--eval", "--output_dir", tmp_path / "run", "--shapes_val", 21, "--num_workers", 0, "--batch_size", 4]
+    one = run("main_finetune", *options)
+    two = launch("main_finetune", *options, processes=2).stdout
+    figures = [re.search(r"acc1 ([\d.]+) acc5 ([\d.]+) loss ([\d.]+)", text).groups() for text in (one, two)]
+    assert figures[0][:2] == figures[1][:2]
+    assert float(figures[0][2]) == pytest.approx(float(figures[1][2]), abs=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------- k-NN
+
+
+def accuracies(log):
+    return re.findall(r"(\d+)-NN  top-1 ([\d.]+)  top-5 ([\d.]+)", log)
+
+
+def test_knn(tmp_path, pretrained):
+    log = run("main_knn", *KNN, "--finetune", pretrained, "--dump_features", tmp_path / "f")
+    assert [k for k, _, _ in accuracies(log)] == ["5", "20"]
+    assert {p.name for p in (tmp_path / "f").iterdir()} == {
+        *{"trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth"}
+    }
+    again = run("main_knn", "--load_features", tmp_path / "f", "--nb_knn", 5, 20)
+    assert accuracies(again) == accuracies(log)
+    features = torch.load(tmp_path / "f/trainfeat.pth")["tensor"]
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(48))
+
+
+def test_knn_from_two_processes_is_that_from_one(pretrained):
+    for more in ([], ["--global_pool", "--which", "ema", "--batch_size", 5]):
+        options = [*KNN, "--finetune", pretrained, *more]
+        one, two = run("main_knn", *options), launch("main_knn", *options, processes=2).stdout
+        assert accuracies(one) == accuracies(two)
+        assert len(accuracies(one)) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ formats
+
+SCRIPTS = {
+    "main_finetune": [*FINETUNE, "--max_steps", "1"],
+    "main_linprobe": [*FINETUNE, "--max_steps", "1"],
+    "main_knn": KNN,
+}
+SIZES = ["--model", "vit_micro_patch16", "--input_size", "16", "--patch_size", "4"]
+
+
+def formats(tmp_path, pretrained):
+    """The same encoder in every format people have."""
+    student = checkpoint(pretrained.parent)["state_dict"]
+    encoder = {k: v for k, v in student.items() if not k.startswith(("decoder", "mask_token"))}
+    files = {
+        "HPM": {
+            "model": "mae_vit_micro_patch16",
+            "epoch": 2,
+            "state_dict": {f"module.{k}": v for k, v in student.items()},
+        },
+        "MAE": {"model": student, "args": argparse.Namespace(lr=1), "optimizer": {"state": {}}},
+        "MAE encoder": {"model": encoder},
+        "timm": encoder,
+        "compiled": {"model": {f"_orig_mod.{k}": v for k, v in encoder.items()}},
+    }
+    paths = {}
+    for name, content in files.items():
+        paths[name] = tmp_path / f"{name}.pth"
+        torch.save(content, paths[name])
+    paths["safetensors"] = tmp_path / "a.safetensors"
+    save_file(encoder, str(paths["safetensors"]))
+    paths["Hugging Face"] = tmp_path / "hf"
+    paths["Hugging Face"].mkdir()
+    save_file(to_hugging_face(encoder), str(paths["Hugging Face"] / "model.safetensors"))
+    return paths
+
+
+def to_hugging_face(encoder):
+    names = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense"}
+    names |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    out = {"vit.embeddings.cls_token": encoder["cls_token"], "vit.embeddings.position_embeddings": encoder["pos_embed"]}
+    for name, value in encoder.items():
+        stem, kind = name.rsplit(".", 1) if "." in name else (name, "")
+        if stem == "patch_embed.proj":
+            out[f"vit.embeddings.patch_embeddings.projection.{kind}"] = value
+        elif stem == "norm":
+            out[f"vit.layernorm.{kind}"] = value
+        elif stem.startswith("blocks."):
+            _, number, part = stem.split(".", 2)
+            block = f"vit.encoder.layer.{number}"
+            if part == "attn.qkv":
+                for which, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                    out[f"{block}.attention.attention.{which}.{kind}"] = third.clone()
+            else:
+                out[f"{block}.{names[part]}.{kind}"] = value
+    return out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_format_loads_into_every_script(tmp_path, pretrained, script):
+    for name, path in formats(tmp_path, pretrained).items():
+        more = [] if script == "main_knn" else ["--output_dir", tmp_path / f"out-{name}"]
+        log = run(script, *SCRIPTS[script], *SIZES, "--finetune", path, *more)
+        loaded = int(re.search(r"loaded    (\d+) tensors", log)[1])
+        assert loaded == (76 if script == "main_finetune" else 78), name
+
+
+def wrong_files(tmp_path):
+    def vit(**kwargs):
+        sizes = {"img_size": 16, "patch_size": 4, **kwargs}
+        return {"model": models_vit.vit_micro_patch16(**sizes, num_classes=0).state_dict()}
+
+    class Code:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    good = vit()
+    contents = {
+        r"of another shape: cls_token \(1, 1, 192\) in the file, \(1, 1, 128\) in the model": vit(embed_dim=192),
+        "missing: blocks.5.norm1.weight": vit(depth=5),
+        "unexpected: blocks.6.norm1.weight": vit(depth=7),
+        "holds pickled objects beyond tensors.*print": {**good, "x": Code()},
+        "truncated or damaged": good,
+        "is not a checkpoint": "text",
+        "there is no checkpoint": None,
+        "holds no weights; its keys are epoch": {"epoch": 3},
+        "holds no EMA teacher": good,
+    }
+    for number, (message, content) in enumerate(contents.items()):
+        path = tmp_path / f"{number}.pth"
+        if content == "text":
+            path.write_text("hello")
+        elif content is not None:
+            torch.save(content, path)
+        if message.startswith("truncated"):
+            path.write_bytes(path.read_bytes()[:-2000])
+        yield message, path, ["--teacher"] if "EMA" in message else []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_wrong_file_is_refused_by_every_script(tmp_path, script, capsys):
+    for message, path, more in wrong_files(tmp_path):
+        folder = [] if script == "main_knn" else ["--output_dir", tmp_path / "out"]
+        with pytest.raises(SystemExit) as stop:
+            run(script, *SCRIPTS[script], *SIZES, *folder, "--finetune", path, *more)
+        written = capsys.readouterr()
+        assert stop.value.code == 2
+        assert re.search(message, written.err), (message, written.err)
+        assert "Traceback" not in written.err
+        assert "code ran" not in written.out
+
+
+def test_another_size_interpolates_the_positions(tmp_path, pretrained):
+    log = run("main_knn", *KNN, "--finetune", pretrained, "--input_size", 24)
+    assert "24 pixels in patches of 4" in log
+
+
+def test_maes_fine_tuned_weights_evaluate(tmp_path, pretrained, capsys):
+    """`model` with a head and fc_norm, as MAE releases them."""
+    start("main_finetune", tmp_path / "run", pretrained, "--epochs", 1)
+    state = checkpoint(tmp_path / "run")["state_dict"]
+    torch.save({"model": state}, tmp_path / "mae_finetuned.pth")
+    log = run("main_finetune", "--eval", "--resume", tmp_path / "mae_finetuned.pth", *SIZES, "--shapes_val", 21)
+    assert "left out  nothing\nfresh     nothing" in log
+    for other, message in [
+        (["--cls_token"], "missing: norm.weight"),
+        (["--nb_classes", "12"], "of another shape: head"),
+    ]:
+        with pytest.raises(SystemExit):
+            run("main_finetune", "--eval", "--resume", tmp_path / "mae_finetuned.pth", *SIZES, *other)
+        del message
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_classes(tmp_path, pretrained, capsys):
+    more = ["--finetune", pretrained, "--output_dir", tmp_path / "out", "--batch_size", 4]
+    options = [*FINETUNE, "--max_steps", 1]
+    with pytest.raises(SystemExit):
+        run("main_finetune", *options, *more, "--nb_classes", 9)
+    assert "--nb_classes 9, but the data have 10 classes" in capsys.readouterr().err
+    log = run("main_finetune", *options, *more, "--nb_classes", 12)
+    assert "--nb_classes 12: 2 outputs have no images in the data" in log
+    uneven = write_tree(tmp_path / "d", {**members(), "val/fox/1.jpg": members()["val/cat/0.jpg"]})
+    for script in SCRIPTS:
+        folder = [] if script == "main_knn" else ["--output_dir", tmp_path / "out2"]
+        with pytest.raises(SystemExit):
+            run(script, "--data_path", uneven, "--finetune", pretrained, *folder, "--batch_size", 4)
+        assert "train has 3 classes, val 4, and their labels would not agree: fox" in capsys.readouterr().err
+
+
+MISTAKES = [
+    ("main_finetune", "--aa nonsense", "--aa 'nonsense' is no policy of timm's"),
+    ("main_finetune", "--mixup 0.8 --batch_size 7", "--batch_size 7 is odd"),
+    ("main_finetune", "--teacher --which student", "contradicts --which student"),
+    ("main_finetune", "--eval", "name weights with --resume or --finetune"),
+    ("main_finetune", "--layer_decay 0", "'0' is not a number above 0"),
+    ("main_linprobe", "--lr 1 --blr 1", "both set the learning rate"),
+    ("main_linprobe", "--eval", "name the probe's checkpoint with --resume"),
+    ("main_linprobe", "--blr 0", "'0' is not a number above 0"),
+    ("main_knn", "--nb_knn 3000", "--nb_knn 3000 of 2,000 training images"),
+    ("main_knn", "--load_features x --finetune y", "drop --dump_features and --finetune"),
+    ("main_knn", "--load_features /nowhere", "there is no checkpoint /nowhere/trainfeat.pth"),
+    ("main_knn", "--input_size 100", "patch size 16 does not divide an image of 100 x 100"),
+]
+
+
+@pytest.mark.parametrize(("script", "text", "message"), MISTAKES, ids=[f"{s} {t}" for s, t, _ in MISTAKES])
+def test_mistakes_end_in_a_line(script, text, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(script, *text.split())
+    assert stop.value.code == 2
+    written = capsys.readouterr().err
+    assert message in written
+    assert written.count("\n") == 1
+
+
+OFFICIAL = {
+    "main_finetune": """--batch_size 48 --accum_iter 1 --model vit_base_patch16 --finetune CKPT --epochs 100
+        --warmup_epochs 5 --blr 5e-4 --layer_decay 0.8 --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8
+        --cutmix 1.0 --dist_eval --data_path DATA --nb_classes 1000 --output_dir OUT --log_dir LOG
+        --experiment hpm_in1k_ep100 --dataloader_type nori""",
+    "main_linprobe": """--batch_size 512 --model vit_base_patch16 --finetune CKPT --epochs 100 --blr 1e-3
+        --weight_decay 0.0 --dist_eval --data_path DATA --nb_classes 1000 --log_dir LOG""",
+    "main_knn": "--batch_size 128 --model vit_base_patch16 --finetune CKPT --data_path DATA --nb_classes 1000",
+}
+RATES = {"main_finetune": (8, 7.5e-4), "main_linprobe": (4, [8e-3]), "main_knn": (1, None)}
+
+
+@pytest.mark.parametrize("script", OFFICIAL)
+def test_the_official_commands_resolve(script, tmp_path):
+    import importlib
+
+    from util.distributed import World
+
+    torch.save({"model": {"cls_token": torch.zeros(1, 1, 768)}}, tmp_path / "CKPT")
+    module = importlib.import_module(script)
+    text = OFFICIAL[script].replace("CKPT", str(tmp_path / "CKPT"))
+    size, rate = RATES[script]
+    args = module.resolve_options(module.get_args_parser().parse_args(text.split()), World(0, size, 0, size))
+    assert (args.model, args.input_size, args.patch_size, args.which) == ("vit_base_patch16", 224, 16, "student")
+    if rate is not None:
+        assert args.lr == pytest.approx(rate)
