@@ -1,0 +1,152 @@
+"""Options of the scripts: declared means read, and a mistake ends in one line."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import main_finetune
+import main_knn
+import main_linprobe
+import main_pretrain
+from util import distributed, options
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [main_pretrain, main_finetune, main_linprobe, main_knn]
+ONE = distributed.World(0, 1, 0, 1)
+
+OFFICIAL_PRETRAIN = """--batch_size 32 --accum_iter 8 --model mae_vit_base_patch16_dec512d8b --input_size 224
+--token_size 14 --mask_ratio 0.75 --epochs 200 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --data_path DATA
+--output_dir OUT --log_dir LOG --experiment hpm_relative_in1k_ep200 --learning_loss --relative"""
+
+
+def only_names(node):
+    """Lists of options that may not change, or that have no effect, are no use of them."""
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("FIXED", "UNREAD")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_every_declared_option_is_read(script):
+    tree = ast.parse(Path(script.__file__).read_text())
+    reading = [n for n in tree.body if getattr(n, "name", "") != "get_args_parser" and not only_names(n)]
+    nodes = [node for part in reading for node in ast.walk(part)]
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "args"}
+    read |= {
+        n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    }  # getattr(args, "name")
+    declared = {action.dest for action in script.get_args_parser()._actions} - {"help"}
+    assert declared - read == set(script.get_args_parser().without_effect)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_every_option_has_help(script):
+    bare = [a.dest for a in script.get_args_parser()._actions if not a.help]
+    assert not bare
+
+
+def test_the_official_command_parses_and_resolves():
+    args = main_pretrain.get_args_parser().parse_args(OFFICIAL_PRETRAIN.split())
+    args = main_pretrain.resolve_options(args, distributed.World(0, 8, 0, 8))
+    assert args.global_batch == 2048
+    assert args.lr == pytest.approx(1.2e-3)
+    assert (args.target, args.mask_strategy, args.learning_loss, args.relative) == ("pixel", "easy_to_hard", True, True)
+    assert (args.clip_grad, args.ema_decay, args.ema_decay_final, args.ema_ramp_epochs) == (5.0, 0.999, 0.9999, 100)
+
+
+def resolve(text="", world=ONE):
+    return main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(text.split()), world)
+
+
+def test_defaults_never_refuse_each_other():
+    for epochs in (1, 2, 5, 39, 400):
+        args = resolve(f"--epochs {epochs}")
+        assert args.warmup_epochs < epochs
+    assert resolve().warmup_epochs == 40
+
+
+def test_booleans_can_be_switched_off():
+    args = resolve("--no-learning_loss --no-relative")
+    assert (args.learning_loss, args.relative, args.mask_strategy) == (False, False, "random")
+    assert not resolve("--no_pin_mem").pin_mem
+    assert not resolve("--no-pin_mem").pin_mem
+
+
+def test_official_names_map_onto_ours():
+    assert resolve("--norm_pix_loss").target == "norm_pixel"
+    assert resolve("--mask_block").mask_strategy == "random"
+    for spelling in ("--local_rank=1", "--local-rank=1"):
+        parser = main_pretrain.get_args_parser()
+        args = parser.parse_args([spelling, "--dist_url", "env://", "--dist_on_itp"])
+        assert parser.given_without_effect(vars(args)) == ["--local_rank", "--dist_on_itp", "--dist_url"]
+
+
+def test_global_batch_sets_the_accumulation():
+    eight = distributed.World(0, 8, 0, 8)
+    assert resolve("--global_batch 2048 --batch_size 64", eight).accum_iter == 4
+    with pytest.raises(ValueError, match=r"--global_batch 2048 is not a multiple of --batch_size 60 x 8 processes"):
+        resolve("--global_batch 2048 --batch_size 60", eight)
+    with pytest.raises(ValueError, match="give one of the two"):
+        resolve("--global_batch 2048 --accum_iter 2")
+
+
+MISTAKES = {
+    "--epochs 0": "argument --epochs: '0' is not a whole number of 1 or more",
+    "--epochs 1.5": "'1.5' is not a whole number",
+    "--epochs nan": "is not a whole number",
+    "--batch_size -4": "'-4' is not a whole number of 1 or more",
+    "--lr nan": "'nan' is not a number of 0 or more",
+    "--mask_ratio 1": "'1' is not a number above 0 and below 1",
+    "--std 0 1 1": "'0' is not a number above 0",
+    "--alpha_T 1.5": "'1.5' is not a number of 0 or more and of 1 or less",
+    "--model mae_vit_bse_patch16": "there is no model 'mae_vit_bse_patch16'; did you mean mae_vit_base_patch16",
+    "--precision int8": "invalid choice: 'int8'",
+    "--epoch 3": "unrecognized arguments: --epoch 3; did you mean --epochs?",
+    "--warmup_epochs 400": "--warmup_epochs 400 leaves nothing of --epochs 400",
+    "--start_epoch 400": "--start_epoch 400 leaves nothing of --epochs 400",
+    "--input_size 225": "patch size 16 does not divide an image of 225 x 225",
+    "--token_size 16": "--token_size 16: images of 224 in patches of 16 have 14 x 14 patches",
+    "--mask_ratio 0.999": "--mask_ratio 0.999 masks 196 of 196 patches",
+    "--decoder_num_heads 7": "decoder width 512 is not a multiple of its 7 heads",
+    "--norm_pix_loss --target pixel": "--target and --norm_pix_loss name different targets (pixel, norm_pixel)",
+    "--mask_block --mask_regular": "give one",
+    "--mask_block --mask_ratio 0.6": "--mask_block is made for --mask_ratio 0.75, not 0.6",
+    "--mask_regular --input_size 240": "even grid of patches, not 15 x 15",
+    "--mask_block --mask_strategy hardest": "--mask_strategy hardest would too",
+    "--no-learning_loss --mask_strategy hardest": "--mask_strategy hardest needs the loss predictor",
+    "--global_batch 100 --batch_size 64": "change --batch_size to a divisor of 100",
+    "--device cuda": "this PyTorch sees no CUDA device",
+    "--precision fp16": "--precision fp16 needs CUDA",
+    "--data_path /nowhere": "--data_path /nowhere does not exist",
+    "--shapes_train 10": "10 images do not fill one optimizer step of 64",
+    "--resume /nowhere.pth": "there is no checkpoint /nowhere.pth",
+    "--load_from /nowhere.pth": "there is no checkpoint /nowhere.pth",
+    "--output_dir /proc/run": "/proc/run",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES.items(), ids=MISTAKES)
+def test_a_mistake_ends_before_any_work_in_a_line_or_two(text, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(main_pretrain.rng, "seed_all", lambda *key: pytest.fail("began to build"))
+    with pytest.raises(SystemExit) as stop:
+        main_pretrain.main(text.split())
+    assert stop.value.code == 2
+    written = capsys.readouterr()
+    assert message in written.err
+    assert written.err.count("\n") <= 2
+    assert "usage" not in written.err
+    assert "Traceback" not in written.err
+
+
+def test_only_rank_zero_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        main_pretrain.get_args_parser().parse_args(["--epochs", "0"])
+    assert capsys.readouterr().err == ""
+
+
+def test_worker_count():
+    assert options.worker_count(5, 8, 1) == 5
+    assert 1 <= options.worker_count(None, 8, 1) <= 8
+    assert options.worker_count(None, 8, 10_000) == 1
