@@ -260,7 +260,7 @@ class MaskedAutoencoderViT(nn.Module):
         out = {"loss": loss_rec, "loss_rec": loss_rec, "pred": pred, "patch_loss": patch_loss, "latent": latent}
         if loss_pred is not None:
             loss_learn = self.forward_learning_loss(loss_pred, patch_loss)
-            out |= {"loss": loss_rec + loss_learn, "loss_learn": loss_learn, "loss_pred": loss_pred}
+            out.update(loss=loss_rec + loss_learn, loss_learn=loss_learn, loss_pred=loss_pred)
         return out
 
     def predict_loss(self, imgs: Tensor, return_tokens: bool = False) -> Tensor | tuple[Tensor | None, Tensor]:

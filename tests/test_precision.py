@@ -52,7 +52,7 @@ def test_fp16_needs_cuda():
 
 
 def test_attention_without_the_fused_kernel_where_that_is_faster():
-    from timm.layers import Attention
+    from timm.models.vision_transformer import Attention
 
     model = nn.Sequential(Attention(8, num_heads=2), Attention(8, num_heads=2))
     x = torch.randn(2, 5, 8)
