@@ -173,6 +173,8 @@ def load_images(args: argparse.Namespace) -> tuple[torch.Tensor, list[str]]:
     Raises:
         ValueError: no such images.
     """
+    if args.images is None and args.split not in (None, "train", "val"):
+        raise ValueError(f"--split {args.split}: Shapes have train and val")
     if args.images is None:
         sources = [ShapesSource(args.split or "val")]
     else:

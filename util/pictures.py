@@ -3,6 +3,7 @@
 Shapes: H, W image, h, w grid of patches, P patch size, L = h * w. Images are (H, W, 3) uint8 arrays.
 """
 
+import bisect
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ BACKGROUND, INK, FAINT = (255, 255, 255), (30, 30, 30), (110, 110, 110)
 HIDDEN = (200, 200, 200)  # what stands where a patch is masked
 COLOR, PALE = 0.75, 0.75  # share of the colour in a heat map; of white where a patch has no value
 COLUMN, GAP, MARGIN, LINE = 192, 8, 14, 16
+LEGEND = 372  # width of the colour scale with its words
 
 # From black over purple and orange to pale yellow: lightness rises evenly, so it reads in grey too.
 _SCALE = np.array(
@@ -128,7 +130,7 @@ def draw_grid(panel: Panel, heading: str = "", column: int = COLUMN) -> Image.Im
     cell_width = column_width(width, column)
     cell_height = round(cell_width * height / width)
     step = max(cell_width, 88) + GAP  # a title needs some room, however small the images are
-    full = len(panel.titles) * step - GAP
+    full = max(len(panel.titles) * step - GAP, LEGEND if panel.has_scale else 0)
 
     heads = [
         [(line, INK, title_font) for line in _wrap([title], step - GAP, title_font)]
@@ -136,11 +138,10 @@ def draw_grid(panel: Panel, heading: str = "", column: int = COLUMN) -> Image.Im
         for title, note in panel.titles
     ]
     feet = [_caption(name, words, full, text_font) for name, words in panel.captions]
-    legend = _wrap(["each image on its own scale"], full - 280, text_font) if panel.has_scale else []
     top = MARGIN + (LINE + 8 if heading else 0)
     head_height = LINE * max(map(len, heads)) + 6
     foot_heights = [LINE * len(lines) + GAP for lines in feet]
-    total = top + head_height + sum(cell_height + foot for foot in foot_heights) + (LINE + 6) * bool(legend) + MARGIN
+    total = top + head_height + sum(cell_height + foot for foot in foot_heights) + (LINE + 6) * panel.has_scale + MARGIN
 
     canvas = Image.new("RGB", (full + 2 * MARGIN, total), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
@@ -158,7 +159,7 @@ def draw_grid(panel: Panel, heading: str = "", column: int = COLUMN) -> Image.Im
         for number, line in enumerate(lines):
             draw.text((MARGIN, y + cell_height + 3 + LINE * number), line, INK, text_font)
         y += cell_height + foot
-    if legend:
+    if panel.has_scale:
         _draw_scale(canvas, draw, y + 4, text_font)
     return canvas
 
@@ -213,11 +214,14 @@ def _wrap(parts: Sequence[str], width: int, font: ImageFont.ImageFont, space: st
 def _shorten(text: str, width: int, font: ImageFont.ImageFont) -> str:
     """Without its middle, as far as it is wider than `width`: names differ at their ends."""
     text = _printable(text)
-    for kept in range(len(text), 0, -1):
-        left = text[: (kept + 1) // 2] + "..." + text[len(text) - kept // 2 :] if kept < len(text) else text
-        if font.getlength(left) <= width:
-            return left
-    return "..."
+
+    def keep(count: int) -> str:
+        return f"{text[: (count + 1) // 2]}...{text[len(text) - count // 2 :]}"
+
+    if font.getlength(text) <= width:
+        return text
+    too_many = bisect.bisect_right(range(len(text)), width, key=lambda count: font.getlength(keep(count)))
+    return keep(max(too_many - 1, 0))
 
 
 # -------------------------------------------------------------------------------------------------------------- files
