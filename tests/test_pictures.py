@@ -153,7 +153,10 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     content = pictures.encode(Image.fromarray(image()), ".png")
     assert (np.asarray(Image.open(io.BytesIO(content))) == image()).all()
     pictures.write(path, content)
-    assert path.read_bytes() == content
+    with open(path, "rb") as reader:  # who reads at this moment has the whole old file
+        pictures.write(path, b"a longer one" * 100)
+        assert reader.read() == content
+    pictures.write(path, content)
 
     def full(self, data):
         self.open("wb").write(data[:10])
