@@ -1,90 +1,115 @@
 """What a pre-trained model sees in images: hardness, masks, reconstruction, error.
 
-Shapes: B batch, C channels, H, W image, P patch size, L patches, M masked, D prediction width.
+Shapes: B batch, C channels, H, W image, P patch size, L patches, V visible, M masked, D prediction width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models_hpm import MaskedAutoencoderViT, gather_tokens, split_mask
-from util.losses import absolute_loss, relative_loss
-from util.masking import hard_mask, random_mask
+from util.masking import MaskPlan
 from util.metrics import rank_accuracy
-from util.pictures import error_scale, hardness_scale, heat_map, hide, to_image
+from util.pictures import SCALES, Panel, heat_map, hide, to_image
+from util.rng import generator
 from util.transforms import ToModelInput
 
-PATCH_STATS = ("image", "none")
+# What is known of images (B, C, H, W): predicted loss (B, L), feature targets (B, L, D); None where there are none.
+Look = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
+
+PATCH_STATS = {
+    "image": "each patch's mean and variance taken from the image",
+    "none": "no patch statistics: one mean and variance, of what is visible",
+}
 
 
-@torch.no_grad()
+@contextmanager
+def untouched(model: MaskedAutoencoderViT, device: torch.device, seed: int) -> Iterator[None]:
+    """Look at a model in the middle of its training: no gradient, eval mode, randomness from `seed`; all as before
+    afterwards."""
+    training = model.training
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+
+
 def examine(
     model: MaskedAutoencoderViT,
     imgs: Tensor,
+    plan: MaskPlan,
     *,
-    num_masked: int,
-    num_hardest: tuple[int, int, int],
-    sign: int,
+    epochs: Sequence[int],
+    epoch: int,
     seed: int,
+    look: Look | None = None,
     patch_stats: str = "image",
-) -> dict[str, Tensor]:
+) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
     """Look at normalised images (B, C, H, W).
 
     Args:
-        num_hardest: patches chosen by predicted loss in the mask of the start, of the end, and in the one to
-            reconstruct from.
-        sign: -1 where the strategy chooses the easiest patches.
-        seed: of the masks' random part, the same for the three.
-        patch_stats: for models of normalised pixels: "image" takes each patch's mean and variance from the image, which
-            tells the answer in part; "none" takes those of the visible patches for all.
+        plan: where the masks come from.
+        epochs: whose masks to draw, counted from 0.
+        epoch: whose mask to reconstruct from.
+        seed: of the masks' random part, the same for every epoch, so that what moves is what the model chooses.
+        look: images -> predicted loss (B, L) and feature targets (B, L, D), each or None; the model's own prediction
+            and no features if left out.
+        patch_stats: see `reconstruct`.
 
     Returns:
-        `mask_start`, `mask_end`, `mask` (B, L) bool; `errors` (B, L), 0 where a patch is visible; `loss_rec` (B,);
-        with a predictor `hardness` (B, L), `loss_learn`, `rank_acc` (B,); for pixels `reconstruction` (B, C, H, W).
+        The masks (B, L) bool of `epochs` and `epoch`; and what was found, on the model's device: `errors` (B, L), 0
+        where a patch is visible, and `loss_rec` (B,); with a predictor `loss_learn` and `rank_acc` (B,); with
+        predicted loss `hardness` (B, L); for pixels `reconstruction` (B, C, H, W). Without their targets, models of
+        features have neither errors nor losses.
     """
-    model.eval()
-    found = {}
-    scores = None
-    if model.learning_loss:
-        scores = found["hardness"] = model.predict_loss(imgs)
-    masks = []
-    for count in num_hardest:
-        generator = torch.Generator(imgs.device).manual_seed(seed)
-        if scores is None:
-            shape = (len(imgs), model.patch_embed.num_patches)
-            masks.append(random_mask(*shape, num_masked, generator, imgs.device))
+    with untouched(model, imgs.device, seed):
+        if look is None:
+            scores, target = model.predict_loss(imgs) if model.learning_loss else None, None
         else:
-            masks.append(hard_mask(sign * scores, num_masked, count, generator))
-    found["mask_start"], found["mask_end"], found["mask"] = masks
-    mask = found["mask"]
-    if model.target_dim is not None:
-        return found  # features: there is nothing to draw but the masks
+            scores, target = look(imgs)
+        found = {} if scores is None else {"hardness": scores}
+        on_cpu = None if scores is None else scores.float().cpu()  # the same masks whatever the device
+        masks = {e: plan.draw(on_cpu, len(imgs), e, generator(seed)) for e in {*epochs, epoch}}
+        if model.target_dim is not None and target is None:
+            return masks, found
 
-    out = model(imgs, mask, num_masked=num_masked)
-    patch_loss = out["patch_loss"]
-    found["errors"] = torch.zeros(mask.shape, device=imgs.device).masked_scatter_(mask, patch_loss)
-    found["loss_rec"] = patch_loss.mean(dim=1)
-    if model.learning_loss:
-        objective = relative_loss if model.relative else absolute_loss
-        pairs = [(p[None], t[None]) for p, t in zip(out["loss_pred"], patch_loss, strict=True)]
-        found["loss_learn"] = torch.stack([objective(*pair) for pair in pairs])
-        found["rank_acc"] = torch.stack([rank_accuracy(*pair) for pair in pairs])
-    found["reconstruction"] = reconstruct(model, imgs, mask, out["pred"], patch_stats)
-    return found
+        mask = masks[epoch].to(imgs.device)
+        # Not model(...): a compiled model would be compiled anew for a batch of another size.
+        out = model.forward(imgs, mask, target, plan.num_masked)
+        patch_loss = out["patch_loss"]  # (B, M)
+        found["errors"] = torch.zeros(mask.shape, device=imgs.device).masked_scatter_(mask, patch_loss)
+        found["loss_rec"] = patch_loss.mean(dim=1)
+        if model.learning_loss:
+            pairs = [(p[None], t[None]) for p, t in zip(out["loss_pred"], patch_loss, strict=True)]
+            found["loss_learn"] = torch.stack([model.forward_learning_loss(*pair) for pair in pairs])
+            found["rank_acc"] = torch.stack([rank_accuracy(*pair) for pair in pairs])
+        if model.target_dim is None:
+            found["reconstruction"] = reconstruct(model, imgs, mask, out["pred"], patch_stats)
+    return masks, found
 
 
 def reconstruct(
     model: MaskedAutoencoderViT, imgs: Tensor, mask: Tensor, pred: Tensor, patch_stats: str = "image"
 ) -> Tensor:
-    """Predictions (B, M, D) in the place of the masked patches of (B, C, H, W); the visible ones stay as they are."""
+    """Predictions (B, M, D) in the place of the masked patches of (B, C, H, W); the visible ones stay as they are.
+
+    Args:
+        patch_stats: for models of normalised pixels. "image" takes each patch's mean and variance from the image, which
+            tells part of the answer; "none" uses nothing but what the model saw, the visible patches' mean and standard
+            deviation, averaged, for all.
+    """
     patches = model.patchify(imgs.float())  # (B, L, D)
     ids_visible, ids_masked = split_mask(mask, pred.shape[1])
     pred = pred.float()
     if model.norm_pix_loss:
-        shown = gather_tokens(patches, ids_masked if patch_stats == "image" else ids_visible)
-        variance, mean = torch.var_mean(shown, dim=-1, keepdim=True)  # (B, M or V, 1)
+        known = gather_tokens(patches, ids_masked if patch_stats == "image" else ids_visible)
+        variance, mean = torch.var_mean(known, dim=-1, keepdim=True)  # (B, M or V, 1)
         deviation = (variance + 1e-6).sqrt()
         if patch_stats == "none":
             mean, deviation = mean.mean(dim=1, keepdim=True), deviation.mean(dim=1, keepdim=True)
@@ -95,59 +120,91 @@ def reconstruct(
 def panel(
     model: MaskedAutoencoderViT,
     images: Tensor,
+    names: Sequence[str],
+    plan: MaskPlan,
+    *,
     mean: Sequence[float],
     std: Sequence[float],
-    names: Sequence[str],
-    moment: str,
+    epochs: Sequence[int],
+    epoch: int,
+    seed: int,
+    look: Look | None = None,
     patch_stats: str = "image",
-    **examination: int | tuple[int, int, int],
-) -> tuple[list[list[np.ndarray]], list[str], list[str]]:
-    """Columns of pictures of images (B, 3, H, W) uint8, for util/pictures.draw_grid: rows, titles, captions.
+    scale: str = "author",
+) -> Panel:
+    """Pictures of images (B, 3, H, W) uint8, a row each.
 
     Args:
-        moment: the epoch whose mask is reconstructed from, in words.
-        examination: what `examine` asks for.
+        names: of the images, for the captions.
+        scale: how numbers become colours, a name in util/pictures.SCALES.
+        mean, std: of the images the model was trained on.
+
+    The others are those of `examine`.
     """
-    device = next(model.parameters()).device
-    imgs = ToModelInput(mean, std, device, flip=False)(images)
-    found = {k: v.cpu() for k, v in examine(model, imgs, patch_stats=patch_stats, **examination).items()}
-    grid, patch = tuple(model.patch_embed.grid_size), model.patch_embed.patch_size[0]
-    stats = {"image": "patch mean and variance from the image", "none": "no patch statistics"}[patch_stats]
-    titles = {
-        "image": "image",
-        "hardness": "predicted hardness",
-        "mask_start": "mask at the start" if "hardness" in found else "mask",
-        "mask_end": "mask at the end",
-        "reconstruction": f"reconstruction ({moment})" + f", {stats}" * model.norm_pix_loss,
-        "errors": f"true error ({moment})",
-    }
-    if "hardness" not in found:
-        del titles["mask_end"]
-    shown = [name for name in titles if name == "image" or name in found]
+    imgs = ToModelInput(mean, std, next(model.parameters()).device, flip=False)(images)
+    masks, found = examine(model, imgs, plan, epochs=epochs, epoch=epoch, seed=seed, look=look, patch_stats=patch_stats)
+    masks = {e: mask.numpy() for e, mask in masks.items()}
+    found = {name: value.cpu().float().numpy() for name, value in found.items()}
+    grid, patch = plan.grid_size, model.patch_embed.patch_size[0]
+    to_scale = SCALES[scale]
 
-    rows, captions = [], []
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        mask = found["mask"][i].numpy()
-        draw = {
-            "image": lambda image=image: image,
-            "hardness": lambda i=i, image=image: heat_map(
-                image, hardness_scale(found["hardness"][i].numpy()), grid, patch
-            ),
-            "mask_start": lambda i=i, image=image: hide(image, found["mask_start"][i].numpy(), grid, patch),
-            "mask_end": lambda i=i, image=image: hide(image, found["mask_end"][i].numpy(), grid, patch),
-            "reconstruction": lambda i=i: to_image(found["reconstruction"][i].numpy(), mean, std),
-            "errors": lambda i=i, image=image, mask=mask: heat_map(
-                image, spread_errors(found["errors"][i].numpy(), mask), grid, patch, shown=mask
-            ),
-        }
-        rows.append([draw[name]() for name in shown])
-        figures = [f"{name} {found[name][i]:.3f}" for name in ("rank_acc", "loss_rec", "loss_learn") if name in found]
-        captions.append("   ".join([names[i], *figures]))
-    return rows, [titles[name] for name in shown], captions
+    columns = {("image", ""): lambda i, image: image}
+    if "hardness" in found:
+        columns["predicted hardness", "all patches visible"] = lambda i, image: heat_map(
+            image, to_scale(found["hardness"][i]), grid, patch
+        )
+    for e in whose_masks(plan, epochs):
+        columns[mask_title(plan, e, epochs), mask_note(plan, e)] = lambda i, image, e=e: hide(
+            image, masks[e][i], grid, patch
+        )
+    from_mask = f"from the {mask_title(plan, epoch, epochs)}"
+    if "reconstruction" in found:
+        stats = f"; {PATCH_STATS[patch_stats]}" * model.norm_pix_loss
+        columns["reconstruction", from_mask + stats] = lambda i, image: to_image(found["reconstruction"][i], mean, std)
+    if "errors" in found:
+        columns["true error" if model.target_dim is None else "true error of features", from_mask] = lambda i, image: (
+            heat_map(
+                image, on_masked(to_scale, found["errors"][i], masks[epoch][i]), grid, patch, shown=masks[epoch][i]
+            )
+        )
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    figures = [name for name in ("rank_acc", "loss_rec", "loss_learn") if name in found]
+    return Panel(
+        titles=list(columns),
+        rows=[[draw(i, image) for draw in columns.values()] for i, image in enumerate(pixels)],
+        captions=[(name, [f"{f} {found[f][i]:.3f}" for f in figures]) for i, name in enumerate(names)],
+        has_scale="hardness" in found or "errors" in found,
+    )
 
 
-def spread_errors(errors: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Errors of the masked patches on the colour scale; the visible ones have none."""
+def whose_masks(plan: MaskPlan, epochs: Sequence[int]) -> list[int]:
+    """The epochs whose masks differ in what is chosen: a strategy that does not change has one column."""
+    ordered = sorted(set(epochs))
+    return ordered if len({plan.num_hardest(e) for e in ordered}) > 1 else ordered[-1:]
+
+
+def mask_title(plan: MaskPlan, epoch: int, epochs: Sequence[int]) -> str:
+    if len(whose_masks(plan, epochs)) == 1 and len(set(epochs)) > 1:
+        return "mask"
+    words = {0: "mask at the start", plan.epochs - 1: "mask at the end"}
+    return words.get(epoch, f"mask of epoch {epoch}")
+
+
+def mask_note(plan: MaskPlan, epoch: int) -> str:
+    """How the masked patches were chosen."""
+    chosen = plan.num_hardest(epoch)
+    if plan.pattern is not None:
+        return f"{plan.pattern} pattern"
+    if chosen == 0:
+        return f"{plan.num_masked} of {plan.num_patches}, at random"
+    kind = "easiest" if plan.strategy == "easiest" else "hardest"
+    return f"{plan.num_masked} of {plan.num_patches}, {chosen} of them the {kind}"
+
+
+def on_masked(to_scale: Callable[[np.ndarray], np.ndarray], errors: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Errors (L,) of the masked patches on the colour scale, standardised first: their spread is that of the data,
+    where the predictor's is its own. The visible patches have none."""
     scaled = np.zeros_like(errors)
-    scaled[mask] = error_scale(errors[mask])
+    known = errors[mask]
+    scaled[mask] = to_scale((known - known.mean()) / (known.std() + 1e-12))
     return scaled

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
@@ -19,19 +20,20 @@ from torch import Tensor
 import models_hpm
 import models_teacher
 from engine_pretrain import Look, train_one_epoch
-from util import checkpoint, distributed, masking, options, rng
-from util.datasets import ImageDataset, build_source
+from engine_visualize import panel
+from util import checkpoint, distributed, masking, options, pictures, rng
+from util.datasets import ImageDataset, Source, build_source, compressed_archive
 from util.ema import EMATeacher, ema_decay_at
 from util.loader import EpochSampler, build_loader
 from util.logger import Progress, RunLogger, cpu_threads, describe_environment, log, setup_logging
 from util.lr_sched import adjust_learning_rate
 from util.metrics import MeanMeter
 from util.precision import Precision, default_precision
-from util.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
+from util.transforms import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, ToModelInput
 
 SCRIPT = "main_pretrain"
 TARGETS = ["pixel", "norm_pixel", "ema", "dino", "clip"]
-PATTERNS = {"mask_block": masking.block_mask, "mask_regular": masking.regular_mask}
+PATTERNS = {"mask_block": "block", "mask_regular": "regular"}  # option: name in util/masking
 
 # A run cannot change these when it goes on: weights, target and schedule depend on them.
 FIXED = [
@@ -42,6 +44,9 @@ FIXED = [
 # What may be missing in weights to begin with: MAE's released encoders come without decoders, MAE has no predictor.
 DECODERS = ("decoder_", "mask_token", "vis_mask_token")
 
+PANEL_IMAGES = 8  # a picture that fits a screen
+PANELS = 20  # in a run, however long it is: enough to see masks move, some 40 MB of TensorBoard events at 224 pixels
+
 
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser(__doc__.split("\n")[0])
@@ -49,6 +54,13 @@ def get_args_parser() -> options.OptionParser:
     options.add_data_options(parser, num_workers=8, splits=("train",))
     options.add_run_options(parser)
     options.add_device_options(parser)
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--vis_interval",
+        type=options.COUNT_OR_ZERO,
+        help="epochs between two panels in TensorBoard: masks, reconstructions, hardness of eight validation images; "
+        f"0 = none; default: {PANELS} panels over the run",
+    )
 
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -135,6 +147,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     args.mean, args.std = args.mean or list(IMAGENET_MEAN), args.std or list(IMAGENET_STD)
     args.warmup_epochs = options.default_warmup(args.warmup_epochs, 40, args.epochs)
     args.num_workers = options.worker_count(args.num_workers, 8, world.local_size)
+    if args.vis_interval is None:
+        args.vis_interval = -(-args.epochs // PANELS)
     if args.lr is None:
         args.lr = args.blr * args.global_batch / 256
     resolve_target(args)
@@ -189,7 +203,7 @@ def resolve_mask_strategy(args: argparse.Namespace, grid: tuple[int, int]) -> No
     Raises:
         ValueError: a strategy that needs a predictor where there is none, or two kinds of masks at once.
     """
-    patterns = [name for name in ("mask_block", "mask_regular") if getattr(args, name)]
+    patterns = [option for option in PATTERNS if getattr(args, option)]
     if len(patterns) == 2:
         raise ValueError("--mask_block and --mask_regular are two masks: give one")
     if patterns:
@@ -197,7 +211,7 @@ def resolve_mask_strategy(args: argparse.Namespace, grid: tuple[int, int]) -> No
             raise ValueError(f"--{patterns[0]} is made for --mask_ratio 0.75, not {args.mask_ratio}")
         if args.mask_strategy not in (None, "random"):
             raise ValueError(f"--{patterns[0]} chooses the masks, --mask_strategy {args.mask_strategy} would too")
-        PATTERNS[patterns[0]](1, grid)  # refuses a grid that it does not fit
+        masking.PATTERNS[PATTERNS[patterns[0]]](1, grid)  # refuses a grid that it does not fit
     if args.mask_strategy is None:
         args.mask_strategy = "easy_to_hard" if args.learning_loss and not patterns else "random"
     if args.mask_strategy != "random" and not args.learning_loss:
@@ -221,6 +235,12 @@ def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
     return model
 
 
+def mask_plan(args: argparse.Namespace, grid: tuple[int, int]) -> masking.MaskPlan:
+    pattern = next((name for option, name in PATTERNS.items() if getattr(args, option)), None)
+    alphas = (args.alpha_0, args.alpha_T)
+    return masking.MaskPlan(grid, args.mask_ratio, args.epochs, args.mask_strategy, alphas, pattern)
+
+
 def masks_of_epoch(
     args: argparse.Namespace,
     epoch: int,
@@ -234,12 +254,8 @@ def masks_of_epoch(
         see: the EMA teacher's pass, images -> predicted loss (B, L) and patch tokens (B, L, E).
         frozen: a frozen network's features (B, L, D), for --target dino and clip.
     """
-    num_patches = grid[0] * grid[1]
-    num_masked = masking.count_masked(num_patches, args.mask_ratio)
-    start, end = masking.STRATEGIES[args.mask_strategy](args.alpha_0, args.alpha_T)
-    num_hardest = masking.num_hardest(num_masked, epoch, args.epochs, start, end)
-    sign = -1 if args.mask_strategy == "easiest" else 1
-    pattern = next((draw for name, draw in PATTERNS.items() if getattr(args, name)), None)
+    plan = mask_plan(args, grid)
+    num_hardest = plan.num_hardest(epoch)
 
     def look(images: Tensor) -> tuple[Tensor | None, Tensor | None]:
         scores = tokens = None
@@ -249,13 +265,73 @@ def masks_of_epoch(
         return scores, features
 
     def draw_mask(scores: Tensor | None, images: Tensor) -> Tensor:
-        if pattern is not None:
-            return pattern(len(images), grid, device=images.device)
-        if num_hardest == 0:
-            return masking.random_mask(len(images), num_patches, num_masked, device=images.device)
-        return masking.hard_mask(sign * scores, num_masked, num_hardest)
+        return plan.draw(scores, len(images), epoch, device=images.device)
 
     return num_hardest, look, draw_mask
+
+
+def images_to_show(args: argparse.Namespace, train: Source) -> tuple[Tensor, list[str]] | None:
+    """Eight images (8, 3, S, S) uint8 for the panels, always the same, and their names: of the val split where the data
+    have one that can be read, else of training; None without --vis_interval. All ranks call it together."""
+    if not args.vis_interval:
+        return None
+
+    def of_val() -> tuple[Tensor, list[str]]:
+        if args.data_path is not None:
+            packed, at_hand = (compressed_archive(Path(args.data_path), split) for split in ("val", "train"))
+            if packed not in (None, at_hand):
+                raise ValueError(f"{packed} would have to be decompressed for them")
+        return center_crops(build_source(args.data_path, "val", cache_dir=args.cache_dir), args.input_size)
+
+    try:
+        return distributed.from_rank_zero(of_val)
+    except (ValueError, OSError) as error:
+        log.info("panels    of training images: %s", error)
+        return distributed.from_rank_zero(lambda: center_crops(train, args.input_size))
+
+
+def center_crops(source: Source, size: int) -> tuple[Tensor, list[str]]:
+    """Eight images of all classes alike, and their names."""
+    dataset = ImageDataset(source, CenterCrop(size))
+    picked = [len(source) * i // PANEL_IMAGES for i in range(min(PANEL_IMAGES, len(source)))]
+    names = ["/".join(Path(source.name(i)).parts[-2:]) for i in picked]
+    return torch.stack([dataset[i].image for i in picked]), names
+
+
+def panels(
+    args: argparse.Namespace,
+    shown: tuple[Tensor, list[str]] | None,
+    model: models_hpm.MaskedAutoencoderViT,
+    teacher: EMATeacher | None,
+    frozen: Callable[[Tensor], Tensor] | None,
+    logger: RunLogger,
+) -> Callable[[int], None]:
+    """What draws, at the end of an epoch whose turn it is, what the model sees in the images `shown`.
+
+    The student reconstructs; what is hard, and so where the masks are, the EMA teacher says, as in training.
+
+    Args:
+        frozen: a frozen network's features, not compiled: panels have a batch size of their own.
+        logger: where to.
+
+    Returns:
+        A function of the number of epochs that are done.
+    """
+    plan = mask_plan(args, model.patch_embed.grid_size)
+
+    def look(imgs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        scores, tokens = (None, None) if teacher is None else teacher.module.predict_loss(imgs, return_tokens=True)
+        return scores, frozen(imgs) if frozen else tokens if args.target == "ema" else None
+
+    def draw(done: int) -> None:
+        if shown is None or (done % args.vis_interval and done != args.epochs):
+            return
+        stats = {"mean": args.mean, "std": args.std}
+        drawn = panel(model, *shown, plan, **stats, epochs=[done - 1], epoch=done - 1, seed=args.seed, look=look)
+        picture = pictures.draw_grid(drawn, f"{done} of {args.epochs} epochs")
+        logger.image("panel", torch.from_numpy(np.array(picture)).permute(2, 0, 1), done)
+
+    return draw
 
 
 def describe(args: argparse.Namespace, world: distributed.World, num_images: int, model: torch.nn.Module) -> None:
@@ -310,6 +386,7 @@ def main(argv: list[str] | None = None) -> None:
             frozen, report = models_teacher.build_teacher(args.target, teacher_weights, args.mean, args.std)
             frozen = frozen.to(device)
             log.info("teacher   %s\n%s", args.target, report)
+        shown = images_to_show(args, source)
 
     # Model, teacher, optimizer
     rng.seed_all(args.seed)
@@ -329,6 +406,7 @@ def main(argv: list[str] | None = None) -> None:
     if teacher is not None:
         parts["ema_state_dict"] = teacher.module
     see = teacher and partial(teacher.module.predict_loss, return_tokens=True)
+    eager_frozen = frozen
     if args.compile:
         model.compile(fullgraph=True)
         see = see and torch.compile(see, fullgraph=True)
@@ -354,6 +432,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = ImageDataset(source, RandomCrop(args.input_size), args.seed)
     loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda")
     logger = RunLogger(folder if world.rank == 0 else None, Path(args.log_dir or folder), keep_epochs=epoch)
+    show = panels(args, shown if world.rank == 0 else None, model, teacher, eager_frozen, logger)
     logger.config({"script": SCRIPT, "options": vars(args), "environment": describe_environment()})
 
     adjust_lr = partial(
@@ -401,6 +480,7 @@ def main(argv: list[str] | None = None) -> None:
         epoch, step, meter = epoch + 1, 0, MeanMeter()
         keep = epoch % args.save_interval == 0 or epoch == args.epochs
         run.save(epoch, step, extra={}, keep=keep)
+        show(epoch)
     log.info("done: %d of %d epochs and %d steps, saved in %s", epoch, args.epochs, step, folder / checkpoint.LAST)
     logger.close()
     distributed.stop()

@@ -317,10 +317,13 @@ def build_for(name: str, weights: dict[str, Tensor], **settings: Any) -> MaskedA
     """The model of size `name` that `weights` (official names) are of: with a predictor, a second masking, a decoder
     of another width or depth, or feature targets, where they have them. The weights are not loaded.
 
+    The second masking is switched off: pictures show what the model sees in the image as it is.
+
     Raises:
         ValueError: there is no decoder in the weights, so nothing can be reconstructed.
     """
-    if "decoder_pred.weight" not in weights:
+    missing = [key for key in ("decoder_pred.weight", "decoder_embed.weight") if key not in weights]
+    if missing or "patch_embed.proj.weight" not in weights:
         raise ValueError(
             "these weights are an encoder alone, without the decoder that reconstructs: take the full checkpoint "
             "(MAE calls it mae_visualize or mae_pretrain_full)"
@@ -335,9 +338,10 @@ def build_for(name: str, weights: dict[str, Tensor], **settings: Any) -> MaskedA
         "in_chans": channels,
         "decoder_embed_dim": len(weights["decoder_embed.weight"]),
         "decoder_depth": depth,
+        "vis_mask_ratio": 0.5 if "vis_mask_token" in weights else 0.0,
         "learning_loss": "decoder_pred_losspred.weight" in weights,
         "target_dim": None if outputs == patch * patch * channels else outputs,
     }
-    if "vis_mask_token" in weights:
-        found["vis_mask_ratio"] = 1e-9  # has the token, replaces nothing: pictures show the image as it is
-    return MODELS[name](**{**found, **settings})
+    model = MODELS[name](**{**found, **settings})
+    model.vis_mask_ratio = 0.0
+    return model

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 PRETRAIN = [
     *["--model", "mae_vit_micro_patch16", "--input_size", "16", "--patch_size", "4", "--decoder_depth", "1"],
     *["--shapes_train", "48", "--batch_size", "8", "--epochs", "2", "--num_workers", "0", "--log_interval", "4"],
+    *["--vis_interval", "0"],
 ]
 
 

@@ -60,6 +60,8 @@ def test_devices(monkeypatch):
     assert distributed.pick_device(None, two) == torch.device("cpu")
     with pytest.raises(ValueError, match="sees no CUDA device"):
         distributed.pick_device("cuda", one)
+    with pytest.raises(ValueError, match="--device gpu: there is no such device; give cuda or cpu"):
+        distributed.pick_device("gpu", one)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert distributed.pick_device(None, one) == torch.device("cuda", 0)

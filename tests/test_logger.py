@@ -5,6 +5,7 @@ import logging
 import time
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from util import logger as logs
@@ -73,6 +74,19 @@ def test_lines_of_lost_work_are_cut(tmp_path):
     path.write_text("".join(json.dumps({"epoch": e}) + "\n" for e in range(4)) + '{"epoch": 4, "tr')
     logs.RunLogger(tmp_path, tmp_path, keep_epochs=2).close()
     assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_curves_of_a_resumed_run_have_every_epoch_once(tmp_path):
+    """The second epoch is done anew; the first stays, with its panel."""
+    for keep, epochs in ((0, [0, 1]), (1, [1])):
+        logger = logs.RunLogger(tmp_path, tmp_path, keep_epochs=keep)
+        for epoch in epochs:
+            logger.epoch({"epoch": epoch, "train_loss": float(epoch + 10 * keep)})
+            logger.image("panel", torch.zeros(3, 4, 4, dtype=torch.uint8), epoch + 1)
+        logger.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("epoch/train_loss")] == [(1000, 0.0), (2000, 11.0)]
+    assert [e.step for e in events.Images("panel")] == [1000, 2000]
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):

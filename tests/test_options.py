@@ -9,10 +9,11 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
+import visualize
 from util import distributed, options
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = [main_pretrain, main_finetune, main_linprobe, main_knn]
+SCRIPTS = [main_pretrain, main_finetune, main_linprobe, main_knn, visualize]
 ONE = distributed.World(0, 1, 0, 1)
 
 OFFICIAL_PRETRAIN = """--batch_size 32 --accum_iter 8 --model mae_vit_base_patch16_dec512d8b --input_size 224

@@ -171,7 +171,7 @@ def find_images(data_path: str, split: str | None, cache_dir: str | None = None)
     if path.is_file():
         return _from_archive(path, split, cache_dir)
     if split is None:
-        return _from_tree(path, _class_folders(path) or [path])
+        return _from_tree(path, [path])
     list_file = path / f"{split}.txt"
     if list_file.is_file():
         return _from_list_file(path / split, list_file)
@@ -370,14 +370,15 @@ def build_source(
     """
     if data_path is None:
         return ShapesSource(split, shapes_count)
-    packed = _compressed_archive(Path(data_path), split)
+    packed = compressed_archive(Path(data_path), split)
     if packed is not None:  # each node has its own cache; and nobody may wait for this in a collective, it takes long
         plain = _decompressed(packed, cache_dir)
     files = share(lambda: find_images(data_path, split, cache_dir))
     return files if packed is None else replace(files, root=str(plain))
 
 
-def _compressed_archive(path: Path, split: str) -> Path | None:
+def compressed_archive(path: Path, split: str) -> Path | None:
+    """The archive that must be decompressed before a split can be read; None where there is none."""
     if path.is_file():
         return path if path.name.endswith((".tar.gz", ".tgz")) else None
     if (path / f"{split}.txt").is_file() or (path / f"{split}.tar").is_file():

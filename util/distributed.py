@@ -60,7 +60,10 @@ def pick_device(name: str | None, world: World) -> torch.device:
     """
     kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if not kind.startswith("cuda"):
-        return torch.device(kind)
+        try:
+            return torch.device(kind)
+        except RuntimeError as error:
+            raise ValueError(f"--device {name}: there is no such device; give cuda or cpu") from error
     if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this PyTorch sees no CUDA device; leave the option out, or give cpu")
     if kind != "cuda":

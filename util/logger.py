@@ -85,7 +85,7 @@ class RunLogger:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and of use on one rank only
 
         self._cut(folder / "log.jsonl", keep_epochs)
-        self.writer = SummaryWriter(log_dir=str(log_dir), purge_step=keep_epochs * 1000 if keep_epochs else None)
+        self.writer = SummaryWriter(log_dir=str(log_dir), purge_step=keep_epochs * 1000 + 1 if keep_epochs else None)
 
     @staticmethod
     def _cut(path: Path, keep_epochs: int) -> None:

@@ -3,6 +3,8 @@
 Shapes: B batch, L patches, V visible, M masked. A mask is bool (B, L), True = masked, M of them in every row.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 
@@ -102,3 +104,59 @@ def regular_mask(
     shown = torch.randint(4, (batch_size, h // 2, 1, w // 2, 1), generator=generator, device=device)
     place = torch.arange(4, device=device).view(1, 1, 2, 1, 2)  # place[..., i, ..., j] = 2 * i + j
     return (place != shown).flatten(1)  # (B, h/2, 2, w/2, 2) -> (B, L)
+
+
+# Masks that no prediction has a part in, by name.
+PATTERNS = {"block": block_mask, "regular": regular_mask}
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """Where the masks of a run come from, over all its epochs.
+
+    Attributes:
+        grid_size: (h, w), in patches.
+        epochs: of the whole run.
+        strategy: a name in `STRATEGIES`.
+        alphas: (alpha_0, alpha_T).
+        pattern: a name in `PATTERNS`, whose masks take the place of the strategy's; None for none.
+    """
+
+    grid_size: tuple[int, int]
+    mask_ratio: float
+    epochs: int
+    strategy: str = "easy_to_hard"
+    alphas: tuple[float, float] = (0.0, 0.5)
+    pattern: str | None = None
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_masked(self) -> int:
+        return count_masked(self.num_patches, self.mask_ratio)
+
+    def num_hardest(self, epoch: int) -> int:
+        """How many of the masked patches are chosen by predicted loss in `epoch` (counted from 0)."""
+        if self.pattern is not None:
+            return 0
+        start, end = STRATEGIES[self.strategy](*self.alphas)
+        return num_hardest(self.num_masked, epoch, self.epochs, start, end)
+
+    def draw(
+        self,
+        scores: torch.Tensor | None,
+        batch_size: int,
+        epoch: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
+        """The masks (B, L) of a batch in `epoch`; `scores` (B, L), the predicted loss, may be None where none count."""
+        if self.pattern is not None:
+            return PATTERNS[self.pattern](batch_size, self.grid_size, generator, device)
+        count = self.num_hardest(epoch)
+        if count == 0:
+            return random_mask(batch_size, self.num_patches, self.num_masked, generator, device)
+        sign = -1 if self.strategy == "easiest" else 1
+        return hard_mask(sign * scores, self.num_masked, count, generator)

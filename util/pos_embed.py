@@ -46,17 +46,20 @@ def resize_pos_embed(
     return torch.cat([prefix, patches], dim=1)
 
 
-def interpolate_pos_embed(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
-    """Fit `state_dict["pos_embed"]` to the grid of `model`, in place. Does nothing where the grids are equal.
+def interpolate_pos_embed(model: nn.Module, state_dict: dict[str, torch.Tensor], name: str = "pos_embed") -> None:
+    """Fit `state_dict[name]` to the grid of `model`, in place. Does nothing where the grids are equal.
 
     The grid of the file is taken as square unless it has as many patches as the model's own.
+
+    Args:
+        name: "pos_embed", or "decoder_pos_embed" for the positions that decoders read.
 
     Raises:
         ValueError: the file's number of patches is no square, so that its grid cannot be known.
     """
-    if "pos_embed" not in state_dict:
+    if name not in state_dict:
         return
-    table = state_dict["pos_embed"]
+    table = state_dict[name]
     new_grid = tuple(model.patch_embed.grid_size)
     num_prefix = model.pos_embed.shape[1] - new_grid[0] * new_grid[1]
     length = table.shape[1] - num_prefix
@@ -65,7 +68,7 @@ def interpolate_pos_embed(model: nn.Module, state_dict: dict[str, torch.Tensor])
     side = round(length**0.5) if length > 0 else 0
     if side * side != length or side == 0:
         raise ValueError(
-            f"pos_embed has {length} patches, which is no square grid: cannot fit it to {new_grid[0]} x {new_grid[1]}; "
+            f"{name} has {length} patches, which is no square grid: cannot fit it to {new_grid[0]} x {new_grid[1]}; "
             "give the --input_size the file was trained with"
         )
-    state_dict["pos_embed"] = resize_pos_embed(table, (side, side), new_grid, num_prefix)
+    state_dict[name] = resize_pos_embed(table, (side, side), new_grid, num_prefix)

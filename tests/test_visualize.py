@@ -1,0 +1,340 @@
+"""The visualizer as a whole program, on checkpoints that pre-training's own options describe."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from images import encode, members, picture, write_tar, write_tree
+from PIL import Image
+from programs import run
+
+import main_pretrain
+import visualize
+from util import checkpoint, curves, pictures
+from util.distributed import World
+
+SMALL = "--model mae_vit_micro_patch16 --input_size 16 --patch_size 4 --decoder_depth 1 --epochs 4"
+SEEN = ["image", "predicted hardness", "mask at the start", "mask at the end", "reconstruction", "true error"]
+
+
+def parts(options=""):
+    """Options of a run and a model with its teacher, as the script builds them, untrained."""
+    args = main_pretrain.get_args_parser().parse_args(f"{SMALL} {options}".split())
+    args = main_pretrain.resolve_options(args, World(0, 1, 0, 1))
+    student, teacher = main_pretrain.build_model(args), main_pretrain.build_model(args)
+    return args, student, teacher
+
+
+def save(path, options="", script="main_pretrain", mean=(0.4, 0.5, 0.6)):
+    args, student, teacher = parts(options)
+    content = {
+        **{"format": "hpm", "version": 1, "script": script, "model": args.model, "epoch": 3, "step": 0},
+        **{"state_dict": student.state_dict(), "options": vars(args), "extra": {}},
+        **{"image": {"mean": list(mean), "std": [0.2, 0.25, 0.3]}},
+    }
+    if args.learning_loss or args.target == "ema":
+        content["ema_state_dict"] = teacher.state_dict()
+    checkpoint.write_file(path, content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hpm(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("run") / "hpm.pth", "--target norm_pixel")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What the program drew: (model, settings, panel) of each call."""
+    calls, original = [], visualize.panel
+
+    def keep(model, images, names, plan, **settings):
+        calls.append((model, {"images": images, "names": names, "plan": plan, **settings}))
+        calls[-1] += (original(model, images, names, plan, **settings),)
+        return calls[-1][2]
+
+    monkeypatch.setattr(visualize, "panel", keep)
+    return calls
+
+
+def titles(panel):
+    return [title for title, _ in panel.titles]
+
+
+def draw(drawn, output, *options):
+    run("visualize", "--num_images", 2, "--output", output, *options)
+    return drawn[-1]
+
+
+def test_a_checkpoint_and_nothing_else(hpm, drawn, tmp_path, monkeypatch):
+    """Everything comes from the file: model, colours, target, schedule; the images are Shapes."""
+    monkeypatch.chdir(tmp_path)
+    log = run("visualize", "--checkpoint", hpm)
+    assert "wrote visualization.png" in log
+    model, given, panel = drawn[0]
+    assert (len(given["names"]), given["images"].shape) == (8, (8, 3, 16, 16))
+    assert given["names"][0].startswith("Shapes val ")
+    assert (given["mean"], given["epochs"], given["epoch"]) == ([0.4, 0.5, 0.6], [0, 3, 3], 3)
+    assert (given["patch_stats"], given["scale"]) == ("image", "author")
+    assert model.norm_pix_loss
+    plan = given["plan"]
+    assert (plan.strategy, plan.alphas, plan.epochs, plan.mask_ratio) == ("easy_to_hard", (0.0, 0.5), 4, 0.75)
+    assert titles(panel) == SEEN
+    assert torch.equal(model.state_dict()["mask_token"], checkpoint.load_pretrained(hpm)["mask_token"])
+    written = np.asarray(Image.open(tmp_path / "visualization.png"))
+    heading = f"{hpm.parent.name}/hpm.pth, mae_vit_micro_patch16, student, 3 of 4 epochs"
+    assert (written == np.asarray(pictures.draw_grid(panel, heading))).all()
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["visualization.png"]
+
+
+def test_every_option_does_what_it_says(hpm, drawn, tmp_path):
+    output = ["--checkpoint", hpm]
+    plain = draw(drawn, tmp_path / "a.png", *output)
+    model, given, panel = draw(drawn, tmp_path / "b.png", *output, "--which", "ema", "--epoch", 1, "--seed", 5)
+    ema = checkpoint.load_pretrained(hpm, "ema")
+    assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())
+    assert (given["epoch"], given["seed"]) == (1, 5)
+    assert titles(panel) == [*SEEN[:3], "mask of epoch 1", *SEEN[3:]]
+    assert given["names"] != plain[1]["names"]
+    given = draw(drawn, tmp_path / "c.png", *output, "--mask_ratio", 0.5, "--input_size", 24, "--split", "train")[1]
+    assert (given["plan"].num_masked, given["plan"].grid_size) == (18, (6, 6))
+    assert given["names"][0].startswith("Shapes train")
+    panel = draw(drawn, tmp_path / "d.png", *output, "--patch_stats", "none", "--scale", "rank")[2]
+    assert "no patch statistics" in dict(panel.titles)["reconstruction"]
+    assert (panel.rows[0][1] != plain[2].rows[0][1]).any()
+    draw(drawn, tmp_path / "e.png", *output, "--cell", 100)
+    assert Image.open(tmp_path / "e.png").width < Image.open(tmp_path / "a.png").width
+    model, given, _ = draw(drawn, tmp_path / "f.jpg", *output, "--mean", 0.1, 0.2, 0.3, "--std", 1, 1, 1)
+    assert (given["mean"], given["std"]) == ([0.1, 0.2, 0.3], [1, 1, 1])
+    assert Image.open(tmp_path / "f.jpg").format == "JPEG"
+
+
+def test_a_file_for_each_image(hpm, drawn, tmp_path):
+    panel = draw(drawn, tmp_path / "each.png", "--checkpoint", hpm, "--one_file_each")[2]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["each-1.png", "each-2.png"]
+    heading = f"{hpm.parent.name}/hpm.pth, mae_vit_micro_patch16, student, 3 of 4 epochs"
+    for number, part in enumerate(panel.each(), start=1):
+        written = np.asarray(Image.open(tmp_path / f"each-{number}.png"))
+        assert (written == np.asarray(pictures.draw_grid(part, heading))).all()
+
+
+def test_images_from_everywhere(hpm, drawn, tmp_path):
+    tree = write_tree(tmp_path / "tree")
+    (tree / "empty").mkdir()
+    archives = [write_tar(tmp_path / "a.tar"), write_tar(tmp_path / "b.tar.gz", mode="w:gz")]
+    flat = write_tree(tmp_path / "flat", {f"{i}.jpg": encode(picture(i)) for i in range(3)})
+    for source in (tree, *archives):
+        names = draw(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", source, "--num_images", 99)[1]["names"]
+        assert len(names) == len(members())
+        names = draw(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", source, "--split", "val")[1]["names"]
+        assert len(names) == 2
+    run("visualize", "--checkpoint", hpm, "--images", flat, "--output", tmp_path / "o.png")
+    assert sorted(drawn[-1][1]["names"]) == ["flat/0.jpg", "flat/1.jpg", "flat/2.jpg"]
+    files = [flat / "2.jpg", flat / "0.jpg", tree / "val/dog/1.jpg"]
+    run("visualize", "--checkpoint", hpm, "--images", *files, "--output", tmp_path / "o.png")
+    assert drawn[-1][1]["names"] == ["flat/2.jpg", "flat/0.jpg", "dog/1.jpg"]  # all of them, in their order
+    names = draw(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", flat, *archives[:1])[1]["names"]
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--no-learning_loss", ["image", "mask", "reconstruction", "true error"]),
+        ("--mask_strategy hardest", ["image", "predicted hardness", "mask", "reconstruction", "true error"]),
+        ("--mask_regular", ["image", "predicted hardness", "mask", "reconstruction", "true error"]),
+        ("--target ema", [*SEEN[:4], "true error of features"]),
+        ("--no-relative --vis_mask_ratio 0.5 --decoder_num_heads 2 --decoder_embed_dim 32", SEEN),
+    ],
+)
+def test_runs_of_every_kind(drawn, tmp_path, options, expected):
+    path = save(tmp_path / "run.pth", options)
+    model, given, panel = draw(drawn, tmp_path / "o.png", "--checkpoint", path)
+    assert titles(panel) == expected
+    assert model.relative == ("--no-relative" not in options)
+    assert given["plan"].pattern == ("regular" if "regular" in options else None)
+    if "heads" in options:
+        assert model.decoder_blocks[0].attn.num_heads == 2
+        assert model.vis_mask_ratio == 0
+
+
+def test_features_as_wide_as_a_patch_are_no_pixels(drawn, tmp_path):
+    """As ViT-B's are: 768 is 16 * 16 * 3, and the shapes do not tell."""
+    path = save(tmp_path / "run.pth", "--target ema --input_size 16 --patch_size 8")
+    state = torch.load(path, weights_only=True)
+    for name in ("state_dict", "ema_state_dict"):
+        for suffix in ("weight", "bias"):
+            wide = state[name][f"decoder_pred.{suffix}"]
+            state[name][f"decoder_pred.{suffix}"] = torch.cat([wide, wide])[:192]
+    del state["format"]
+    torch.save(state, tmp_path / "foreign.pth")
+    options = ["--checkpoint", tmp_path / "foreign.pth", "--model", "mae_vit_micro_patch16", "--input_size", 16]
+    assert "reconstruction" in titles(draw(drawn, tmp_path / "o.png", *options)[2])
+    assert "reconstruction" not in titles(draw(drawn, tmp_path / "o.png", *options, "--target", "dino")[2])
+
+
+FOREIGN = ["--model", "mae_vit_micro_patch16", "--input_size", 16]
+
+
+@pytest.mark.parametrize("kind", ["official HPM", "MAE with decoder"])
+def test_other_peoples_files(drawn, tmp_path, kind):
+    _, student, teacher = parts("--no-learning_loss" if kind.startswith("MAE") else "")
+    official = {"epoch": 9, "state_dict": {f"module.{name}": value for name, value in student.state_dict().items()}}
+    official |= {"ema_state_dict": teacher.state_dict(), "optimizer": {}, "model": "mae_vit_micro_patch16"}
+    torch.save(official if kind == "official HPM" else {"model": student.state_dict()}, tmp_path / "file.pth")
+    options = ["--checkpoint", tmp_path / "file.pth", *FOREIGN]
+    model, given, panel = draw(drawn, tmp_path / "o.png", *options)
+    assert torch.equal(model.mask_token, student.mask_token)
+    assert not model.norm_pix_loss
+    assert given["mean"] == [0.485, 0.456, 0.406]
+    plain = ["image", "mask", "reconstruction", "true error"]
+    assert titles(panel) == (plain if kind.startswith("MAE") else SEEN)
+    for switch in (["--norm_pix_loss"], ["--target", "norm_pixel"]):
+        assert draw(drawn, tmp_path / "o.png", *options, *switch)[0].norm_pix_loss
+    more = ["--epochs", 20, "--epoch", 19, "--no-relative"]
+    model, given, _ = draw(drawn, tmp_path / "o.png", *options, *more)
+    assert (given["epoch"], given["plan"].epochs, model.relative) == (19, 20, False)
+    if kind == "official HPM":
+        model, *_ = draw(drawn, tmp_path / "o.png", *options, "--which", "ema")
+        assert torch.equal(model.mask_token, teacher.mask_token)
+
+
+MISTAKES = {
+    "": "give either --checkpoint",
+    "--checkpoint HPM --runs x": "give either --checkpoint",
+    "--checkpoint nowhere.pth": "there is no checkpoint nowhere.pth",
+    "--checkpoint damaged.pth": "damaged.pth is not a checkpoint",
+    "--checkpoint truncated.pth": "truncated.pth",
+    "--checkpoint encoder.pth": "an encoder alone, without the decoder",
+    "--checkpoint half.pth": "an encoder alone, without the decoder",
+    "--checkpoint finetuned.pth": "an encoder alone, without the decoder",
+    "--checkpoint classifier.pth": "is of main_finetune: pictures need a pre-training checkpoint",
+    "--checkpoint foreign.pth": "is this the right --model?",
+    "--checkpoint foreign.pth --which ema": "holds no EMA teacher",
+    "--checkpoint HPM --model mae_vit_base_patch16": "says mae_vit_micro_patch16; leave the option out",
+    "--checkpoint HPM --target pixel": "--target pixel: HPM says norm_pixel; leave the option out",
+    "--checkpoint HPM --no-norm_pix_loss": "--target pixel: HPM says norm_pixel; leave the option out",
+    "--checkpoint HPM --norm_pix_loss --target ema": "give one of the two",
+    "--checkpoint HPM --epochs 9": "--epochs 9: HPM says 4; leave the option out",
+    "--checkpoint HPM --epoch 4": "--epoch 4: the run has 4 epochs, counted from 0",
+    "--checkpoint HPM --mask_ratio 0.999": "--mask_ratio 0.999 masks 16 of 16 patches",
+    "--checkpoint HPM --input_size 18": "patch size 4 does not divide an image of 18 x 18",
+    "--checkpoint HPM --split test": "--split test: Shapes have train and val",
+    "--checkpoint HPM --images nowhere.jpg": "--images nowhere.jpg does not exist",
+    "--checkpoint HPM --images broken.jpg": "broken.jpg",
+    "--checkpoint HPM --images text.txt": "text.txt is neither a folder nor an archive",
+    "--checkpoint HPM --images nothing": "nothing holds no image",
+    "--checkpoint HPM --images nothing --split val": "--images nothing: looked for val/CLASS/*.jpg",
+    "--checkpoint HPM --device cuda": "this PyTorch sees no CUDA device",
+    "--checkpoint HPM --device gpu": "--device gpu",
+    "--checkpoint HPM --output /proc/a.png": "/proc",
+    "--checkpoint HPM --output a.txt": "pictures are written as .png, .jpg",
+    "--checkpoint HPM --output nothing": "pictures are written as",
+    "--checkpoint HPM --outptu a.png": "did you mean --output",
+    "--runs nothing": "nothing holds no log.jsonl: give folders of runs",
+    "--runs nothing --output a.jpg": "pictures are written as .png, .svg, .pdf",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES.items(), ids=MISTAKES)
+def test_a_mistake_ends_in_a_line(hpm, text, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    _, student, _ = parts()
+    weights = student.state_dict()
+    encoder = {name: value for name, value in weights.items() if not name.startswith(("decoder", "mask_token"))}
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "damaged.pth").write_bytes(b"half a file")
+    (tmp_path / "truncated.pth").write_bytes(hpm.read_bytes()[:100_000])
+    (tmp_path / "broken.jpg").write_bytes(encode(picture())[:200])
+    (tmp_path / "text.txt").write_text("no image")
+    torch.save({"model": encoder}, tmp_path / "encoder.pth")
+    torch.save({"model": {**encoder, "head.weight": torch.zeros(10, 128)}}, tmp_path / "finetuned.pth")
+    torch.save({"model": {**encoder, "decoder_pred.weight": weights["decoder_pred.weight"]}}, tmp_path / "half.pth")
+    torch.save({"model": weights}, tmp_path / "foreign.pth")
+    if "classifier" in text:
+        save(tmp_path / "classifier.pth", script="main_finetune")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        visualize.main([str(hpm) if word == "HPM" else word for word in text.split()])
+    assert stop.value.code == 2
+    written = capsys.readouterr().err
+    assert message.replace("HPM", str(hpm)) in written
+    assert written.count("\n") <= 2
+    assert "Traceback" not in written
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# ------------------------------------------------------------------------------------------------------------ plots
+
+
+def write_log(folder, epochs=3, predictor=True):
+    folder.mkdir(parents=True)
+    for epoch in range(epochs):
+        line = {"epoch": epoch, "train_loss_rec": 1 / (epoch + 1), "train_lr": 1e-3}
+        if predictor:
+            line |= {"train_loss_learn": 0.6, "train_rank_acc": 0.7, "ema_decay": 0.999, "hard_ratio": epoch / epochs}
+        with open(folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    return folder
+
+
+def test_plots_of_one_run_and_of_several(tmp_path, monkeypatch):
+    """Every curve is there, with all its points, in one colour a run; runs without a predictor have fewer."""
+    from matplotlib.figure import Figure
+
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
+    hpm, mae = write_log(tmp_path / "hpm"), write_log(tmp_path / "a/mae", epochs=1, predictor=False)
+    assert "wrote" in run("visualize", "--runs", hpm, mae, "--output", tmp_path / "both.png")
+    axes = {axis.get_title(): axis for axis in figures[0].axes if axis.get_title()}
+    assert list(axes) == list(curves.CURVES)
+    first, second = axes["reconstruction loss"].lines
+    assert (first.get_xdata().tolist(), first.get_ydata().tolist()) == ([1, 2, 3], [1, 1 / 2, 1 / 3])
+    assert (second.get_xdata().tolist(), second.get_marker()) == ([1], "o")  # a single point can be seen
+    assert len(axes["rank accuracy (0.5 is chance)"].lines) == 1
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["hpm", "mae"]
+    labels = [handle.get_color() for handle in figures[0].legends[0].legend_handles]
+    assert labels == [first.get_color(), second.get_color()]
+    assert Image.open(tmp_path / "both.png").format == "PNG"
+    run("visualize", "--runs", mae, "--output", tmp_path / "one.svg")
+    assert [axis.get_title() for axis in figures[1].axes if axis.get_title()] == [
+        "reconstruction loss",
+        "learning rate",
+    ]
+    assert (tmp_path / "one.svg").read_text().startswith("<?xml")
+
+
+def test_runs_are_called_by_what_tells_them_apart(tmp_path):
+    assert curves.short_names(["a/run", "b/run"]) == ["a/run", "b/run"]
+    assert curves.short_names(["out/x/1", "out/y/1", "out/y/2"]) == ["x/1", "y/1", "y/2"]
+    assert curves.short_names(["runs/hpm/", "runs/mae"]) == ["hpm", "mae"]
+    assert curves.short_names(["run"]) == ["run"]
+    assert curves.short_names(["run", "./run"]) == ["run", "run"]
+
+
+def test_logs_as_killed_runs_leave_them(tmp_path):
+    file = write_log(tmp_path / "run") / "log.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + whole[:20])
+    assert len(curves.read_log(tmp_path / "run")) == len(curves.read_log(file)) == 3
+    file.write_text(whole[:20] + "\n" + whole)
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 1 is not a line of a log"):
+        curves.read_log(file)
+    file.write_text("")
+    with pytest.raises(ValueError, match="has no epoch yet"):
+        curves.read_log(file)
+    with pytest.raises(ValueError, match="no runs of main_pretrain"):
+        curves.plot({"x": [{"epoch": 0, "test_acc1": 5.0}]}, "png")
+
+
+def test_without_matplotlib_plots_say_what_to_install(tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as stop:
+        run("visualize", "--runs", write_log(tmp_path / "run"), "--output", tmp_path / "a.png")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("error: plots need matplotlib: pip install matplotlib\n")
+    assert not (tmp_path / "a.png").exists()
