@@ -8,7 +8,6 @@ Each --blr trains a head of its own, all in one pass over the features. EVAL.md 
 
 import argparse
 import copy
-import hashlib
 from functools import partial
 from pathlib import Path
 
@@ -118,14 +117,6 @@ def sum_over_heads(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits))) * len(logits)
 
 
-def digest(module: nn.Module) -> str:
-    """Tells encoders apart: heads go on only with the one they were trained on."""
-    summary = hashlib.sha256()
-    for value in module.state_dict().values():
-        summary.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return summary.hexdigest()[:16]
-
-
 def report(args: argparse.Namespace, figures: dict[str, float], names: list[str]) -> tuple[str, float]:
     """Log every head, the best one marked; the best head's name and accuracy."""
     best = max(names, key=lambda name: figures[f"acc1{name}"])
@@ -193,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
             left_out = (*checkpoint.DECODERS, "head.", "norm.", "fc_norm.")
             fresh = ["fc_norm."] if args.global_pool else []
             log.info("weights of %s\n%s", args.finetune, checkpoint.load_into(encoder, weights, fresh, left_out))
-        args.encoder = digest(encoder)
+        args.encoder = checkpoint.digest(encoder)
         run.check(vars(args), [*FIXED, "encoder"], report=not args.eval)
     probe = models_vit.LinearProbe(encoder, len(args.lr), args.nb_classes).to(device)
     precision.choose_attention(probe)

@@ -149,3 +149,20 @@ def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
         return {}
     sizes = {name: meta["options"][name] for name in ("input_size", "patch_size")}
     return {"model": classifier_name(meta["model"]), **sizes}
+
+
+def size_of(weights: dict[str, Tensor]) -> str | None:
+    """Name of the size that weights (MAE's names) are of, by width and depth; None if it is none of ours."""
+    depth = 0
+    while f"blocks.{depth}.norm1.weight" in weights:
+        depth += 1
+    found = {"embed_dim": weights["cls_token"].shape[-1], "depth": depth}
+    return next((name for name, build in MODELS.items() if found.items() <= build.keywords.items()), None)
+
+
+def fold_feature_norm(
+    weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """One linear layer in place of `FeatureNorm` and a head: (K, E), (K,), (E,), (E,) -> (K, E), (K,)."""
+    folded = weight.double() * (variance.double() + eps).rsqrt()
+    return folded.float(), (bias.double() - folded @ mean.double()).float()

@@ -114,6 +114,22 @@ def test_hugging_face_names_become_maes(decoder):
     assert not foreign.is_hugging_face(ours)
 
 
+@pytest.mark.parametrize("prefix", ["vit.", ""])
+def test_maes_names_become_hugging_faces_and_back(prefix):
+    """The released names, and the same tensors after the way back."""
+    source = {name: torch.randn(3, 2) for name in hugging_face() if prefix or not name.startswith("decoder.")}
+    if not prefix:
+        source = {name.removeprefix("vit."): tensor for name, tensor in source.items()}
+    there = foreign.to_hugging_face(foreign.from_hugging_face(source), prefix)
+    assert there.keys() == source.keys()
+    assert all(torch.equal(there[name], source[name]) for name in source)
+    head = foreign.to_hugging_face({"head.weight": torch.ones(1), "cls_token": torch.ones(1)}, prefix)
+    assert set(head) == {"classifier.weight", f"{prefix}embeddings.cls_token"}
+    for name in ("fc_norm.weight", "blocks.0.ls1.weight", "decoder_norm_losspred.bias", "vis_mask_token"):
+        with pytest.raises(ValueError, match=f"there is no place for {name}"):
+            foreign.to_hugging_face({name: torch.ones(1)})
+
+
 def test_unknown_hugging_face_names_are_an_error():
     with pytest.raises(ValueError, match=r"unknown tensor vit.encoder.layer.0.lora.weight"):
         foreign.from_hugging_face({**hugging_face(), "vit.encoder.layer.0.lora.weight": torch.ones(1)})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import export
 import main_finetune
 import main_knn
 import main_linprobe
@@ -13,7 +14,7 @@ import visualize
 from util import distributed, options
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = [main_pretrain, main_finetune, main_linprobe, main_knn, visualize]
+SCRIPTS = [main_pretrain, main_finetune, main_linprobe, main_knn, visualize, export]
 ONE = distributed.World(0, 1, 0, 1)
 
 OFFICIAL_PRETRAIN = """--batch_size 32 --accum_iter 8 --model mae_vit_base_patch16_dec512d8b --input_size 224

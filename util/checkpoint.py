@@ -16,6 +16,7 @@ names where it has them:
     extra               what a script adds (running means of a started epoch, best accuracy)
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -283,11 +284,12 @@ class LoadReport:
     fresh: list[str]
 
     def __str__(self) -> str:
-        lines = [f"loaded    {len(self.loaded)} tensors", f"left out  {_summary(self.left_out)}"]
-        return "\n".join([*lines, f"fresh     {_summary(self.fresh)}"])
+        lines = [f"loaded    {len(self.loaded)} tensors", f"left out  {summarize_names(self.left_out)}"]
+        return "\n".join([*lines, f"fresh     {summarize_names(self.fresh)}"])
 
 
-def _summary(names: list[str]) -> str:
+def summarize_names(names: list[str]) -> str:
+    """blocks.0.norm1.weight, ... -> "blocks (144), norm (2)": how many tensors of each part."""
     groups: dict[str, int] = {}
     for name in names:
         groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
@@ -341,3 +343,11 @@ def load_into(
 
 def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def digest(module: nn.Module) -> str:
+    """Tells encoders apart: heads go on only with the one they were trained on."""
+    summary = hashlib.sha256()
+    for value in module.state_dict().values():
+        summary.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return summary.hexdigest()[:16]

@@ -124,8 +124,10 @@ _WHOLE = {
     "decoder.decoder_norm": "decoder_norm",
     "decoder.decoder_pred": "decoder_pred",
 }
-# The released ViTMAE files say decoder_layers, those that newer transformers write decoder_encoder.layer.
+# The released ViTMAE files say decoder_layers, as `to_hugging_face` does; some versions write decoder_encoder.layer.
 _BLOCK = re.compile(r"(encoder\.layer|decoder\.decoder_(?:layers|encoder\.layer))\.(\d+)\.(.+)\.(weight|bias)")
+
+_OUR_BLOCK = re.compile(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def is_hugging_face(state_dict: dict[str, torch.Tensor]) -> bool:
@@ -161,4 +163,36 @@ def from_hugging_face(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Te
         if set(parts) != {"query", "key", "value"}:
             raise ValueError(f"{name}: a Hugging Face checkpoint has query, key and value, this one {sorted(parts)}")
         renamed[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
+    return renamed
+
+
+def to_hugging_face(state_dict: dict[str, torch.Tensor], prefix: str = "vit.") -> dict[str, torch.Tensor]:
+    """MAE's names -> those of released files, which every version of transformers reads; qkv in three.
+
+    Args:
+        prefix: of the encoder's tensors: "vit." in ViTMAEForPreTraining and ViTForImageClassification, "" in ViTModel.
+
+    Raises:
+        ValueError: a tensor that these models have no place for.
+    """
+    parts, whole = ({ours: theirs for theirs, ours in names.items()} for names in (_BLOCK_PARTS, _WHOLE))
+    renamed = {}
+    for name, tensor in state_dict.items():
+        stem, _, kind = name.rpartition(".")
+        if match := _OUR_BLOCK.fullmatch(name):
+            decoder, number, part, kind = match.groups()
+            block = f"decoder.decoder_layers.{number}" if decoder else f"{prefix}encoder.layer.{number}"
+            if part == "attn.qkv":
+                thirds = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+                renamed |= {f"{block}.attention.attention.{which}.{kind}": third for which, third in thirds}
+                continue
+            theirs = f"{block}.{parts[part]}.{kind}" if part in parts else None
+        elif name in whole or stem in whole:
+            theirs = whole.get(name) or f"{whole[stem]}.{kind}"
+            theirs = theirs if theirs.startswith(("decoder.", "classifier.")) else prefix + theirs
+        else:
+            theirs = None
+        if theirs is None:
+            raise ValueError(f"there is no place for {name} in a Hugging Face checkpoint")
+        renamed[theirs] = tensor
     return renamed
