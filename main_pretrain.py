@@ -241,6 +241,22 @@ def mask_plan(args: argparse.Namespace, grid: tuple[int, int]) -> masking.MaskPl
     return masking.MaskPlan(grid, args.mask_ratio, args.epochs, args.mask_strategy, alphas, pattern)
 
 
+def build_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+
+def compile_regions(
+    model: torch.nn.Module, see: Callable | None, frozen: Callable | None
+) -> tuple[Callable | None, Callable | None]:
+    """Compile the student's forward pass with its losses in place, and the teachers' passes, each one whole graph.
+
+    Masks are drawn between them, so that no count that changes with the epoch is part of a graph.
+    """
+    model.compile(fullgraph=True)  # in place: names in checkpoints stay as they are
+    return see and torch.compile(see, fullgraph=True), frozen and torch.compile(frozen, fullgraph=True)
+
+
 def masks_of_epoch(
     args: argparse.Namespace,
     epoch: int,
@@ -399,18 +415,14 @@ def main(argv: list[str] | None = None) -> None:
         log.info("weights of %s\n%s", args.load_from, report)
     student = distributed.wrap(model, device)  # from here on, all ranks hold the same weights
     teacher = EMATeacher(model) if args.learning_loss or args.target == "ema" else None
-    optimizer = torch.optim.AdamW(
-        param_groups_weight_decay(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95), fused=True
-    )
+    optimizer = build_optimizer(model, args)
     parts = {"state_dict": model, "optimizer": optimizer, "loss_scaler": precision}
     if teacher is not None:
         parts["ema_state_dict"] = teacher.module
     see = teacher and partial(teacher.module.predict_loss, return_tokens=True)
     eager_frozen = frozen
     if args.compile:
-        model.compile(fullgraph=True)
-        see = see and torch.compile(see, fullgraph=True)
-        frozen = frozen and torch.compile(frozen, fullgraph=True)
+        see, frozen = compile_regions(model, see, frozen)
 
     # Where it goes on
     going_on = run.found is not None

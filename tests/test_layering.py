@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = {"util": 0, "models": 1, "engine": 2, "main": 3, "visualize": 3, "export": 3}
+LAYERS = {"util": 0, "models": 1, "engine": 2, "main": 3, "visualize": 3, "export": 3, "benchmarks": 4}
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "util").glob("*.py")])
 BELOW = [path for path in FILES if path.parent.name == "util" or path.name.startswith(("models_", "engine_"))]
 

@@ -62,3 +62,12 @@ def test_attention_without_the_fused_kernel_where_that_is_faster():
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
     Precision("fp32", CPU).choose_attention(model)
     assert all(block.fused_attn for block in model)
+
+
+def test_float32_is_float32(monkeypatch):
+    """PyTorch lets convolutions run in TF32 unless told otherwise."""
+    torch.set_float32_matmul_precision("high")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Precision("fp32", CPU)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32

@@ -20,6 +20,8 @@ def default_precision(device: torch.device) -> str:
 class Precision:
     """How a step computes. Weights, gradients and losses are float32 always; autocast picks what runs lower.
 
+    Making one settles for the process that float32 means float32: PyTorch's convolutions would use TF32 otherwise.
+
     Raises:
         ValueError: fp16 without CUDA.
     """
@@ -27,6 +29,8 @@ class Precision:
     def __init__(self, name: str, device: torch.device) -> None:
         if name == "fp16" and device.type != "cuda":
             raise ValueError(f"--precision fp16 needs CUDA, the device is {device}: give bf16 or fp32")
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
         self.name = name
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")

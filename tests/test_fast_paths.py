@@ -1,0 +1,190 @@
+"""What makes a step fast changes nothing: compiled regions, and a step that never waits for the device."""
+
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from golden import silent_progress
+from programs import PRETRAIN, ROOT, checkpoint, log_lines, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import main_pretrain
+from engine_pretrain import train_one_epoch
+from models_hpm import MaskedAutoencoderViT
+from util import rng
+from util.ema import EMATeacher
+from util.masking import hard_mask
+from util.metrics import MeanMeter
+from util.precision import Precision
+from util.transforms import ToModelInput
+
+SMALL = {
+    **{"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    **{"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+}
+
+
+def train(steps, device="cpu", compiled=False, num_masked=12, guard=nullcontext):
+    """Steps of HPM on random images, every third with another number of hardest patches; the loss of each."""
+    device = torch.device(device)
+    torch.manual_seed(0)
+    model = MaskedAutoencoderViT(**SMALL).to(device)
+    teacher = EMATeacher(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    see = partial(teacher.module.predict_loss, return_tokens=True)
+    if compiled:
+        see, _ = main_pretrain.compile_regions(model, see, None)
+    images = torch.randint(256, (steps, 4, 3, 16, 16), dtype=torch.uint8)
+    hardest, meter, losses = iter([step // 3 for step in range(steps)]), MeanMeter(), []
+    to_model_input, precision = ToModelInput((0.5,) * 3, (0.25,) * 3, device, flip=True), Precision("fp32", device)
+
+    def read(step):  # as on a step of the log
+        losses.append(meter.window(lambda tensor: tensor)["loss"])
+
+    with guard():
+        train_one_epoch(
+            *[model, teacher, [(batch,) for batch in images], optimizer, precision],
+            to_model_input=to_model_input,
+            look=lambda batch: (see(batch)[0], None),
+            draw_mask=lambda scores, batch: hard_mask(scores, 12, next(hardest)),
+            num_masked=num_masked,
+            accum_iter=1,
+            clip_grad=5.0,
+            adjust_lr=lambda epoch: 1e-3,
+            ema_decay=0.99,
+            seed_micro_step=lambda number: rng.seed_all(0, number),
+            epoch=0,
+            first_step=0,
+            steps=steps,
+            progress=silent_progress(),
+            meter=meter if guard is nullcontext else Unread(),
+            after_step=read if guard is nullcontext else lambda step: False,
+        )
+    return losses
+
+
+# ------------------------------------------------------------------------------------------------------------ compiled
+
+
+@pytest.fixture
+def compiled_once(monkeypatch):
+    """Graphs as torch.compile cuts them, run without building kernels; compiling one a second time is an error."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.mark.compile
+def test_compiled_and_eager_steps_agree_over_ten_steps():
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = train(10, compiled=True)
+    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(train(10)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--precision", "bf16", "--accum_iter", "2"], ["--target", "ema", "--grad_checkpointing"]],
+    ids=lambda options: " ".join(options) or "plain",
+)
+def test_a_compiled_run_is_the_eager_one(tmp_path, compiled_once, options):
+    """Over two epochs, of which the second masks more of the hardest patches: one graph a region, compiled once."""
+    common = [*PRETRAIN, *options, "--output_dir"]
+    run("main_pretrain", *common, tmp_path / "compiled", "--compile")
+    run("main_pretrain", *common, tmp_path / "eager")
+    for compiled, eager in zip(log_lines(tmp_path / "compiled"), log_lines(tmp_path / "eager"), strict=True):
+        for name in ("train_loss", "train_loss_rec", "train_loss_learn"):
+            assert compiled[name] == pytest.approx(eager[name], abs=1e-4 if "bf16" not in options else 1e-2)
+    compiled, eager = checkpoint(tmp_path / "compiled"), checkpoint(tmp_path / "eager")
+    for part in ("state_dict", "ema_state_dict"):
+        assert compiled[part].keys() == eager[part].keys()
+
+
+@pytest.mark.compile
+def test_compiled_on_two_ranks_with_accumulation(tmp_path):
+    """DDP cuts the backward graph at its buckets, and does so only in the step's last micro-step."""
+    code = tmp_path / "compiled.py"
+    code.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch; from functools import partial\n"
+        "torch.compile = partial(torch.compile, backend='aot_eager')\n"
+        "torch._dynamo.config.error_on_recompile = True\n"
+        "import main_pretrain; main_pretrain.main(sys.argv[1:])\n"
+    )
+    options = [*PRETRAIN, "--batch_size", "4", "--accum_iter", "2", "--output_dir"]
+    for folder, start in (("compiled", [str(code)]), ("eager", ["main_pretrain.py"])):
+        more = ["--compile"] * (folder == "compiled")
+        two_ranks([*start, *options, tmp_path / folder, *more])
+    for compiled, eager in zip(log_lines(tmp_path / "compiled"), log_lines(tmp_path / "eager"), strict=True):
+        assert compiled["train_loss"] == pytest.approx(eager["train_loss"], abs=1e-4)
+    names = [checkpoint(tmp_path / folder)["state_dict"].keys() for folder in ("compiled", "eager")]
+    assert names[0] == names[1]
+
+
+def two_ranks(command):
+    from programs import subprocess, sys
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------- no waiting for the device
+
+
+class Unread(MeanMeter):
+    """Numbers of steps that are not logged: nobody reads them."""
+
+    def mean(self, reduce):
+        return {}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what a GPU would have to be waited for: reading a value, and shapes that depend on one."""
+
+    waits = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "equal")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+        )
+        if name in self.waits or by_mask:
+            raise RuntimeError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device():
+    train(4, guard=NoWaiting)
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda x: x[0].item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: float(x.sum())]
+)
+def test_waiting_would_be_noticed(wait):
+    with pytest.raises(RuntimeError, match="waits for the device"), NoWaiting():
+        wait(torch.randn(4))
+
+
+def test_a_step_that_reads_the_number_of_masked_patches_would_be_noticed():
+    with pytest.raises(RuntimeError, match="waits for the device"):
+        train(1, num_masked=None, guard=NoWaiting)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_cuda_passes_with_waiting_forbidden():
+    class Forbidden:
+        def __enter__(self):
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *error):
+            torch.cuda.set_sync_debug_mode("default")
+
+    train(4, device="cuda", guard=Forbidden)
