@@ -33,3 +33,10 @@ def test_a_generator_of_its_own_leaves_the_global_one_alone():
     a = torch.rand(3, generator=rng.generator(1, 2))
     assert torch.equal(a, torch.rand(3, generator=rng.generator(1, 2)))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_torch_is_seeded_as_by_manual_seed():
+    rng.seed_all(1, 2, 3)
+    ours = torch.rand(3)
+    torch.manual_seed(rng.stable_hash(1, 2, 3))
+    assert torch.equal(ours, torch.rand(3))
