@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_vit
 from engine_finetune import extract_features
@@ -118,6 +119,7 @@ def write_features(folder: str, features: dict[str, tuple[Tensor, Tensor]]) -> N
             checkpoint.write_file(Path(folder, name.format(split)), {"tensor": tensor})
 
 
+@record
 def main(argv: list[str] | None = None) -> None:
     # Options and paths: what is wrong with them ends here, before any model or data is built.
     with options.user_mistakes():

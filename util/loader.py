@@ -1,5 +1,6 @@
 """Which samples a rank sees, in which order, and the processes that load them."""
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +23,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __init__(
         self, num_samples: int, batch_size: int, accum_iter: int = 1, rank: int = 0, world_size: int = 1, seed: int = 0
     ) -> None:
-        self.num_samples, self.batch_size = num_samples, batch_size
+        self.num_samples, self.batch_size, self.accum_iter = num_samples, batch_size, accum_iter
         self.rank, self.world_size, self.seed = rank, world_size, seed
         global_batch = batch_size * accum_iter * world_size
         if num_samples < global_batch:
@@ -37,11 +38,19 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         """Where the next pass begins: an epoch, and a batch within it (a run that stopped there goes on)."""
         self.epoch, self.first_batch = epoch, first_batch
 
+    def of_step(self, epoch: int, step: int) -> list[int]:
+        """Indices of all images of an optimizer step, over all ranks and micro-steps."""
+        count = self.batch_size * self.world_size * self.accum_iter
+        return self._order(epoch)[step * count : (step + 1) * count].tolist()
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        return torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
+
     def __len__(self) -> int:
         return self.num_batches - self.first_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.randperm(self.num_samples, generator=generator(self.seed, self.epoch))
+        order = self._order(self.epoch)
         for batch in range(self.first_batch, self.num_batches):
             start = (batch * self.world_size + self.rank) * self.batch_size
             yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
@@ -62,10 +71,19 @@ class ShardSampler(Sampler[list[int]]):
             yield list(self.indices[start : start + self.batch_size])
 
 
+def _outlive_signals(worker: int) -> None:
+    """A scheduler's SIGTERM goes to all processes, but whoever trains needs data to its next step boundary.
+
+    A loading process that is told to end so takes a minute's leave; it goes at once with the one it works for.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
 def build_loader(dataset: Dataset, sampler: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """Batches of the sampler, loaded by processes that live as long as the loader."""
     return DataLoader(
         dataset,
+        worker_init_fn=_outlive_signals if num_workers else None,
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,

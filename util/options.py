@@ -146,9 +146,23 @@ def add_run_options(parser: OptionParser) -> None:
     add_switch(group, "auto_resume", True, "go on from the newest checkpoint in the run's folder")
     group.add_argument("--start_epoch", type=COUNT_OR_ZERO, default=0, help="epoch to begin a new run at, from 0")
     group.add_argument("--save_interval", type=COUNT, default=100, help="keep a checkpoint every so many epochs")
+    group.add_argument("--save_every_minutes", type=POSITIVE, help="save inside an epoch, too, every so many minutes")
     group.add_argument("--log_interval", type=COUNT, default=20, help="steps between two lines of the log")
     group.add_argument("--max_steps", type=COUNT, help="end after so many optimizer steps in all, to try a recipe out")
     group.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="seed of weights, order, augmentation and masks")
+    group.add_argument(
+        "--max_bad_steps",
+        type=COUNT_OR_ZERO,
+        default=10,
+        help="steps with a loss or gradient that is not finite are skipped; end after more than so many in a row",
+    )
+    group.add_argument(
+        "--max_bad_images",
+        type=COUNT_OR_ZERO,
+        default=100,
+        help="training images that cannot be read are replaced and listed in bad_images.txt; end after more than these",
+    )
+    add_switch(group, "strict_images", False, "end at the first training image that cannot be read")
 
 
 def add_device_options(parser: OptionParser) -> None:
