@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from programs import (
@@ -58,25 +59,13 @@ def signalled(script, options, number, after, processes=1, whom=lambda process: 
     return process.returncode, shown + out + err
 
 
-@pytest.mark.parametrize(
-    ("script", "number", "workers"),
-    [
-        ("main_pretrain", signal.SIGTERM, 2),
-        ("main_finetune", signal.SIGUSR1, 2),
-        ("main_linprobe", signal.SIGTERM, 0),
-    ],
-)
-def test_a_signal_saves_inside_the_epoch_and_the_run_goes_on_bitwise(tmp_path, script, number, workers):
-    options = [*TRAINING[script], "--num_workers", workers]
-    run(script, *options, "--output_dir", tmp_path / "whole")
-    status, out = signalled(script, [*options, "--output_dir", tmp_path / "parts"], number, after=2)
-    assert status == EXIT_STATUS == 75
-    assert f"{number.name}: saving, then ending with status 75" in out
-    assert "Traceback" not in out
+def going_on_is_exact(script, options, tmp_path, number):
+    """What a signal ended in tmp_path/parts goes on to the weights and the log of a run that nobody stopped."""
     state = checkpoint(tmp_path / "parts")
     assert state["stopped"] == number.name
     assert 0 < state["epoch"] * 12 + state["step"] < 24
     assert run_status(tmp_path / "parts") == 75
+    run(script, *options, "--output_dir", tmp_path / "whole")
     log = run(script, *options, "--output_dir", tmp_path / "parts")
     assert f"epoch {state['epoch']}, step {state['step']}" in log
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
@@ -85,6 +74,35 @@ def test_a_signal_saves_inside_the_epoch_and_the_run_goes_on_bitwise(tmp_path, s
     timed = {"epoch_seconds", "images_per_s", "data_wait"}
     for a, b in zip(log_lines(tmp_path / "whole"), log_lines(tmp_path / "parts"), strict=True):
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
+
+
+def test_a_signal_saves_inside_the_epoch_and_the_run_goes_on_bitwise(tmp_path):
+    """The whole program and its data workers are told, as a scheduler does it."""
+    options = [*TRAINING["main_pretrain"], "--num_workers", 2]
+    status, out = signalled("main_pretrain", [*options, "--output_dir", tmp_path / "parts"], signal.SIGTERM, after=2)
+    assert status == EXIT_STATUS == 75
+    assert "SIGTERM: saving, then ending with status 75" in out
+    assert "Traceback" not in out
+    going_on_is_exact("main_pretrain", options, tmp_path, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("script", ["main_finetune", "main_linprobe"])
+def test_so_do_the_other_training_scripts(tmp_path, script, monkeypatch):
+    """Mixup, erasing, drop path and batch statistics included. The signal comes in the third step, to this process."""
+    agree, calls = Preemption.agree, []
+
+    def told(self):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return agree(self)
+
+    monkeypatch.setattr(Preemption, "agree", told)
+    options = [*TRAINING[script], "--num_workers", 0]
+    with pytest.raises(Preempted) as stop:
+        run(script, *options, "--output_dir", tmp_path / "parts")
+    assert stop.value.code == 75
+    going_on_is_exact(script, options, tmp_path, signal.SIGUSR1)
 
 
 def second_rank(process):
@@ -138,13 +156,13 @@ def test_timed_saves_inside_an_epoch(tmp_path, monkeypatch):
 
     saved, save_run = [], module.save_run
     monkeypatch.setattr(module, "save_run", lambda f, state, also: saved.append(state) or save_run(f, state, also))
-    clock = iter(range(0, 10**6, 60))
-    monkeypatch.setattr("util.preemption.time.monotonic", lambda: next(clock))
+    clock = SimpleNamespace(monotonic=iter(range(0, 10**6, 60)).__next__)
+    monkeypatch.setattr("util.preemption.time", clock)
     run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path, "--save_every_minutes", 3, "--epochs", 1)
     steps = [(state["epoch"], state["step"]) for state in saved]
     assert steps[-1] == (1, 0)
     assert len(steps) >= 2
-    assert all(0 < step < 6 and epoch == 0 for epoch, step in steps[:-1])
+    assert all(0 < step <= 6 and epoch == 0 for epoch, step in steps[:-1])
     assert {state["stopped"] for state in saved} == {""}
 
 

@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
-import torch.utils.tensorboard  # noqa: E402, F401 - so that no rank has to
+import torch.utils.tensorboard  # noqa: E402 - so that no rank has to
 from programs import PRETRAIN, assert_same_training, checkpoint  # noqa: E402
 
 import main_pretrain  # noqa: E402
@@ -33,6 +33,7 @@ import main_pretrain  # noqa: E402
 torch.set_num_threads(1)
 OPTIONS = [*PRETRAIN, "--shapes_train", "64", "--save_every_minutes", "1e-6", "--log_interval", "2"]
 STEPS = 8  # 64 images, 8 from each of two ranks, two epochs
+NEVER = 10**9
 LAST, PARTIAL = "checkpoint-last.pth", ".checkpoint-last.pth.partial"
 
 
@@ -88,10 +89,22 @@ def end_all(children: list[int], victims: list[int]) -> bool:
     return True
 
 
-def run_until(children: list[int], moment: float, in_save: Path | None) -> bool:
-    """Wait until the moment to kill; False if the run ended by itself before. It must end well."""
-    deadline = time.monotonic() + moment
-    while time.monotonic() < deadline or (in_save is not None and not in_save.exists()):
+def version(path: Path) -> int:
+    return path.stat().st_ino if path.exists() else 0
+
+
+def run_until(children: list[int], run: Path, saves: int, delay: float, in_save: bool) -> bool:
+    """Wait until the moment to kill; False if the run ended by itself before. It must end well.
+
+    Args:
+        saves: checkpoints to wait for, counted from now; then
+        delay: seconds more; then, with
+        in_save: until a checkpoint is half-written.
+    """
+    known, deadline = version(run / LAST), time.monotonic() + delay
+    while saves > 0 or time.monotonic() < deadline or (in_save and not (run / PARTIAL).exists()):
+        if saves > 0 and (now := version(run / LAST)) != known:
+            known, saves, deadline = now, saves - 1, time.monotonic() + delay
         done, status = os.waitpid(children[0], os.WNOHANG)
         if done:
             _, other = os.waitpid(children[1], 0)
@@ -111,7 +124,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     dice, log = random.Random(args.seed), folder / "log.txt"
     began = time.monotonic()
-    assert not run_until(start(folder / "whole", log), 3600, None)
+    assert not run_until(start(folder / "whole", log), folder / "whole", NEVER, 0, False)
     lasts = time.monotonic() - began
     print(f"untouched run: {lasts:.1f} s for {STEPS} steps", flush=True)
 
@@ -122,10 +135,10 @@ def main() -> None:
         while not ended:
             children = start(run, log)
             if counts["kills"] >= args.kills:
-                ended = not run_until(children, 3600, None)
+                ended = not run_until(children, run, NEVER, 0, False)
                 continue
-            partial = run / PARTIAL if dice.random() < 0.4 else None
-            if not run_until(children, dice.uniform(0.05, 0.8) * lasts, partial):
+            saves, delay = dice.choice([0, 1, 1, 2, 3]), dice.uniform(0, 2 * lasts / STEPS)
+            if not run_until(children, run, saves, delay, dice.random() < 0.3):
                 ended = True
                 continue
             counts["in a save"] += (run / PARTIAL).exists()
