@@ -118,6 +118,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         raise ValueError(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
     if mixes(args) and args.batch_size % 2:
         raise ValueError(f"--batch_size {args.batch_size} is odd; mixup and cutmix mix images in pairs: make it even")
+    if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
+        raise ValueError("--cutmix_minmax {:g} {:g}: the lower bound comes first".format(*args.cutmix_minmax))
     with torch.device("meta"):  # every check of the model's sizes, at no cost
         args.patch_size = build_model(args, num_classes=1).patch_embed.patch_size[0]
     transforms.AugmentedCrop(args.input_size, args.aa, args.color_jitter)  # refuses what timm does not know

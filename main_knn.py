@@ -50,9 +50,7 @@ def get_args_parser() -> options.OptionParser:
     options.add_pooling_options(group, default=False)
     group.add_argument("--dump_features", help="folder to store the features in")
     group.add_argument("--load_features", help="folder that --dump_features filled: no images are read")
-    group.add_argument(
-        "--seed", type=options.COUNT_OR_ZERO, default=0, help="of the weights, where --finetune is left out"
-    )
+    group.add_argument("--seed", type=options.SEED, default=0, help="of the weights, where --finetune is left out")
     parser.accept_without_effect(*UNREAD)
     return parser
 

@@ -56,7 +56,7 @@ done
 [ "$status" = 0 ] && exit 0
 
 # The folders that the recipe's scripts write to, in their order; of options given twice the last one holds.
-mapfile -t folders < <(DRY=1 bash "$@" | awk '{
+mapfile -t folders < <(DRY=1 NNODES=1 bash "$@" | awk '{
     folder = name = ""
     for (i = 1; i < NF; i++) { if ($i == "--output_dir") folder = $(i + 1); if ($i == "--experiment") name = "/" $(i + 1) }
     if (folder != "") print folder name }')

@@ -7,11 +7,13 @@ import pytest
 import torch
 from programs import PRETRAIN, checkpoint, log_lines, run
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from util.bad_steps import NonFinite, step_unless
 from util.ema import EMATeacher
 from util.lars import LARS
 from util.losses import absolute_loss, feature_loss, relative_loss
+from util.metrics import MeanMeter
 from util.precision import Precision
 
 CPU = torch.device("cpu")
@@ -64,6 +66,31 @@ def test_finite_losses_go_through_untouched():
     x.grad = None
     x.exp().sum().backward()
     assert torch.equal(watched, x.grad)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails where a number is taken from a tensor, which on a GPU would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_step_reads_no_number_off_the_device(build, monkeypatch):
+    """On any machine: from the loss to the teacher and the meter, the step is a fixed list of kernels."""
+    model = nn.Linear(4, 1)
+    teacher, optimizer = EMATeacher(model), build(model.parameters())
+    precision, meter, parameters = Precision("fp32", CPU), MeanMeter(), list(model.parameters())
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("read"))  # which the mode does not see
+    with NothingIsRead():
+        for factor in (1.0, torch.nan, 1.0):
+            loss = model(torch.ones(2, 4)).sum() * factor
+            precision.backward(loss)
+            meter.update(loss=loss, grad_norm=precision.step(optimizer, parameters, 1.0))
+            teacher.update(0.9, precision.skipped)
+    with pytest.raises(AssertionError), NothingIsRead():  # it does notice
+        precision.skipped.item()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -195,7 +222,6 @@ def test_attention_is_safe_in_half_precision(dtype, fused):
     attention.fused_attn = fused
     with torch.no_grad():
         attention.qkv.weight.copy_(torch.eye(64, dtype=dtype).repeat(3, 1) * 60)
-        attention.qkv.bias.zero_()
     x = torch.ones(1, 5, 64, dtype=dtype, requires_grad=True)  # q k = 64 * 60 * 60 = 230400, over 65504; / 8 is not
     out = attention(x)
     out.float().sum().backward()

@@ -137,7 +137,7 @@ def main() -> None:
             if counts["kills"] >= args.kills:
                 ended = not run_until(children, run, NEVER, 0, False)
                 continue
-            saves, delay = dice.choice([0, 1, 1, 2, 3]), dice.uniform(0, 2 * lasts / STEPS)
+            saves, delay = dice.choice([0, 1, 1, 2, 3]), dice.uniform(0, 0.5)
             if not run_until(children, run, saves, delay, dice.random() < 0.3):
                 ended = True
                 continue
