@@ -127,7 +127,8 @@ def images(count: int, dice: random.Random, folder: Path) -> None:
     # The same files as a data set: what is refused is replaced and named, by processes that load data.
     for split, place in (("train", folder / "train/a"), ("good", folder / "train/b")):
         place.mkdir(parents=True)
-        for number, data in enumerate(damaged if split == "train" else kinds * 3):
+        whole = kinds * (1 + count // len(kinds))  # half of the data set: 20 in a row that fail would end it
+        for number, data in enumerate(damaged if split == "train" else whole):
             (place / f"{number:05d}.jpg").write_bytes(data)
     source = build_source(str(folder), "train")
     dataset = ImageDataset(source, CenterCrop(16), replace=True)
