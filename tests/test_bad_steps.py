@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from programs import PRETRAIN, checkpoint, log_lines, run
+from test_distributed import run_two
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -236,3 +237,27 @@ def test_step_unless_leaves_no_switch_behind():
     step_unless(optimizer, torch.zeros(()))
     assert not hasattr(optimizer, "found_inf")
     assert (weight < 1).all()
+
+
+def test_ranks_skip_alike_when_one_of_them_sees_the_fault(tmp_path):
+    """A loss of NaN, and one of inf with a finite gradient, on rank 1 alone: the reduced gradient tells both."""
+    out = run_two(
+        """
+        from util.precision import Precision
+        model = distributed.wrap(torch.nn.Linear(4, 1), torch.device("cpu"))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        precision, before = Precision("fp32", torch.device("cpu")), model.module.weight.clone()
+        for fault in (torch.nan, torch.inf):
+            loss = model(torch.ones(2, 4)).sum() + (fault if world.rank == 1 else 0.0)
+            precision.backward(loss)
+            precision.step(optimizer, list(model.parameters()), 1.0)
+        report = precision.bad_steps.report(["weight", "bias"], distributed.gather)
+        same = torch.equal(before, model.module.weight)
+        finite = [loss == loss for loss in report["losses"]]
+        line = f"rank {world.rank}: {precision.bad_steps.read()} {same} {finite} {report['steps_ago']}"
+        print(line + chr(10), end="", flush=True)
+        """,
+        tmp_path,
+    )
+    for rank in (0, 1):
+        assert f"rank {rank}: (2, 2, 2) True [True, False] 1" in out
