@@ -1,6 +1,8 @@
 """Which samples a rank sees, in which order, and the processes that load them."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -71,19 +73,28 @@ class ShardSampler(Sampler[list[int]]):
             yield list(self.indices[start : start + self.batch_size])
 
 
-def _outlive_signals(worker: int) -> None:
-    """A scheduler's SIGTERM goes to all processes, but whoever trains needs data to its next step boundary.
+def _heed_parent_alone(worker: int) -> None:
+    """Keep a loading process alive when a scheduler sends SIGTERM to all processes.
 
-    A loading process that is told to end so takes a minute's leave; it goes at once with the one it works for.
+    Whoever trains needs data up to its next step boundary. The process it works for still ends it with SIGTERM: a
+    thread waits for the signal, for only there one learns who sent it.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_parents_word, daemon=True).start()
+
+
+def _end_at_parents_word() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)  # as PyTorch's own handler does, which this one stands in for
 
 
 def build_loader(dataset: Dataset, sampler: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """Batches of the sampler, loaded by processes that live as long as the loader."""
     return DataLoader(
         dataset,
-        worker_init_fn=_outlive_signals if num_workers else None,
+        worker_init_fn=_heed_parent_alone if num_workers else None,
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
