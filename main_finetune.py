@@ -17,6 +17,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
@@ -28,6 +29,7 @@ from util.lr_decay import param_groups_lrd
 from util.lr_sched import adjust_learning_rate
 from util.metrics import MeanMeter
 from util.precision import Precision, default_precision
+from util.supervision import Supervisor
 
 SCRIPT = "main_finetune"
 
@@ -116,6 +118,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         raise ValueError(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
     if mixes(args) and args.batch_size % 2:
         raise ValueError(f"--batch_size {args.batch_size} is odd; mixup and cutmix mix images in pairs: make it even")
+    if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
+        raise ValueError("--cutmix_minmax {:g} {:g}: the lower bound comes first".format(*args.cutmix_minmax))
     with torch.device("meta"):  # every check of the model's sizes, at no cost
         args.patch_size = build_model(args, num_classes=1).patch_embed.patch_size[0]
     transforms.AugmentedCrop(args.input_size, args.aa, args.color_jitter)  # refuses what timm does not know
@@ -211,6 +215,7 @@ def describe(args: argparse.Namespace, world: distributed.World, num_train: int,
     log.info("rate      %.3g, %g epochs of warm-up, %d epochs in all", args.lr, args.warmup_epochs, args.epochs)
 
 
+@record
 def main(argv: list[str] | None = None) -> None:
     # Options and paths: what is wrong with them ends here, before any model or data is built.
     with options.user_mistakes():
@@ -273,13 +278,11 @@ def main(argv: list[str] | None = None) -> None:
     epoch, step, extra = run.restore(parts, args.model, {"mean": args.mean, "std": args.std})
     epoch, best, meter = epoch if going_on else args.start_epoch, extra.get("best", 0.0), MeanMeter()
     if step:
-        meter.load_state_dict(extra["meter"], device)
-
-    def finished(epoch: int, step: int) -> bool:
-        return epoch >= args.epochs or (args.max_steps is not None and epoch * steps + step >= args.max_steps)
-
+        meter.load_state_dict(extra["meter"], device, holder=world.rank == 0)
+    finished = partial(checkpoint.is_finished, options=vars(args))
     if finished(epoch, step):
         log.info("nothing is left to do: %d of %d epochs and %d steps are done", epoch, args.epochs, step)
+        run.close()
         distributed.stop()
         return
 
@@ -287,7 +290,14 @@ def main(argv: list[str] | None = None) -> None:
     augment, criterion = build_augmentation(args, device)
     crop = transforms.AugmentedCrop(args.input_size, args.aa, args.color_jitter, args.mean)
     loader = build_loader(
-        ImageDataset(train, crop, args.seed), sampler, args.num_workers, args.pin_mem and device.type == "cuda"
+        ImageDataset(train, crop, args.seed, replace=not args.strict_images),
+        *(sampler, args.num_workers, args.pin_mem and device.type == "cuda"),
+    )
+    supervisor = Supervisor(
+        *(folder, student, precision.bad_steps, train, sampler),
+        interval=args.log_interval,
+        timeout_minutes=args.dist_timeout,
+        **{name: getattr(args, name) for name in ("save_every_minutes", "max_bad_steps", "max_bad_images")},
     )
     logger = RunLogger(folder if world.rank == 0 else None, Path(args.log_dir or folder), keep_epochs=epoch)
     logger.config({"script": SCRIPT, "options": vars(args), "environment": describe_environment()})
@@ -297,13 +307,22 @@ def main(argv: list[str] | None = None) -> None:
         optimizer,
         **{name: getattr(args, name) for name in ("lr", "min_lr", "warmup_epochs", "epochs")},
     )
+
+    def save_inside(step: int, stopped: str = "") -> None:
+        totals = meter.state_dict(distributed.all_reduce_sum)
+        run.save(epoch, step, {"best": best, "meter": totals}, stopped=stopped)
+
+    def after_step(step: int) -> bool:
+        stop = supervisor.between_steps(epoch, step, steps, partial(save_inside, step))
+        return stop or finished(epoch, step)
+
     while not finished(epoch, step):
         sampler.set_position(epoch, step * args.accum_iter)
         progress = Progress(logger, epoch, args.epochs, step, steps, args.global_batch, args.log_interval)
         stats = train_one_epoch(
             student,
             criterion,
-            loader,
+            supervisor.bad_images.watch(loader),
             optimizer,
             precision,
             augment=augment,
@@ -316,27 +335,33 @@ def main(argv: list[str] | None = None) -> None:
             steps=steps,
             progress=progress,
             meter=meter,
-            after_step=partial(finished, epoch),
+            after_step=after_step,
         )
         times = progress.finish()
-        if progress.step < steps:
+        if progress.step < steps or supervisor.stopped:
             step = progress.step
-            run.save(epoch, step, {"best": best, "meter": meter.state_dict()})
+            if not supervisor.stopped:
+                save_inside(step)
             break
         figures = score()
         is_best, best = figures["acc1"] > best, max(best, figures["acc1"])
         log.info(
             "epoch %d/%d  acc1 %.2f  acc5 %.2f  loss %.4f  best %.2f", epoch + 1, args.epochs, *figures.values(), best
         )
-        record = {"epoch": epoch, **{f"train_{name}": value for name, value in stats.items()}}
-        record |= {f"test_{name}": value for name, value in figures.items()}
-        logger.epoch(record | {"train_lr": optimizer.param_groups[-1]["lr"], "best_acc1": best} | times)
+        line = {"epoch": epoch, **{f"train_{name}": value for name, value in stats.items()}}
+        line |= {f"test_{name}": value for name, value in figures.items()}
+        logger.epoch(
+            line | supervisor.figures() | {"train_lr": optimizer.param_groups[-1]["lr"], "best_acc1": best} | times
+        )
         epoch, step, meter = epoch + 1, 0, MeanMeter()
         keep = epoch % args.save_interval == 0 or epoch == args.epochs
         run.save(epoch, step, {"best": best}, keep=keep, best=is_best)
     log.info("done: %d of %d epochs and %d steps, saved in %s", epoch, args.epochs, step, folder / checkpoint.LAST)
     logger.close()
+    run.close()
+    supervisor.close()
     distributed.stop()
+    supervisor.raise_if_stopped()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_vit
 from engine_finetune import extract_features
@@ -49,9 +50,7 @@ def get_args_parser() -> options.OptionParser:
     options.add_pooling_options(group, default=False)
     group.add_argument("--dump_features", help="folder to store the features in")
     group.add_argument("--load_features", help="folder that --dump_features filled: no images are read")
-    group.add_argument(
-        "--seed", type=options.COUNT_OR_ZERO, default=0, help="of the weights, where --finetune is left out"
-    )
+    group.add_argument("--seed", type=options.SEED, default=0, help="of the weights, where --finetune is left out")
     parser.accept_without_effect(*UNREAD)
     return parser
 
@@ -118,6 +117,7 @@ def write_features(folder: str, features: dict[str, tuple[Tensor, Tensor]]) -> N
             checkpoint.write_file(Path(folder, name.format(split)), {"tensor": tensor})
 
 
+@record
 def main(argv: list[str] | None = None) -> None:
     # Options and paths: what is wrong with them ends here, before any model or data is built.
     with options.user_mistakes():

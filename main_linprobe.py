@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
@@ -25,6 +26,7 @@ from util.logger import Progress, RunLogger, cpu_threads, describe_environment, 
 from util.lr_sched import adjust_learning_rate
 from util.metrics import MeanMeter
 from util.precision import Precision, default_precision
+from util.supervision import Supervisor
 
 SCRIPT = "main_linprobe"
 
@@ -144,6 +146,7 @@ def describe(args: argparse.Namespace, world: distributed.World, num_train: int,
     log.info("rate      %s (%s), %g of %d epochs of warm-up", rates, args.optimizer, args.warmup_epochs, args.epochs)
 
 
+@record
 def main(argv: list[str] | None = None) -> None:
     # Options and paths: what is wrong with them ends here, before any model or data is built.
     with options.user_mistakes():
@@ -215,22 +218,27 @@ def main(argv: list[str] | None = None) -> None:
     epoch, step, extra = run.restore(parts, args.model, {"mean": args.mean, "std": args.std})
     epoch, best, meter = epoch if going_on else args.start_epoch, extra.get("best", 0.0), MeanMeter()
     if step:
-        meter.load_state_dict(extra["meter"], device)
-
-    def finished(epoch: int, step: int) -> bool:
-        return epoch >= args.epochs or (args.max_steps is not None and epoch * steps + step >= args.max_steps)
-
+        meter.load_state_dict(extra["meter"], device, holder=world.rank == 0)
+    finished = partial(checkpoint.is_finished, options=vars(args))
     if args.eval or finished(epoch, step):
         if not args.eval:
             log.info("nothing is left to do: %d of %d epochs and %d steps are done", epoch, args.epochs, step)
         report(args, score(), names)
+        run.close()
         distributed.stop()
         return
 
     # Data and log
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=True)
-    dataset = ImageDataset(train, transforms.RandomCrop(args.input_size, (0.08, 1.0)), args.seed)
+    crop = transforms.RandomCrop(args.input_size, (0.08, 1.0))
+    dataset = ImageDataset(train, crop, args.seed, replace=not args.strict_images)
     loader = build_loader(dataset, sampler, *loader_settings)
+    supervisor = Supervisor(
+        *(folder, student, precision.bad_steps, train, sampler),
+        interval=args.log_interval,
+        timeout_minutes=args.dist_timeout,
+        **{name: getattr(args, name) for name in ("save_every_minutes", "max_bad_steps", "max_bad_images")},
+    )
     logger = RunLogger(folder if world.rank == 0 else None, Path(args.log_dir or folder), keep_epochs=epoch)
     logger.config({"script": SCRIPT, "options": vars(args), "environment": describe_environment()})
 
@@ -240,13 +248,22 @@ def main(argv: list[str] | None = None) -> None:
         lr=args.lr[0],
         **{name: getattr(args, name) for name in ("min_lr", "warmup_epochs", "epochs")},
     )
+
+    def save_inside(step: int, stopped: str = "") -> None:
+        totals = meter.state_dict(distributed.all_reduce_sum)
+        run.save(epoch, step, {"best": best, "meter": totals}, stopped=stopped)
+
+    def after_step(step: int) -> bool:
+        stop = supervisor.between_steps(epoch, step, steps, partial(save_inside, step))
+        return stop or finished(epoch, step)
+
     while not finished(epoch, step):
         sampler.set_position(epoch, step * args.accum_iter)
         progress = Progress(logger, epoch, args.epochs, step, steps, args.global_batch, args.log_interval)
         stats = train_one_epoch(
             student,
             sum_over_heads,
-            loader,
+            supervisor.bad_images.watch(loader),
             optimizer,
             precision,
             augment=lambda images, labels: (to_model_input(images), labels.to(device, non_blocking=True)),
@@ -259,26 +276,32 @@ def main(argv: list[str] | None = None) -> None:
             steps=steps,
             progress=progress,
             meter=meter,
-            after_step=partial(finished, epoch),
+            after_step=after_step,
         )
         times = progress.finish()
-        if progress.step < steps:
+        if progress.step < steps or supervisor.stopped:
             step = progress.step
-            run.save(epoch, step, {"best": best, "meter": meter.state_dict()})
+            if not supervisor.stopped:
+                save_inside(step)
             break
         figures = score()
         log.info("epoch %d/%d", epoch + 1, args.epochs)
         best_head, accuracy = report(args, figures, names)
-        record = {"epoch": epoch, **{f"train_{name}": value for name, value in stats.items()}}
-        record |= {f"test_{name}": value for name, value in figures.items()}
-        logger.epoch(record | {"best_head": best_head.strip(), "best_acc1": max(best, accuracy)} | times)
+        line = {"epoch": epoch, **{f"train_{name}": value for name, value in stats.items()}}
+        line |= {f"test_{name}": value for name, value in figures.items()}
+        logger.epoch(
+            line | supervisor.figures() | {"best_head": best_head.strip(), "best_acc1": max(best, accuracy)} | times
+        )
         is_best, best = accuracy > best, max(best, accuracy)
         epoch, step, meter = epoch + 1, 0, MeanMeter()
         keep = epoch % args.save_interval == 0 or epoch == args.epochs
         run.save(epoch, step, {"best": best}, keep=keep, best=is_best)
     log.info("done: %d of %d epochs and %d steps, saved in %s", epoch, args.epochs, step, folder / checkpoint.LAST)
     logger.close()
+    run.close()
+    supervisor.close()
     distributed.stop()
+    supervisor.raise_if_stopped()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_hpm
 import models_teacher
@@ -29,6 +30,7 @@ from util.logger import Progress, RunLogger, cpu_threads, describe_environment, 
 from util.lr_sched import adjust_learning_rate
 from util.metrics import MeanMeter
 from util.precision import Precision, default_precision
+from util.supervision import Supervisor
 from util.transforms import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, ToModelInput
 
 SCRIPT = "main_pretrain"
@@ -372,6 +374,7 @@ def predictor_name(args: argparse.Namespace) -> str:
     return ("relative" if args.relative else "absolute") if args.learning_loss else "none"
 
 
+@record
 def main(argv: list[str] | None = None) -> None:
     # Options and paths: what is wrong with them ends here, before any model or data is built.
     with options.user_mistakes():
@@ -429,20 +432,24 @@ def main(argv: list[str] | None = None) -> None:
     epoch, step, extra = run.restore(parts, args.model, {"mean": args.mean, "std": args.std})
     epoch, meter = epoch if going_on else args.start_epoch, MeanMeter()
     if step:
-        meter.load_state_dict(extra, device)
-
-    def finished(epoch: int, step: int) -> bool:
-        return epoch >= args.epochs or (args.max_steps is not None and epoch * steps + step >= args.max_steps)
-
+        meter.load_state_dict(extra, device, holder=world.rank == 0)
+    finished = partial(checkpoint.is_finished, options=vars(args))
     if finished(epoch, step):
         log.info("nothing is left to do: %d of %d epochs and %d steps are done", epoch, args.epochs, step)
+        run.close()
         distributed.stop()
         return
 
     # Data and log
     num_masked = masking.count_masked(model.patch_embed.num_patches, args.mask_ratio)
-    dataset = ImageDataset(source, RandomCrop(args.input_size), args.seed)
+    dataset = ImageDataset(source, RandomCrop(args.input_size), args.seed, replace=not args.strict_images)
     loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda")
+    supervisor = Supervisor(
+        *(folder, student, precision.bad_steps, source, sampler),
+        interval=args.log_interval,
+        timeout_minutes=args.dist_timeout,
+        **{name: getattr(args, name) for name in ("save_every_minutes", "max_bad_steps", "max_bad_images")},
+    )
     logger = RunLogger(folder if world.rank == 0 else None, Path(args.log_dir or folder), keep_epochs=epoch)
     show = panels(args, shown if world.rank == 0 else None, model, teacher, eager_frozen, logger)
     logger.config({"script": SCRIPT, "options": vars(args), "environment": describe_environment()})
@@ -452,6 +459,14 @@ def main(argv: list[str] | None = None) -> None:
         optimizer,
         **{name: getattr(args, name) for name in ("lr", "min_lr", "warmup_epochs", "epochs")},
     )
+
+    def save_inside(step: int, stopped: str = "") -> None:
+        run.save(epoch, step, meter.state_dict(distributed.all_reduce_sum), stopped=stopped)
+
+    def after_step(step: int) -> bool:
+        stop = supervisor.between_steps(epoch, step, steps, partial(save_inside, step))
+        return stop or finished(epoch, step)
+
     while not finished(epoch, step):
         num_hardest, look, draw_mask = masks_of_epoch(args, epoch, model.patch_embed.grid_size, see, frozen)
         ema_decay = ema_decay_at(epoch, args.ema_decay, args.ema_decay_final, args.ema_ramp_epochs)
@@ -460,7 +475,7 @@ def main(argv: list[str] | None = None) -> None:
         stats = train_one_epoch(
             student,
             teacher,
-            loader,
+            supervisor.bad_images.watch(loader),
             optimizer,
             precision,
             to_model_input=ToModelInput(args.mean, args.std, device, flip=True),
@@ -477,25 +492,29 @@ def main(argv: list[str] | None = None) -> None:
             steps=steps,
             progress=progress,
             meter=meter,
-            after_step=partial(finished, epoch),
+            after_step=after_step,
         )
         times = progress.finish()
-        if progress.step < steps:
+        if progress.step < steps or supervisor.stopped:
             step = progress.step
-            run.save(epoch, step, meter.state_dict())
+            if not supervisor.stopped:
+                save_inside(step)
             break
-        record = {"epoch": epoch, **{f"train_{name}": value for name, value in stats.items()}}
-        record |= {"train_lr": optimizer.param_groups[0]["lr"]}
+        line = {"epoch": epoch, **{f"train_{name}": value for name, value in stats.items()}}
+        line |= {"train_lr": optimizer.param_groups[0]["lr"]}
         if teacher is not None:
-            record |= {"ema_decay": ema_decay, "num_hardest": num_hardest, "hard_ratio": num_hardest / num_masked}
-        logger.epoch(record | times)
+            line |= {"ema_decay": ema_decay, "num_hardest": num_hardest, "hard_ratio": num_hardest / num_masked}
+        logger.epoch(line | supervisor.figures() | times)
         epoch, step, meter = epoch + 1, 0, MeanMeter()
         keep = epoch % args.save_interval == 0 or epoch == args.epochs
         run.save(epoch, step, extra={}, keep=keep)
         show(epoch)
     log.info("done: %d of %d epochs and %d steps, saved in %s", epoch, args.epochs, step, folder / checkpoint.LAST)
     logger.close()
+    run.close()
+    supervisor.close()
     distributed.stop()
+    supervisor.raise_if_stopped()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 #   NPROC   processes on this node                                                      (default: its GPUs, or 1)
 #   CKPT    weights to fine-tune or evaluate          (default: what the pre-training recipe of the same name left)
 #   NNODES, NODE_RANK, HEAD   number of nodes, number of this one, host:port of the first    (recipes/slurm.sh sets them)
+#   TORCHRUN   further options of torchrun                                              (recipes/slurm.sh sets them)
 #   DRY     1 prints the commands and runs nothing
 # Options at the end of the command line are added to the recipe's, and win. Where a recipe runs two scripts, those
 # after -- go to the second.
@@ -19,6 +20,11 @@ NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
 NNODES=${NNODES:-1}
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python)}
 
+read -ra torchrun <<<"${TORCHRUN:-}"
+
+# A signal that a scheduler sends to every process of the job is for the training script: this shell waits for its end.
+trap : TERM USR1
+
 first=() second=()
 for word in "$@"; do
     if [ "$word" = -- ] && [ -z "${beyond:-}" ]; then beyond=1; continue; fi
@@ -30,10 +36,11 @@ run() {
     local script=$1 launcher=("$python")
     shift
     if [ "$NNODES" -gt 1 ]; then
-        launcher+=(-m torch.distributed.run --nnodes "$NNODES" --node_rank "${NODE_RANK:?}" --nproc_per_node "$NPROC"
+        launcher+=(-m torch.distributed.run "${torchrun[@]}" --nnodes "$NNODES" --node_rank "${NODE_RANK:?}"
+            --nproc_per_node "$NPROC"
             --rdzv_backend c10d --rdzv_endpoint "${HEAD:?}" --rdzv_id "${SLURM_JOB_ID:-$name}")
     elif [ "$NPROC" -gt 1 ]; then
-        launcher+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+        launcher+=(-m torch.distributed.run "${torchrun[@]}" --standalone --nproc_per_node "$NPROC")
     fi
     if [ "${DRY:-}" = 1 ]; then
         echo "$script --data_path $DATA $*"

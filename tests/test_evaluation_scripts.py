@@ -46,7 +46,7 @@ def test_fine_tuning(tmp_path, pretrained):
     assert re.search(r"epoch 2/2  acc1 \d+\.\d\d  acc5 \d+\.\d\d  loss \d\.\d{4}  best \d+\.\d\d", log)
     names = {p.name for p in (tmp_path / "run").iterdir() if "tfevents" not in p.name}
     assert names == {
-        *{"config.json", "log.jsonl", "checkpoint-last.pth", "checkpoint-prev.pth", "checkpoint-2.pth"},
+        *{".lock", "config.json", "log.jsonl", "checkpoint-last.pth", "checkpoint-prev.pth", "checkpoint-2.pth"},
         "checkpoint-best.pth",
     }
     record = log_lines(tmp_path / "run")[-1]

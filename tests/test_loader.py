@@ -1,3 +1,6 @@
+import os
+import subprocess
+
 import pytest
 import torch
 
@@ -70,3 +73,25 @@ def test_batches_do_not_depend_on_the_workers(num_workers):
         images = torch.cat([batch.image for batch in loader])
         expected = torch.stack([dataset[key].image for batch in sampler for key in batch])
         assert torch.equal(images, expected)
+
+
+class Pids:
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, key):
+        return os.getpid()
+
+
+def test_a_loading_process_heeds_the_one_it_works_for_alone():
+    """It outlives SIGTERM from a stranger, such as a scheduler; and ends at once when its own says so."""
+    loader = build_loader(Pids(), ShardSampler(100, 1), 1, False)
+    batches = iter(loader)
+    pid = next(batches).item()
+    subprocess.run(["kill", "-TERM", str(pid)], check=True)
+    assert [next(batches).item() for _ in range(20)] == [pid] * 20
+    (worker,) = loader._iterator._workers
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=20)
+    assert worker.exitcode == 0

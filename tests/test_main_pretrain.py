@@ -19,7 +19,7 @@ def test_a_plain_run_leaves_what_it_should(tmp_path):
     log = pretrain(tmp_path / "run", "--save_interval", 1)
     names = {path.name for path in (tmp_path / "run").iterdir() if "tfevents" not in path.name}
     assert names == {
-        *{"config.json", "log.jsonl", "checkpoint-last.pth", "checkpoint-prev.pth"},
+        *{"config.json", "log.jsonl", ".lock", "checkpoint-last.pth", "checkpoint-prev.pth"},
         *{"checkpoint-1.pth", "checkpoint-2.pth"},
     }
     assert list((tmp_path / "run").glob("*tfevents*"))
@@ -71,10 +71,10 @@ def test_workers_change_nothing(tmp_path):
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(tmp_path):
     pretrain(tmp_path / "run")
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("[!.]*")}
     log = pretrain(tmp_path / "run")
     assert "nothing is left to do: 2 of 2 epochs" in log
-    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()} == before
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("[!.]*")} == before
 
 
 @pytest.mark.parametrize("stop_at", [3, 6, 9])

@@ -34,7 +34,7 @@ def test_reduction_weighs_observations():
     meter.update(loss=torch.tensor(1.0))
 
     def with_another_rank(tensor):
-        return tensor + torch.tensor([[5.0 + 6.0], [2.0]])  # sums, counts
+        return tensor + torch.tensor([[5.0 + 6.0, 2.0]])  # sum, count
 
     assert meter.mean(with_another_rank) == {"loss": 4.0}
 
@@ -43,6 +43,27 @@ def test_a_saved_meter_goes_on():
     meter = MeanMeter()
     meter.update(loss=torch.tensor(1.0))
     other = MeanMeter()
-    other.load_state_dict(meter.state_dict(), torch.device("cpu"))
+    other.load_state_dict(meter.state_dict(alone), torch.device("cpu"))
     other.update(loss=torch.tensor(2.0))
     assert other.mean(alone) == {"loss": 1.5}
+
+
+def test_what_is_not_finite_does_not_hide_the_rest():
+    meter = MeanMeter()
+    for value in (1.0, float("nan"), float("inf"), 3.0):
+        meter.update(loss=torch.tensor(value))
+    assert meter.window(alone) == meter.mean(alone) == {"loss": 2.0}
+
+
+def test_a_meter_saved_by_several_ranks_is_held_by_one():
+    """Two ranks with different values: what both saved together, one goes on with."""
+    ranks = [MeanMeter(), MeanMeter()]
+    for value, meter in enumerate(ranks):
+        meter.update(loss=torch.tensor(float(value)))
+    total = sum(torch.stack(list(meter._totals.values())) for meter in ranks)
+    state = ranks[0].state_dict(lambda tensor: total)
+    others = [MeanMeter(), MeanMeter()]
+    for rank, meter in enumerate(others):
+        meter.load_state_dict(state, torch.device("cpu"), holder=rank == 0)
+    both = sum(torch.stack(list(meter._totals.values())) for meter in others)
+    assert torch.equal(both, total)

@@ -11,16 +11,21 @@ names where it has them:
     optimizer           state of the optimizer
     loss_scaler         state of the fp16 scaler, empty otherwise
     epoch, step         the next epoch to run, and the next optimizer step in it
+    stopped             name of the signal that ended the run here, empty otherwise
     options             every option, resolved
     image               mean and std of the images
     extra               what a script adds (running means of a started epoch, best accuracy)
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +41,7 @@ log = logging.getLogger("hpm")
 
 FORMAT, VERSION = "hpm", 1
 LAST, PREVIOUS, BEST = "checkpoint-last.pth", "checkpoint-prev.pth", "checkpoint-best.pth"
+LOCK = ".lock"
 
 # What a pre-training checkpoint holds beyond the encoder.
 DECODERS = ("decoder_", "mask_token", "vis_mask_token")
@@ -56,14 +62,35 @@ def write_file(path: Path, content: dict[str, Any]) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        _replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise _not_written(path, partial, error) from error
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Give a complete file its name, and see to it that the name, too, survives a loss of power."""
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError:  # some network file systems know no such thing
+        pass
+    finally:
+        os.close(folder)
+
+
+def _not_written(path: Path, partial: Path, error: Exception) -> OSError:
+    with contextlib.suppress(OSError):
         partial.unlink(missing_ok=True)
-        raise OSError(f"could not write {path} (disk full or read-only?): {error}; the one before is intact") from error
+    return OSError(f"could not write {path} (disk full or read-only?): {error}; the one before is intact")
 
 
 def save_run(folder: Path, state: dict[str, Any], also: Iterable[str] = ()) -> None:
-    """Write the newest checkpoint of a run, keep the one before, and let the new one be known by other names `also`."""
+    """Write the newest checkpoint of a run, keep the one before, and let the new one be known by other names `also`.
+
+    Raises:
+        OSError: the disk is full or cannot be written; the newest checkpoint that was there before is intact.
+    """
     last = folder / LAST
     if last.exists():
         _second_name(last, folder / PREVIOUS)
@@ -75,12 +102,15 @@ def save_run(folder: Path, state: dict[str, Any], also: Iterable[str] = ()) -> N
 def _second_name(source: Path, target: Path) -> None:
     """Let `target` be the same file; a copy where the file system has no links. Files are replaced, never changed."""
     partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)
     try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
+        _replace(partial, target)
+    except OSError as error:
+        raise _not_written(target, partial, error) from error
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
@@ -118,6 +148,15 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def check_owner(folder: Path, script: str) -> None:
+    """Raises:
+    ValueError: the folder holds another script's run.
+    """
+    config = folder / "config.json"
+    if config.is_file() and (owner := json.loads(config.read_text()).get("script")) != script:
+        raise ValueError(f"{folder} holds a run of {owner}, not of {script}: choose another --output_dir")
+
+
 def find_resume(folder: Path, resume: str, auto_resume: bool, script: str) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that a run goes on from, in this order:
 
@@ -128,9 +167,7 @@ def find_resume(folder: Path, resume: str, auto_resume: bool, script: str) -> tu
     Raises:
         ValueError: the folder holds another script's run; or it holds a run, and a new one would overwrite it.
     """
-    config = folder / "config.json"
-    if config.is_file() and (owner := json.loads(config.read_text()).get("script")) != script:
-        raise ValueError(f"{folder} holds a run of {owner}, not of {script}: choose another --output_dir")
+    check_owner(folder, script)
     if auto_resume and (found := newest(folder)):
         return found
     if resume:
@@ -170,22 +207,75 @@ def check_resumable(
     return [f"--{name}: {before[name]} -> {options[name]}" for name in shared if before[name] != options[name]]
 
 
+def is_finished(epoch: int, step: int, options: dict[str, Any]) -> bool:
+    """Whether a run at this position (the next epoch and step) has done what its options ask for."""
+    taken, most = epoch * options["steps_per_epoch"] + step, options["max_steps"]
+    return epoch >= options["epochs"] or (most is not None and taken >= most)
+
+
+class FolderLock:
+    """Keeps a second run out of a folder.
+
+    A POSIX record lock: the kernel drops it with the process, however that ends; processes that load data do not
+    inherit it. It holds between machines on NFS (4, or 3 with its lock daemon) and on parallel file systems mounted
+    with locks (Lustre: `-o flock`). Where a file system has none, a warning says that nothing guards the folder.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self.file = open(self.path, "a+")  # noqa: SIM115 - held for as long as the run lives
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = self.path.read_text().strip() if error.errno in (errno.EACCES, errno.EAGAIN) else ""
+            self.file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"another run ({holder or 'unknown'}) is writing to {folder}: stop it first, or choose another "
+                    "--output_dir or --experiment"
+                ) from error
+            log.warning("%s: no locks on this file system (%s); see to it that only one run writes here", folder, error)
+            return
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+
+    def release(self) -> None:
+        """The file stays, empty of meaning: to remove it would open a gap for two."""
+        self.file.close()
+
+
 class Run:
     """A run's folder: where the run goes on, and what it saves.
 
     Args:
-        folder: made if it is missing.
+        folder: made if it is missing, and locked by rank 0 until `close`.
         script: name of the script; a folder of another one is refused.
         share: runs a function on rank 0 and gives its result, or its error, to all (util/distributed.from_rank_zero).
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be made or written to.
+        ValueError: it holds a run of another script, or another process writes to it.
     """
 
     def __init__(self, folder: Path, script: str, share: Callable[[Callable[[], Any]], Any]) -> None:
         self.folder, self.script, self.share = folder, script, share
         self.found: tuple[Path, dict[str, Any]] | None = None
-        share(lambda: folder.mkdir(parents=True, exist_ok=True))
+        self.lock: FolderLock | None = None
+        share(self._open)
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        check_owner(self.folder, self.script)
+        self.lock = FolderLock(self.folder)
+
+    def close(self) -> None:
+        """Let others write to the folder; the end of the process does it as well."""
+        if self.lock is not None:
+            self.lock.release()
 
     def find(self, resume: str, auto_resume: bool) -> None:
         """Look for the checkpoint to go on from (`find_resume`)."""
@@ -217,18 +307,35 @@ class Run:
         log.info("going on from %s, epoch %d, step %d", path, state["epoch"], state["step"])
         for change in self.changes:
             log.info("changed since: %s", change)
+        before, now = state["options"].get("processes"), self.options.get("processes")
+        if before != now:
+            log.info(
+                "the order differs from that of %s processes: each step sees the same images, dealt out to %s in other "
+                "parts, so that masks and augmentation differ; only the old number goes on exactly",
+                *(before, now),
+            )
         self.found = None  # its tensors need not stay in memory
         return state["epoch"], state["step"], state["extra"]
 
-    def save(self, epoch: int, step: int, extra: dict[str, Any], keep: bool = False, best: bool = False) -> None:
+    def save(
+        self,
+        epoch: int,
+        step: int,
+        extra: dict[str, Any],
+        keep: bool = False,
+        best: bool = False,
+        stopped: str = "",
+    ) -> None:
         """Write the newest checkpoint, on rank 0, while the others wait.
 
         Args:
             epoch, step: the next to run.
             keep: as checkpoint-EPOCH.pth too, which no later one replaces.
             best: as checkpoint-best.pth too.
+            stopped: name of the signal that ends the run here.
         """
         state = {**self.header, "options": self.options, "epoch": epoch, "step": step, "extra": extra}
+        state["stopped"] = stopped
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         also = [f"checkpoint-{epoch}.pth"] * keep + [BEST] * best
         self.share(lambda: save_run(self.folder, state, also))

@@ -114,6 +114,46 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0
 
 
+def gather(value: T) -> list[T]:
+    """The values of all ranks, in their order, on all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class Hearsay:
+    """Small whole numbers that ranks tell each other at every step, without waiting for any device.
+
+    What is told at one call is read at the next, a step later: the exchange runs between hosts (gloo, also beside
+    NCCL) while the step is computed, so that it has arrived when it is asked for. All ranks must call in step; each
+    call gives the same answer on all of them.
+    """
+
+    def __init__(self, timeout_minutes: float) -> None:
+        self._group = self._work = None
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+
+    def __call__(self, numbers: list[int]) -> list[int]:
+        """The largest of each number over the ranks, as told at the last call (at first, zeros); at once if alone."""
+        if self._group is None:
+            return numbers
+        heard = self.listen() or [0] * len(numbers)
+        self._told = torch.tensor(numbers)
+        self._work = dist.all_reduce(self._told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return heard
+
+    def listen(self) -> list[int] | None:
+        """What the last call told, waited for; None if there is nothing to hear. No rank leaves before the others."""
+        if self._work is None:
+            return None
+        self._work.wait()
+        self._work = None
+        return self._told.tolist()
+
+
 def from_rank_zero(compute: Callable[[], T]) -> T:
     """Run `compute` on rank 0 alone and give its result to all. What it raises is raised everywhere."""
     if not dist.is_initialized():

@@ -27,8 +27,19 @@ class EMATeacher:
         self._buffers = list(zip(self.module.buffers(), student.buffers(), strict=True))
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """One step towards the student; call it after every optimizer step. Buffers are copied."""
-        torch._foreach_lerp_(self._mine, self._theirs, 1.0 - decay)
+    def update(self, decay: float, skip: torch.Tensor | None = None) -> None:
+        """One step towards the student; call it after every optimizer step. Buffers are copied.
+
+        Args:
+            skip: a scalar on the device, 1 where the optimizer skipped its step: the teacher then stays, too. Nothing
+                waits for it.
+        """
+        # teacher += (1 - decay) * (student - teacher) is a step of SGD up the "gradient" student - 1 * teacher: the
+        # fused kernel does it in one pass, with the numbers of torch.lerp, and can be told on the device to do nothing.
+        torch._fused_sgd_(
+            self._mine, self._theirs, [],
+            lr=1.0 - decay, weight_decay=1.0, maximize=True,
+            momentum=0.0, dampening=0.0, nesterov=False, is_first_step=False, found_inf=skip,
+        )  # fmt: skip
         for mine, theirs in self._buffers:
             mine.copy_(theirs)

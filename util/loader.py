@@ -1,5 +1,8 @@
 """Which samples a rank sees, in which order, and the processes that load them."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +25,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __init__(
         self, num_samples: int, batch_size: int, accum_iter: int = 1, rank: int = 0, world_size: int = 1, seed: int = 0
     ) -> None:
-        self.num_samples, self.batch_size = num_samples, batch_size
+        self.num_samples, self.batch_size, self.accum_iter = num_samples, batch_size, accum_iter
         self.rank, self.world_size, self.seed = rank, world_size, seed
         global_batch = batch_size * accum_iter * world_size
         if num_samples < global_batch:
@@ -37,11 +40,19 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         """Where the next pass begins: an epoch, and a batch within it (a run that stopped there goes on)."""
         self.epoch, self.first_batch = epoch, first_batch
 
+    def of_step(self, epoch: int, step: int) -> list[int]:
+        """Indices of all images of an optimizer step, over all ranks and micro-steps."""
+        count = self.batch_size * self.world_size * self.accum_iter
+        return self._order(epoch)[step * count : (step + 1) * count].tolist()
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        return torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
+
     def __len__(self) -> int:
         return self.num_batches - self.first_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.randperm(self.num_samples, generator=generator(self.seed, self.epoch))
+        order = self._order(self.epoch)
         for batch in range(self.first_batch, self.num_batches):
             start = (batch * self.world_size + self.rank) * self.batch_size
             yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
@@ -62,10 +73,28 @@ class ShardSampler(Sampler[list[int]]):
             yield list(self.indices[start : start + self.batch_size])
 
 
+def _heed_parent_alone(worker: int) -> None:
+    """Keep a loading process alive when a scheduler sends SIGTERM to all processes.
+
+    Whoever trains needs data up to its next step boundary. The process it works for still ends it with SIGTERM: a
+    thread waits for the signal, for only there one learns who sent it.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_parents_word, daemon=True).start()
+
+
+def _end_at_parents_word() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)  # as PyTorch's own handler does, which this one stands in for
+
+
 def build_loader(dataset: Dataset, sampler: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """Batches of the sampler, loaded by processes that live as long as the loader."""
     return DataLoader(
         dataset,
+        worker_init_fn=_heed_parent_alone if num_workers else None,
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -42,6 +42,6 @@ def feature_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     In the official form, the squared distance of the normalised vectors, which loses no digits near zero.
     """
-    pred = F.normalize(pred.float(), dim=-1)
+    pred = F.normalize(pred.float(), dim=-1, eps=1e-4)  # so that the gradient at a vector of zeros fits fp16, too
     target = F.normalize(target.detach().float(), dim=-1)
     return (pred - target).square().sum(dim=-1)

@@ -3,6 +3,7 @@
 Shapes: B batch, M masked patches, K classes.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,49 +24,52 @@ def rank_accuracy(loss_pred: Tensor, loss_target: Tensor) -> Tensor:
 
 
 class MeanMeter:
-    """Running means of named scalars, summed on the device: nothing waits for the device before they are read."""
+    """Running means of named scalars, summed on the device: nothing waits for the device before they are read.
+
+    Values that are not finite do not count: their steps are skipped, and one would hide all others.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._seen: tuple[dict[str, float], dict[str, int]] = ({}, {})  # sums over ranks and counts at the last window
+        self._totals: dict[str, Tensor] = {}  # (2,): sum, count
+        self._seen: dict[str, list[float]] = {}  # those over all ranks, at the last window
 
     def update(self, **values: Tensor) -> None:
         """Add one observation of each of these scalars."""
         for name, value in values.items():
             value = value.detach().double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            finite = value.isfinite()
+            new = torch.stack([torch.where(finite, value, 0.0), finite.double()])
+            self._totals[name] = self._totals[name] + new if name in self._totals else new
 
     def window(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means since the last call. `reduce` sums a tensor over the ranks, in place."""
-        sums, counts = self._read(reduce)
-        before, before_counts = self._seen
-        self._seen = sums, counts
-        return {
-            name: (value - before.get(name, 0.0)) / (counts[name] - before_counts.get(name, 0))
-            for name, value in sums.items()
-            if counts[name] > before_counts.get(name, 0)
+        totals, before = self._read(reduce), self._seen
+        self._seen = totals
+        since = {
+            name: [now - then for now, then in zip(total, before.get(name, (0.0, 0.0)), strict=True)]
+            for name, total in totals.items()
         }
+        return {name: value / count for name, (value, count) in since.items() if count > 0}
 
     def mean(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the start."""
-        sums, counts = self._read(reduce)
-        return {name: value / counts[name] for name, value in sums.items()}
+        """Means since the start; NaN of what was never finite."""
+        return {name: value / count if count else math.nan for name, (value, count) in self._read(reduce).items()}
 
-    def _read(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], dict[str, int]]:
-        if not self._sums:
-            return {}, {}
-        sums = torch.stack(list(self._sums.values()))
-        counts = sums.new_tensor(list(self._counts.values()))
-        sums, counts = reduce(torch.stack([sums, counts])).tolist()
-        names = list(self._sums)
-        return dict(zip(names, sums, strict=True)), dict(zip(names, counts, strict=True))
+    def _read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
+        if not self._totals:
+            return {}
+        return dict(zip(self._totals, reduce(torch.stack(list(self._totals.values()))).tolist(), strict=True))
 
-    def state_dict(self) -> dict[str, dict]:
-        return {"sums": {name: value.item() for name, value in self._sums.items()}, "counts": dict(self._counts)}
+    def state_dict(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
+        """Sums and counts over all ranks."""
+        return self._read(reduce)
 
-    def load_state_dict(self, state: dict[str, dict], device: torch.device) -> None:
-        """Go on from a saved state; windows begin anew."""
-        self._sums = {name: torch.tensor(v, dtype=torch.double, device=device) for name, v in state["sums"].items()}
-        self._counts = dict(state["counts"])
+    def load_state_dict(self, state: dict[str, list[float]], device: torch.device, holder: bool = True) -> None:
+        """Go on from a saved state; windows begin anew.
+
+        Args:
+            holder: whether this rank holds the saved totals of all; exactly one does.
+        """
+        totals = {name: torch.tensor(total, dtype=torch.double, device=device) for name, total in state.items()}
+        self._totals = totals if holder else {name: torch.zeros_like(total) for name, total in totals.items()}
+        self._seen = dict(state)

@@ -90,6 +90,8 @@ COUNT_OR_ZERO = number(int, low=0)
 SHARE = number(float, low=0, high=1)
 NOT_NEGATIVE = number(float, low=0)
 POSITIVE = number(float, above=0)
+MINUTES = number(float, above=0, high=60 * 24 * 365)
+SEED = number(int, low=0, high=2**63 - 1)
 
 
 def one_of(names: list[str], what: str) -> Callable[[str], str]:
@@ -124,7 +126,7 @@ def add_data_options(parser: OptionParser, *, num_workers: int, splits: tuple[st
             group.add_argument(f"--shapes_{split}", type=COUNT, default=count, help=help)
     group.add_argument("--cache_dir", help="where a .tar.gz is decompressed, once; default ~/.cache/hpm")
     group.add_argument(
-        "--mean", type=float, nargs=3, help="mean colour, 0 to 1; default: the checkpoint's, or ImageNet's"
+        "--mean", type=number(float), nargs=3, help="mean colour, 0 to 1; default: the checkpoint's, or ImageNet's"
     )
     group.add_argument("--std", type=POSITIVE, nargs=3, help="its standard deviation; default likewise")
     group.add_argument(
@@ -146,9 +148,23 @@ def add_run_options(parser: OptionParser) -> None:
     add_switch(group, "auto_resume", True, "go on from the newest checkpoint in the run's folder")
     group.add_argument("--start_epoch", type=COUNT_OR_ZERO, default=0, help="epoch to begin a new run at, from 0")
     group.add_argument("--save_interval", type=COUNT, default=100, help="keep a checkpoint every so many epochs")
+    group.add_argument("--save_every_minutes", type=MINUTES, help="save inside an epoch, too, every so many minutes")
     group.add_argument("--log_interval", type=COUNT, default=20, help="steps between two lines of the log")
     group.add_argument("--max_steps", type=COUNT, help="end after so many optimizer steps in all, to try a recipe out")
-    group.add_argument("--seed", type=COUNT_OR_ZERO, default=0, help="seed of weights, order, augmentation and masks")
+    group.add_argument("--seed", type=SEED, default=0, help="seed of weights, order, augmentation and masks")
+    group.add_argument(
+        "--max_bad_steps",
+        type=COUNT_OR_ZERO,
+        default=10,
+        help="steps with a loss or gradient that is not finite are skipped; end after more than so many in a row",
+    )
+    group.add_argument(
+        "--max_bad_images",
+        type=COUNT_OR_ZERO,
+        default=100,
+        help="training images that cannot be read are replaced and listed in bad_images.txt; end after more than these",
+    )
+    add_switch(group, "strict_images", False, "end at the first training image that cannot be read")
 
 
 def add_device_options(parser: OptionParser) -> None:
@@ -160,7 +176,7 @@ def add_device_options(parser: OptionParser) -> None:
         help="default: bf16 where the GPU has it, fp16 on older ones, fp32 on the CPU",
     )
     add_switch(group, "compile", False, "compile the model with torch.compile: minutes to start, then faster")
-    group.add_argument("--dist_timeout", type=POSITIVE, default=30, help="minutes a process waits for the others")
+    group.add_argument("--dist_timeout", type=MINUTES, default=30, help="minutes a process waits for the others")
     parser.accept_without_effect(*LAUNCHER_OPTIONS)
 
 

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from util.bad_steps import BadSteps, step_unless
+
 NAMES = ("fp32", "bf16", "fp16")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,6 +35,8 @@ class Precision:
         torch.backends.cudnn.allow_tf32 = False
         self.name = name
         self.device = device
+        self.bad_steps = BadSteps(device)
+        self.skipped = self._loss = torch.zeros((), device=device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def choose_attention(self, model: nn.Module) -> None:
@@ -46,16 +50,29 @@ class Precision:
         return torch.autocast(self.device.type, dtype=_DTYPES[self.name], enabled=self.name != "fp32")
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        """Back-propagate. A loss that is not finite makes every gradient so: their norm then tells it to all ranks."""
+        self._loss = self._loss + loss.detach()
+        poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        self.scaler.scale(loss * poison).backward()
 
     def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip_grad: float) -> Tensor:
-        """Clip to the norm `clip_grad` (0 = do not), step, clear. Returns the norm before clipping, on the device."""
+        """Clip to the norm `clip_grad` (0 = do not), step, clear. Returns the norm before clipping, on the device.
+
+        If the norm is not finite, no weight and no state changes; `skipped` is then 1, else 0, on the device.
+        `bad_steps` counts these, but for overflows that a lower loss scale can still cure.
+        """
         self.scaler.unscale_(optimizer)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        numbered = [(i, p.grad) for i, p in enumerate(parameters) if p.grad is not None]
+        with_gradient, gradients = [i for i, _ in numbered], [gradient for _, gradient in numbered]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        norm = torch.linalg.vector_norm(norms)
         if clip_grad > 0:
             torch._foreach_mul_(gradients, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
-        self.scaler.step(optimizer)
+        self.skipped = 1.0 - norm.isfinite().float()
+        step_unless(optimizer, self.skipped)
+        incurable = self.scaler.scale(torch.ones_like(norm)) <= 1.0 if self.scaler.is_enabled() else 1.0
+        self.bad_steps.update(self.skipped * incurable, self._loss, norms, with_gradient)
+        self._loss = torch.zeros((), device=self.device)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm

@@ -1,0 +1,263 @@
+"""A loss or gradient that is not finite: the step is skipped on the device, counted, and not for ever."""
+
+import copy
+import json
+
+import pytest
+import torch
+from programs import PRETRAIN, checkpoint, log_lines, run
+from test_distributed import run_two
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from util.bad_steps import NonFinite, step_unless
+from util.ema import EMATeacher
+from util.lars import LARS
+from util.losses import absolute_loss, feature_loss, relative_loss
+from util.metrics import MeanMeter
+from util.precision import Precision
+
+CPU = torch.device("cpu")
+OPTIMIZERS = {
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "LARS": lambda p: LARS(p, lr=0.1, weight_decay=0.1),
+}
+FAULTS = {
+    "loss is nan": lambda loss, x: loss * torch.nan,
+    "loss is inf with a finite gradient": lambda loss, x: loss + torch.inf,
+    "gradient alone is inf": lambda loss, x: loss + (x.sum() * 0).sqrt(),
+}
+
+
+def train(build, faults):
+    """A few steps with the losses of some replaced; weights, teacher, optimizer state and precision."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    teacher, optimizer, precision = EMATeacher(model), build(model.parameters()), Precision("fp32", CPU)
+    for fault in faults:
+        if fault == "left out":
+            continue
+        images = torch.ones(2, 4)
+        out = model(images)
+        loss = out.square().sum()
+        precision.backward(fault(loss, out) if fault else loss)
+        precision.step(optimizer, list(model.parameters()), 1.0)
+        teacher.update(0.9, precision.skipped)
+    state = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
+    return [*model.state_dict().values(), *teacher.module.state_dict().values(), *state], precision
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_bad_step_changes_nothing_at_all(build, fault):
+    """At the very first step, and among others: weights, teacher, moments, and the optimizer's count of steps."""
+    faulty, precision = train(build, [fault, None, fault, fault, None])
+    clean, _ = train(build, ["left out", None, "left out", "left out", None])
+    assert all(torch.equal(a, b) for a, b in zip(faulty, clean, strict=True))
+    assert precision.bad_steps.read() == (2, 3, 3)
+    assert precision.bad_steps.read() == (0, 3, 0)
+
+
+def test_finite_losses_go_through_untouched():
+    """What watches them changes no bit."""
+    x = torch.randn(5, requires_grad=True)
+    Precision("fp32", CPU).backward(x.exp().sum())
+    watched = x.grad.clone()
+    x.grad = None
+    x.exp().sum().backward()
+    assert torch.equal(watched, x.grad)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails where a number is taken from a tensor, which on a GPU would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_step_reads_no_number_off_the_device(build, monkeypatch):
+    """On any machine: from the loss to the teacher and the meter, the step is a fixed list of kernels."""
+    model = nn.Linear(4, 1)
+    teacher, optimizer = EMATeacher(model), build(model.parameters())
+    precision, meter, parameters = Precision("fp32", CPU), MeanMeter(), list(model.parameters())
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("read"))  # which the mode does not see
+    with NothingIsRead():
+        for factor in (1.0, torch.nan, 1.0):
+            loss = model(torch.ones(2, 4)).sum() * factor
+            precision.backward(loss)
+            meter.update(loss=loss, grad_norm=precision.step(optimizer, parameters, 1.0))
+            teacher.update(0.9, precision.skipped)
+    with pytest.raises(AssertionError), NothingIsRead():  # it does notice
+        precision.skipped.item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_step_waits_for_no_device():
+    device = torch.device("cuda")
+    model = nn.Linear(4, 4).to(device)
+    teacher, optimizer = EMATeacher(model), torch.optim.AdamW(model.parameters(), fused=True)
+    precision, images = Precision("fp32", device), torch.ones(2, 4, device=device)
+    for attempt in range(3):
+        torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+        precision.backward(model(images).square().sum())
+        precision.step(optimizer, list(model.parameters()), 1.0)
+        teacher.update(0.9, precision.skipped)
+    torch.cuda.set_sync_debug_mode("default")
+
+
+class FakeScaler:
+    """What fp16's scaler does, on the CPU: an overflow is a gradient that is not finite at a high scale."""
+
+    def __init__(self, scale):
+        self.value = scale
+
+    def is_enabled(self):
+        return True
+
+    def scale(self, tensor):
+        return tensor * self.value
+
+    def unscale_(self, optimizer):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad.div_(self.value)
+
+    def update(self):
+        self.value /= 2
+
+
+def test_overflows_in_fp16_do_not_count_until_the_scale_cannot_fall_further():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer, precision = torch.optim.AdamW([weight], fused=True), Precision("fp32", CPU)
+    precision.scaler = FakeScaler(8.0)
+    counted = []
+    for _ in range(6):  # at scales 8, 4, 2, 1, 1/2, 1/4
+        precision.backward(weight.sum() * torch.inf)
+        precision.step(optimizer, [weight], 0.0)
+        counted.append(precision.bad_steps.read()[2])
+    assert counted == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(weight.detach(), torch.ones(2))
+
+
+def poisoned(monkeypatch, steps):
+    """Let the losses of these steps of the run (counted from its start) be NaN."""
+    from models_hpm import MaskedAutoencoderViT
+
+    forward, calls = MaskedAutoencoderViT.forward, []
+
+    def faulty(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) - 1 in steps:
+            out["loss"] = out["loss"] * torch.nan
+        return out
+
+    monkeypatch.setattr(MaskedAutoencoderViT, "forward", faulty)
+
+
+def test_a_run_skips_and_counts_them(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {1, 2, 7})
+    log = run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path, "--max_bad_steps", 2, "--log_interval", 1)
+    assert "1 steps skipped: loss or gradient not finite (2 in all since the start)" in log
+    first, second = log_lines(tmp_path)
+    assert (first["bad_steps"], second["bad_steps"]) == (2, 3)
+    assert 0 < first["train_loss"] < 10  # one NaN does not hide the other losses
+    state = checkpoint(tmp_path)
+    assert all(value.isfinite().all() for key in ("state_dict", "ema_state_dict") for value in state[key].values())
+    assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {12 - 3}
+
+
+def test_too_many_in_a_row_end_the_run_with_a_report_and_the_last_good_checkpoint(tmp_path, monkeypatch):
+    poisoned(monkeypatch, range(7, 99))
+    run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path / "good", "--epochs", 4, "--max_steps", 6)
+    before = copy.deepcopy(checkpoint(tmp_path / "good"))
+    with pytest.raises(NonFinite, match=r"4 steps in a row, more than --max_bad_steps 3, from epoch 1, step 1 on"):
+        # the model is counted from 6 on again: calls 0 to 5 were of the run above
+        run(
+            *["main_pretrain", *PRETRAIN, "--output_dir", tmp_path / "good", "--epochs", 4],
+            *["--max_bad_steps", 3, "--log_interval", 1],
+        )
+    after = checkpoint(tmp_path / "good")
+    assert (after["epoch"], after["step"]) == (1, 0)
+    assert all(torch.equal(before["state_dict"][k], v) for k, v in after["state_dict"].items())
+    report = json.loads((tmp_path / "good/bad_steps.json").read_text())
+    assert (report["epoch"], report["step"], report["steps_in_a_row"]) == (1, 1, 4)
+    assert str(report["losses"]) == "[nan]"
+    assert {"patch_embed", "blocks.0", "decoder_blocks.0", "decoder_blocks_losspred.0"} <= report[
+        "gradient_norms"
+    ].keys()
+    assert len(report["files"]) == len(set(report["files"])) == 8
+    assert report["files"][0].startswith("Shapes train ")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_are_safe_in_half_precision(dtype):
+    """The largest values of the format, equal ones and tiny ones give finite losses and gradients."""
+    largest = torch.finfo(dtype).max
+    for values in ([largest, -largest, 0.0], [1.0, 1.0, 1.0], [torch.finfo(dtype).tiny, 0.0, 1e-3]):
+        pred = torch.tensor([values], dtype=dtype, requires_grad=True)
+        target = torch.tensor([values[::-1]], dtype=dtype)
+        for loss in (relative_loss, absolute_loss):
+            result = loss(pred, target)
+            assert result.dtype == torch.float32
+            assert result.isfinite()
+            (gradient,) = torch.autograd.grad(result, pred)
+            assert gradient.float().isfinite().all() or loss is absolute_loss  # whose true gradient may not fit
+    features = torch.tensor([[[3e4, 1e-4], [0.0, 0.0]]], dtype=dtype, requires_grad=True)
+    result = feature_loss(features, features.detach().flip(1))
+    assert result.isfinite().all()
+    (gradient,) = torch.autograd.grad(result.sum(), features)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_is_safe_in_half_precision(dtype, fused):
+    """Scores that overflow fp16 unless they are scaled before they are multiplied."""
+    from timm.layers import Attention
+
+    attention = Attention(64, num_heads=1).to(dtype)
+    attention.fused_attn = fused
+    with torch.no_grad():
+        attention.qkv.weight.copy_(torch.eye(64, dtype=dtype).repeat(3, 1) * 60)
+    x = torch.ones(1, 5, 64, dtype=dtype, requires_grad=True)  # q k = 64 * 60 * 60 = 230400, over 65504; / 8 is not
+    out = attention(x)
+    out.float().sum().backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+def test_step_unless_leaves_no_switch_behind():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones(2)
+    step_unless(optimizer, torch.zeros(()))
+    assert not hasattr(optimizer, "found_inf")
+    assert (weight < 1).all()
+
+
+def test_ranks_skip_alike_when_one_of_them_sees_the_fault(tmp_path):
+    """A loss of NaN, and one of inf with a finite gradient, on rank 1 alone: the reduced gradient tells both."""
+    out = run_two(
+        """
+        from util.precision import Precision
+        model = distributed.wrap(torch.nn.Linear(4, 1), torch.device("cpu"))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        precision, before = Precision("fp32", torch.device("cpu")), model.module.weight.clone()
+        for fault in (torch.nan, torch.inf):
+            loss = model(torch.ones(2, 4)).sum() + (fault if world.rank == 1 else 0.0)
+            precision.backward(loss)
+            precision.step(optimizer, list(model.parameters()), 1.0)
+        report = precision.bad_steps.report(["weight", "bias"], distributed.gather)
+        same = torch.equal(before, model.module.weight)
+        finite = [loss == loss for loss in report["losses"]]
+        line = f"rank {world.rank}: {precision.bad_steps.read()} {same} {finite} {report['steps_ago']}"
+        print(line + chr(10), end="", flush=True)
+        """,
+        tmp_path,
+    )
+    for rank in (0, 1):
+        assert f"rank {rank}: (2, 2, 2) True [True, False] 1" in out

@@ -1,0 +1,118 @@
+"""Impossible and unlikely settings of every script: refused before any work, in a line or two, with status 2."""
+
+import importlib
+
+import pytest
+import torch
+
+from util import rng
+
+EVERYWHERE = {
+    "--batch_size 0": "'0' is not a whole number of 1 or more",
+    "--batch_size many": "'many' is not a whole number of 1 or more",
+    "--num_workers -1": "'-1' is not a whole number of 0 or more",
+    "--seed -1": "'-1' is not a whole number of 0 or more",
+    "--seed 99999999999999999999": "'99999999999999999999' is not a whole number of 0 or more and of",
+    "--mean nan 0 0": "'nan' is not a number",
+    "--mean 0.5 0.5": "expected 3 arguments",
+    "--std 0.1 0 0.1": "'0' is not a number above 0",
+    "--input_size 225": "patch size 16 does not divide an image of 225 x 225",
+    "--patch_size 0": "'0' is not a whole number of 1 or more",
+    "--precision int8": "invalid choice: 'int8'",
+    "--precision fp16": "--precision fp16 needs CUDA, the device is cpu",
+    "--device cuda": "--device cuda: this PyTorch sees no CUDA device",
+    "--dist_timeout 0": "'0' is not a number above 0",
+    "--dist_timeout 1e300": "'1e300' is not a number above 0 and of",
+    "--data_path /nowhere": "--data_path /nowhere does not exist",
+    "--batchsize 4": "unrecognized arguments: --batchsize 4; did you mean --batch_size?",
+}
+TRAINING = {
+    "--epochs 0": "'0' is not a whole number of 1 or more",
+    "--epochs -3": "'-3' is not a whole number of 1 or more",
+    "--epochs inf": "'inf' is not a whole number",
+    "--epochs 5 --start_epoch 5": "--start_epoch 5 leaves nothing of --epochs 5",
+    "--epochs 5 --warmup_epochs 5": "--warmup_epochs 5 leaves nothing of --epochs 5",
+    "--epochs 5 --warmup_epochs 9": "--warmup_epochs 9 leaves nothing of --epochs 5",
+    "--min_lr -1": "'-1' is not a number of 0 or more",
+    "--weight_decay nan": "'nan' is not a number of 0 or more",
+    "--accum_iter 0": "'0' is not a whole number of 1 or more",
+    "--accum_iter 2 --global_batch 64": "give one of the two, not both",
+    "--batch_size 24 --global_batch 64": "--global_batch 64 is not a multiple of --batch_size 24 x 1 processes",
+    "--batch_size 4096": "2,000 images do not fill one optimizer step of 4,096",
+    "--shapes_train 10 --batch_size 8 --accum_iter 2": "10 images do not fill one optimizer step of 16",
+    "--save_interval 0": "'0' is not a whole number of 1 or more",
+    "--save_every_minutes 0": "'0' is not a number above 0",
+    "--max_steps 0": "'0' is not a whole number of 1 or more",
+    "--max_bad_steps -1": "'-1' is not a whole number of 0 or more",
+    "--max_bad_images -1": "'-1' is not a whole number of 0 or more",
+    "--output_dir /dev/null/run": "/dev/null/run",
+    "--output_dir /proc/run": "/proc/run",
+    "--resume /nowhere.pth": "there is no checkpoint /nowhere.pth",
+}
+CLASSIFIER = {
+    "--model vit_bse_patch16": "there is no model 'vit_bse_patch16'; did you mean vit_base_patch16",
+    "--finetune /nowhere.pth": "there is no checkpoint /nowhere.pth",
+    "--teacher --which student": "--teacher is --which ema, which contradicts --which student",
+    "--nb_classes 3": "--nb_classes 3, but the data have 10 classes",
+}
+TABLE = {
+    "main_pretrain": {
+        **EVERYWHERE,
+        **TRAINING,
+        "--model mae_vit_lrge_patch16": "did you mean mae_vit_large_patch16",
+        "--mask_ratio 0.999": "--mask_ratio 0.999 masks 196 of 196 patches",
+        "--mask_ratio 0": "'0' is not a number above 0",
+        "--input_size 16": "--mask_ratio 0.75 masks 1 of 1 patches",
+        "--lr -1": "'-1' is not a number of 0 or more",
+        "--ema_decay 1.5": "'1.5' is not a number of 0 or more and of 1 or less",
+    },
+    "main_finetune": {
+        **EVERYWHERE,
+        **TRAINING,
+        **CLASSIFIER,
+        "--mixup 0.8 --batch_size 7": "--batch_size 7 is odd; mixup and cutmix mix images in pairs",
+        "--cutmix_minmax 0.8 0.2": "--cutmix_minmax 0.8 0.2: the lower bound comes first",
+        "--mixup -1": "'-1' is not a number of 0 or more",
+        "--drop_path 1": "'1' is not a number of 0 or more and below 1",
+        "--smoothing 1": "'1' is not a number of 0 or more and below 1",
+        "--reprob 2": "'2' is not a number of 0 or more and of 1 or less",
+        "--layer_decay 0": "'0' is not a number above 0",
+        "--aa nonsense": "--aa 'nonsense' is no policy of timm's",
+        "--eval": "--eval: name weights with --resume or --finetune",
+    },
+    "main_linprobe": {
+        **EVERYWHERE,
+        **TRAINING,
+        **CLASSIFIER,
+        "--lr 1 --blr 1": "--lr and --blr both set the learning rate",
+        "--blr 0.1 0": "'0' is not a number above 0",
+        "--optimizer adam": "invalid choice: 'adam'",
+        "--eval": "--eval",
+    },
+    "main_knn": {
+        **EVERYWHERE,
+        **CLASSIFIER,
+        "--nb_knn 0": "'0' is not a whole number of 1 or more",
+        "--nb_knn 5000": "--nb_knn 5000 of 2,000 training images",
+        "--temperature 0": "'0' is not a number above 0",
+        "--load_features /nowhere": "/nowhere",
+        "--load_features x --finetune y": "--load_features takes stored features",
+    },
+}
+CASES = [(script, text) for script, table in TABLE.items() for text in table]
+
+
+@pytest.mark.parametrize(("script", "text"), CASES, ids=[" ".join(case) for case in CASES])
+def test_refused(script, text, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(rng, "seed_all", lambda *key: pytest.fail("began to build"))
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(text.split())
+    assert stop.value.code == 2
+    written = capsys.readouterr()
+    assert TABLE[script][text] in written.err
+    assert written.err.count("\n") <= 2
+    assert "usage" not in written.err
+    assert "Traceback" not in written.err
+    assert not list(tmp_path.rglob("checkpoint*"))

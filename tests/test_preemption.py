@@ -1,0 +1,205 @@
+"""Signals, timed saves, and going on after them: whole programs, ended in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from programs import (
+    PRETRAIN,
+    ROOT,
+    assert_same_training,
+    checkpoint,
+    command,
+    descendants,
+    launch,
+    log_lines,
+    run,
+)
+
+from util.preemption import EXIT_STATUS, Preempted, Preemption
+
+FINETUNE = [
+    *["--model", "vit_micro_patch16", "--input_size", "16", "--patch_size", "4", "--shapes_train", "96"],
+    *["--shapes_val", "21", "--batch_size", "8", "--epochs", "2", "--warmup_epochs", "0", "--log_interval", "1"],
+]
+MIXED = ["--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.5", "--drop_path", "0.2"]
+TRAINING = {
+    "main_pretrain": [*PRETRAIN, "--shapes_train", "96", "--log_interval", "1"],
+    "main_finetune": [*FINETUNE, *MIXED],
+    "main_linprobe": [*FINETUNE, "--blr", "1", "0.1"],
+}
+
+
+def steps_shown(process, count):
+    """Wait until the log shows this many steps; what it showed until then."""
+    shown = []
+    while sum("step" in line and "img/s" in line for line in shown) < count:
+        line = process.stdout.readline()
+        assert line, "".join(shown) + process.stderr.read()
+        shown.append(line)
+    return "".join(shown)
+
+
+def signalled(script, options, number, after, processes=1, whom=lambda process: -process.pid):
+    """Start a script, send a signal once `after` steps are logged; its exit status and output.
+
+    As it is, the signal goes to the whole process group, the processes that load data included.
+    """
+    words = command(script, options, processes)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    shown = steps_shown(process, after)
+    os.kill(whom(process), number)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, shown + out + err
+
+
+def going_on_is_exact(script, options, tmp_path, number):
+    """What a signal ended in tmp_path/parts goes on to the weights and the log of a run that nobody stopped."""
+    state = checkpoint(tmp_path / "parts")
+    assert state["stopped"] == number.name
+    assert 0 < state["epoch"] * 12 + state["step"] < 24
+    assert run_status(tmp_path / "parts") == 75
+    run(script, *options, "--output_dir", tmp_path / "whole")
+    log = run(script, *options, "--output_dir", tmp_path / "parts")
+    assert f"epoch {state['epoch']}, step {state['step']}" in log
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+    assert checkpoint(tmp_path / "parts")["stopped"] == ""
+    assert run_status(tmp_path / "parts") == 0
+    timed = {"epoch_seconds", "images_per_s", "data_wait"}
+    for a, b in zip(log_lines(tmp_path / "whole"), log_lines(tmp_path / "parts"), strict=True):
+        assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
+
+
+def test_a_signal_saves_inside_the_epoch_and_the_run_goes_on_bitwise(tmp_path):
+    """The whole program and its data workers are told, as a scheduler does it."""
+    options = [*TRAINING["main_pretrain"], "--num_workers", 2]
+    status, out = signalled("main_pretrain", [*options, "--output_dir", tmp_path / "parts"], signal.SIGTERM, after=2)
+    assert status == EXIT_STATUS == 75
+    assert "SIGTERM: saving, then ending with status 75" in out
+    assert "Traceback" not in out
+    going_on_is_exact("main_pretrain", options, tmp_path, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("script", ["main_finetune", "main_linprobe"])
+def test_so_do_the_other_training_scripts(tmp_path, script, monkeypatch):
+    """Mixup, erasing, drop path and batch statistics included. The signal comes in the third step, to this process."""
+    agree, calls = Preemption.agree, []
+
+    def told(self):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return agree(self)
+
+    monkeypatch.setattr(Preemption, "agree", told)
+    options = [*TRAINING[script], "--num_workers", 0]
+    with pytest.raises(Preempted) as stop:
+        run(script, *options, "--output_dir", tmp_path / "parts")
+    assert stop.value.code == 75
+    going_on_is_exact(script, options, tmp_path, signal.SIGUSR1)
+
+
+def second_rank(process):
+    """The process id of torchrun's second process; those that load its data have its environment, but came later."""
+    return min(pid for pid in descendants(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+
+
+def test_two_ranks_stop_together_and_go_on_bitwise(tmp_path):
+    """A signal to one rank alone: the other hears of it."""
+    options = [*TRAINING["main_pretrain"], "--num_workers", 1]
+    run_options = [*options, "--output_dir", tmp_path / "parts"]
+    status, out = signalled("main_pretrain", run_options, signal.SIGTERM, 2, processes=2, whom=second_rank)
+    assert status == 1  # torchrun's own, whatever its processes answer
+    state = checkpoint(tmp_path / "parts")
+    assert state["stopped"], out
+    assert state["step"] > 0, out
+    launch("main_pretrain", *options, "--output_dir", tmp_path / "parts", processes=2)
+    launch("main_pretrain", *options, "--output_dir", tmp_path / "whole", processes=2)
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+    for a, b in zip(log_lines(tmp_path / "whole"), log_lines(tmp_path / "parts"), strict=True):
+        assert (a["train_loss"], a["train_rank_acc"]) == pytest.approx((b["train_loss"], b["train_rank_acc"]), rel=1e-9)
+
+
+def run_status(*folders):
+    import main_status
+
+    return main_status.main([str(folder) for folder in folders])
+
+
+def test_status_of_runs(tmp_path):
+    run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path / "a", "--epochs", 1)
+    run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path / "b", "--max_steps", 2)
+    state = checkpoint(tmp_path / "b")
+    assert run_status(tmp_path / "a", tmp_path / "b") == 0  # as far as --max_steps asked
+    state["options"]["max_steps"] = None
+    from util.checkpoint import save_run
+
+    save_run(tmp_path / "b", state)
+    assert run_status(tmp_path / "a", tmp_path / "b") == 1
+    assert run_status(tmp_path / "a", tmp_path / "nothing") == 1
+    for name in ("checkpoint-last.pth", "checkpoint-prev.pth"):
+        (tmp_path / "b" / name).write_bytes(b"x")
+    with pytest.raises(SystemExit) as stop:
+        run_status(tmp_path / "b")
+    assert stop.value.code == 2
+
+
+def test_timed_saves_inside_an_epoch(tmp_path, monkeypatch):
+    """By a clock that moves on a minute at each look."""
+    from util import checkpoint as module
+
+    saved, save_run = [], module.save_run
+    monkeypatch.setattr(module, "save_run", lambda f, state, also: saved.append(state) or save_run(f, state, also))
+    clock = SimpleNamespace(monotonic=iter(range(0, 10**6, 60)).__next__)
+    monkeypatch.setattr("util.preemption.time", clock)
+    run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path, "--save_every_minutes", 3, "--epochs", 1)
+    steps = [(state["epoch"], state["step"]) for state in saved]
+    assert steps[-1] == (1, 0)
+    assert len(steps) >= 2
+    assert all(0 < step <= 6 and epoch == 0 for epoch, step in steps[:-1])
+    assert {state["stopped"] for state in saved} == {""}
+
+
+def test_a_stop_at_the_last_step_of_an_epoch_leaves_the_evaluation_for_later(tmp_path, monkeypatch):
+    options = [*FINETUNE, "--num_workers", 0, "--epochs", 1]
+    run("main_finetune", *options, "--output_dir", tmp_path / "whole")
+    calls = []
+
+    def at_the_end(self):
+        calls.append(1)
+        self.stopped_by = "SIGTERM" if len(calls) == 12 else ""
+        return bool(self.stopped_by), False
+
+    monkeypatch.setattr(Preemption, "agree", at_the_end)
+    monkeypatch.setattr("main_finetune.evaluate", lambda *a, **k: pytest.fail("evaluated"))
+    with pytest.raises(Preempted):
+        run("main_finetune", *options, "--output_dir", tmp_path / "parts")
+    assert not (tmp_path / "parts/log.jsonl").exists()
+    monkeypatch.undo()
+    run("main_finetune", *options, "--output_dir", tmp_path / "parts")
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+    assert log_lines(tmp_path / "whole")[0]["test_acc1"] == log_lines(tmp_path / "parts")[0]["test_acc1"]
+
+
+def test_handlers_are_given_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path, "--epochs", 1)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_resuming_on_another_number_of_ranks_goes_on_and_says_that_the_order_differs(tmp_path):
+    """The same global batch from two processes, then from one with two micro-steps."""
+    options = [*PRETRAIN, "--batch_size", 4, "--global_batch", 8]
+    launch("main_pretrain", *options, "--output_dir", tmp_path, "--max_steps", 4, processes=2)
+    log = run("main_pretrain", *options, "--output_dir", tmp_path)
+    assert "epoch 0, step 4" in log
+    assert "the order differs from that of 2 processes" in log
+    assert "changed since: --processes: 2 -> 1" in log
+    assert json.loads((tmp_path / "config.json").read_text())["options"]["accum_iter"] == 2
+    assert len(log_lines(tmp_path)) == 2

@@ -1,0 +1,121 @@
+"""The SLURM template with stand-ins for SLURM's commands: what it tells the steps, and when it requeues."""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+
+import pytest
+from images import members, write_tree
+from programs import ROOT, checkpoint
+
+# srun: one task a node, each in a process group of its own. scancel --signal: to these groups, as slurmstepd does.
+SRUN = """#!{python}
+import os, subprocess, sys
+words = [word for word in sys.argv[1:] if not word.startswith("--kill-on")]
+tasks = [
+    subprocess.Popen(words, env=os.environ | {{"SLURM_NODEID": str(node)}}, start_new_session=True)
+    for node in range(int(os.environ["SLURM_JOB_NUM_NODES"]))
+]
+open("{folder}/tasks", "w").write(" ".join(str(task.pid) for task in tasks))
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCANCEL = """#!/bin/bash
+echo "scancel $*" >>{folder}/calls
+for task in $(cat {folder}/tasks); do kill -s "${{1#--signal=}}" -- -"$task"; done
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo localhost; else echo "scontrol $*" >>{folder}/calls; fi
+"""
+SBATCH = """#!/bin/bash
+cd {root} && SLURM_JOB_ID=7 SLURM_SUBMIT_DIR={root} SLURM_JOB_NODELIST=localhost exec bash "$@"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Submit a recipe to it; the job's process."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
+        (tools / name).write_text(text.format(python=sys.executable, folder=tmp_path, root=ROOT))
+        (tools / name).chmod(stat.S_IRWXU)
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+
+    def submit(nodes, *words, **more):
+        environment = {
+            **os.environ,
+            **{"PATH": f"{tools}:{os.environ['PATH']}", "PORT": str(port), "SLURM_JOB_NUM_NODES": str(nodes)},
+            **{"DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out"), "NPROC": "1", "PYTHON": sys.executable},
+            **more,
+        }
+        return subprocess.Popen(
+            ["sbatch", "recipes/slurm.sh", *map(str, words)],
+            **{"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
+        )
+
+    return submit
+
+
+def calls(tmp_path):
+    path = tmp_path / "calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_told_to_stop_it_saves_and_is_requeued(slurm, tmp_path):
+    """Two nodes with a process each. torchrun is told by SIGUSR1 where it can pass that on, else by SIGTERM."""
+    write_tree(tmp_path / "data", members(per_class=8))
+    words = ["recipes/pretrain_hpm_base_200.sh", "--model", "mae_vit_micro_patch16", "--decoder_depth", 1]
+    words += ["--input_size", 32, "--batch_size", 2, "--global_batch", 4, "--num_workers", 1, "--log_interval", 1]
+    words += ["--max_steps", 60]
+    job = slurm(2, *words)
+    shown = ""
+    while shown.count("img/s") < 2:
+        line = job.stdout.readline()
+        assert line, shown
+        shown += line
+    job.send_signal(signal.SIGUSR1)
+    out, _ = job.communicate(timeout=200)
+    known = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    name = "USR1" if "--signals-to-handle" in known else "TERM"
+    assert calls(tmp_path) == [f"scancel --signal={name} 7", "scontrol requeue 7"], shown + out
+    assert job.returncode == 0
+    state = checkpoint(tmp_path / "out/pretrain_hpm_base_200")
+    assert state["stopped"] == f"SIG{name}"
+    taken = state["epoch"] * 6 + state["step"]
+    assert 2 <= taken < 60
+
+
+def test_a_recipe_that_ends_well_is_not_requeued(slurm, tmp_path):
+    (tmp_path / "recipe.sh").write_text("exit 0\n")
+    job = slurm(1, tmp_path / "recipe.sh")
+    out, _ = job.communicate(timeout=100)
+    assert job.returncode == 0, out
+    assert calls(tmp_path) == []
+
+
+@pytest.mark.parametrize(("stopped", "status", "requeued"), [("SIGUSR1", 0, True), ("", 3, False)])
+def test_what_the_checkpoint_says_decides(slurm, tmp_path, stopped, status, requeued):
+    """A recipe that ends with an error, of a run that a signal ended, and of one that failed."""
+    from util.checkpoint import save_run
+
+    options = {"epochs": 2, "steps_per_epoch": 6, "max_steps": None}
+    for name, epoch in (("pretrain", 2), ("finetune/x", 1)):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        save_run(tmp_path / "out" / name, {"epoch": epoch, "step": 0, "options": options, "stopped": stopped})
+    recipe = tmp_path / "recipe.sh"
+    recipe.write_text(
+        'if [ "${DRY:-}" = 1 ]; then\n'
+        'echo "main_pretrain.py --output_dir elsewhere --output_dir $OUT/pretrain"\n'
+        'echo "main_finetune.py --output_dir $OUT/finetune --experiment x --lr 1"\nelse exit 3\nfi\n'
+    )
+    job = slurm(1, recipe)
+    out, _ = job.communicate(timeout=100)
+    assert job.returncode == status, out
+    assert calls(tmp_path) == ["scontrol requeue 7"] * requeued
