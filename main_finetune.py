@@ -279,7 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     epoch, best, meter = epoch if going_on else args.start_epoch, extra.get("best", 0.0), MeanMeter()
     if step:
         meter.load_state_dict(extra["meter"], device, holder=world.rank == 0)
-    finished = partial(checkpoint.is_finished, options=vars(args))
+    asked = {name: getattr(args, name) for name in ("epochs", "steps_per_epoch", "max_steps")}
+    finished = partial(checkpoint.is_finished, options=asked)
     if finished(epoch, step):
         log.info("nothing is left to do: %d of %d epochs and %d steps are done", epoch, args.epochs, step)
         run.close()

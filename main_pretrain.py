@@ -433,7 +433,8 @@ def main(argv: list[str] | None = None) -> None:
     epoch, meter = epoch if going_on else args.start_epoch, MeanMeter()
     if step:
         meter.load_state_dict(extra, device, holder=world.rank == 0)
-    finished = partial(checkpoint.is_finished, options=vars(args))
+    asked = {name: getattr(args, name) for name in ("epochs", "steps_per_epoch", "max_steps")}
+    finished = partial(checkpoint.is_finished, options=asked)
     if finished(epoch, step):
         log.info("nothing is left to do: %d of %d epochs and %d steps are done", epoch, args.epochs, step)
         run.close()

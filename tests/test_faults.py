@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from programs import PRETRAIN, ROOT, checkpoint, command, descendants, launch, run
@@ -127,21 +126,11 @@ def failing(tmp_path, fault, processes):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(root=str(ROOT), fault=fault))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    began = time.monotonic()
-    done = subprocess.run(
-        [
-            sys.executable,
-            *launcher,
-            str(script),
-            *PRETRAIN,
-            "--output_dir",
-            str(tmp_path / "run"),
-            "--num_workers",
-            "1",
-        ],
+    options = [*PRETRAIN, "--output_dir", str(tmp_path / "run"), "--num_workers", "1"]
+    return subprocess.run(
+        [sys.executable, *launcher, str(script), *options],
         **{"cwd": ROOT, "capture_output": True, "text": True, "check": False, "timeout": 300},
     )
-    return done, time.monotonic() - began
 
 
 @pytest.mark.parametrize(
@@ -153,7 +142,7 @@ def failing(tmp_path, fault, processes):
     ids=["raises", "is killed"],
 )
 def test_a_rank_that_fails_ends_all_with_its_traceback(tmp_path, fault, shown):
-    done, _ = failing(tmp_path, fault, processes=2)
+    done = failing(tmp_path, fault, processes=2)
     assert done.returncode == 1
     assert re.search(shown, done.stderr), done.stderr
     if "KeyError" in fault:  # in torchrun's summary, too: this is the root cause, not the other rank's lost connection
@@ -163,11 +152,9 @@ def test_a_rank_that_fails_ends_all_with_its_traceback(tmp_path, fault, shown):
 
 def test_a_dead_data_worker_ends_the_run(tmp_path):
     kill = "import multiprocessing; os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)"
-    done, _ = failing(tmp_path, kill, processes=1)
+    done = failing(tmp_path, kill, processes=1)
     assert done.returncode == 1
-    assert re.search(r"DataLoader worker \(pid.* is killed by signal: Killed|exited unexpectedly", done.stderr), (
-        done.stderr
-    )
+    assert re.search(r"RuntimeError: DataLoader worker \(pid\D+\d+\) ", done.stderr), done.stderr
 
 
 def test_a_world_of_another_size_than_the_options_need_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import torch
@@ -90,9 +91,21 @@ def _end_at_parents_word() -> None:
     os._exit(0)  # as PyTorch's own handler does, which this one stands in for
 
 
+class _Loader(DataLoader):
+    """One that says which loading process died, also if a batch was just being fetched from it."""
+
+    def __iter__(self) -> Iterator:
+        batches = super().__iter__()
+        try:
+            yield from batches
+        except (ConnectionError, EOFError, FileNotFoundError):  # the connection broke
+            time.sleep(1)  # the signal of the death arrives; PyTorch answers it with an error that names the process
+            raise
+
+
 def build_loader(dataset: Dataset, sampler: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """Batches of the sampler, loaded by processes that live as long as the loader."""
-    return DataLoader(
+    return _Loader(
         dataset,
         worker_init_fn=_heed_parent_alone if num_workers else None,
         batch_sampler=sampler,
