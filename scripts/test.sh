@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Set up .venv and run the tests; options go to pytest, for example: bash scripts/test.sh -k resume
+# JOBS is the number of processes that run them (default 2; many of the tests start two of their own).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n "${JOBS:-2}" "$@"

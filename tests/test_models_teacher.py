@@ -163,7 +163,7 @@ def test_the_ema_target_needs_no_predictor_and_no_second_pass(tmp_path, monkeypa
 
     monkeypatch.setattr(models_hpm.MaskedAutoencoderViT, "forward_encoder", count)
     small = ["--model", "mae_vit_micro_patch16", "--input_size", 16, "--patch_size", 4, "--shapes_train", 16]
-    small += ["--batch_size", 8, "--epochs", 1, "--num_workers", 0, "--target", "ema"]
+    small += ["--batch_size", 8, "--epochs", 1, "--num_workers", 0, "--target", "ema", "--vis_interval", 0]
     for name, more in (("hpm", []), ("plain", ["--no-learning_loss"])):
         passes.clear()
         run("main_pretrain", *small, *more, "--output_dir", tmp_path / name)

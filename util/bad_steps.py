@@ -59,7 +59,8 @@ class BadSteps:
         self._in_row = (self._in_row + 1) * bad
         self._worst = torch.maximum(self._worst, self._in_row)
         self._total = self._total + bad
-        record = torch.cat([loss.new_tensor([self.calls], dtype=torch.float32), loss.float().view(1), norms])
+        call = torch.full((1,), float(self.calls), device=self.device)  # a fill, not a copy that waits for the device
+        record = torch.cat([call, loss.float().view(1), norms])
         known = record if self._record is None else self._record
         self._record = torch.where(self._in_row == 1, record, known)
         self._with_gradient = with_gradient

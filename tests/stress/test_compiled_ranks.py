@@ -1,0 +1,18 @@
+"""A compiled run under DDP with accumulation is the eager one.
+
+python -m pytest tests/stress/test_compiled_ranks.py
+"""
+
+import pytest
+from programs import PRETRAIN, checkpoint, launch, log_lines
+
+
+def test_compiled_on_two_ranks_with_accumulation(tmp_path):
+    """DDP cuts the backward graph at its buckets, and does so only in the step's last micro-step."""
+    options = [*PRETRAIN, "--batch_size", 4, "--accum_iter", 2, "--output_dir"]
+    launch("tests/stress/compile_once", *options, tmp_path / "compiled", "--compile", processes=2, timeout=600)
+    launch("main_pretrain", *options, tmp_path / "eager", processes=2, timeout=600)
+    for compiled, eager in zip(log_lines(tmp_path / "compiled"), log_lines(tmp_path / "eager"), strict=True):
+        assert compiled["train_loss"] == pytest.approx(eager["train_loss"], abs=1e-4)
+    names = [checkpoint(tmp_path / folder)["state_dict"].keys() for folder in ("compiled", "eager")]
+    assert names[0] == names[1]
