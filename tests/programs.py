@@ -51,7 +51,7 @@ def command(script, options, processes=1):
     return [sys.executable, *launcher, str(ROOT / f"{script}.py"), *map(str, options)]
 
 
-def launch(script, *options, processes=1, check=True, env=None, cwd=ROOT, timeout=180):
+def launch(script, *options, processes=1, check=True, env=None, cwd=ROOT, timeout=400):
     """The script as a process of its own, or as several under torchrun."""
     done = subprocess.run(
         command(script, options, processes),
@@ -75,7 +75,7 @@ def start_and_kill(script, *options, processes, when):
         cwd=ROOT,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not when():
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline

@@ -28,7 +28,7 @@ def run_two(code, tmp_path, expect=0):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert (run.returncode == 0) == (expect == 0), run.stderr

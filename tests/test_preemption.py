@@ -55,7 +55,7 @@ def signalled(script, options, number, after, processes=1, whom=lambda process: 
     )
     shown = steps_shown(process, after)
     os.kill(whom(process), number)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, shown + out + err
 
 

@@ -79,7 +79,7 @@ def test_told_to_stop_it_saves_and_is_requeued(slurm, tmp_path):
         assert line, shown
         shown += line
     job.send_signal(signal.SIGUSR1)
-    out, _ = job.communicate(timeout=200)
+    out, _ = job.communicate(timeout=400)
     known = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True, check=True
     ).stdout
@@ -95,7 +95,7 @@ def test_told_to_stop_it_saves_and_is_requeued(slurm, tmp_path):
 def test_a_recipe_that_ends_well_is_not_requeued(slurm, tmp_path):
     (tmp_path / "recipe.sh").write_text("exit 0\n")
     job = slurm(1, tmp_path / "recipe.sh")
-    out, _ = job.communicate(timeout=100)
+    out, _ = job.communicate(timeout=300)
     assert job.returncode == 0, out
     assert calls(tmp_path) == []
 
@@ -116,6 +116,6 @@ def test_what_the_checkpoint_says_decides(slurm, tmp_path, stopped, status, requ
         'echo "main_finetune.py --output_dir $OUT/finetune --experiment x --lr 1"\nelse exit 3\nfi\n'
     )
     job = slurm(1, recipe)
-    out, _ = job.communicate(timeout=100)
+    out, _ = job.communicate(timeout=300)
     assert job.returncode == status, out
     assert calls(tmp_path) == ["scontrol requeue 7"] * requeued
