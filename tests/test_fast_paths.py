@@ -78,10 +78,9 @@ def compiled_once(monkeypatch):
 
 
 @pytest.mark.compile
-def test_compiled_and_eager_steps_agree_over_ten_steps():
-    torch.compiler.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = train(10, compiled=True)
+def test_compiled_and_eager_steps_agree_over_ten_steps(compiled_once):
+    """The graphs; that the kernels built for them compute the same, tests/stress/test_compiled.py shows."""
+    compiled = train(10, compiled=True)
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(train(10)), rtol=0, atol=1e-4)
 
 
