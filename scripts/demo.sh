@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on built-in images, in about four minutes on two cores: pre-train a small model on Shapes, k-NN accuracy
+# The main job on built-in images, in about three minutes on two cores: pre-train a small model on Shapes, k-NN accuracy
 # before and after, one picture. Everything lands in ./demo (or in the folder given as the first argument).
 set -euo pipefail
 cd "$(dirname "$0")/.."
