@@ -118,7 +118,8 @@ def write_features(folder: str, features: dict[str, tuple[Tensor, Tensor]]) -> N
 
 
 @record
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
+    """Returns: top-1 and top-5 in percent, for each number of neighbours."""
     # Options and paths: what is wrong with them ends here, before any model or data is built.
     with options.user_mistakes():
         world = distributed.read_environment()
@@ -157,9 +158,12 @@ def main(argv: list[str] | None = None) -> None:
     mine = slice(world.rank, None, world.size)
     correct = knn_correct(train, train_labels, test[mine], labels[mine], args.nb_knn, args.temperature, args.nb_classes)
     counts = torch.tensor([correct[k] for k in args.nb_knn], dtype=torch.double, device=device)
-    for k, (top1, top5) in zip(args.nb_knn, distributed.all_reduce_sum(counts).tolist(), strict=True):
-        log.info("%d-NN  top-1 %.2f  top-5 %.2f", k, 100 * top1 / len(labels), 100 * top5 / len(labels))
+    shares = (100 * distributed.all_reduce_sum(counts) / len(labels)).tolist()
+    figures = {k: (top1, top5) for k, (top1, top5) in zip(args.nb_knn, shares, strict=True)}
+    for k, accuracies in figures.items():
+        log.info("%d-NN  top-1 %.2f  top-5 %.2f", k, *accuracies)
     distributed.stop()
+    return figures
 
 
 def describe(args: argparse.Namespace, sources: dict[str, Source]) -> None:

@@ -133,7 +133,8 @@ class Trainer:
             out = decode(latent, *ids)
             laps("decoders")
             latent.register_hook(lambda _: laps("decoders"))  # its gradient is there: both decoders are through
-            out[0].register_hook(lambda _: laps("losses"))
+            first_back = out[0] if out[1] is None else out[1]  # the predictor's backward pass comes before the other
+            first_back.register_hook(lambda _: laps("losses"))
             return out
 
         self.model.forward_encoder = laps.timed("encoder", encode)

@@ -1,0 +1,175 @@
+"""Tables and plots of benchmarks/study.py's results, each figure with its spread over the seeds.
+
+    python -m benchmarks.study_report results/study.jsonl --plots docs/study
+
+The tables go to standard output, in Markdown; runs of different data or budgets are never mixed. ± is the standard
+deviation over seeds (n - 1). Plots need matplotlib.
+"""
+
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import table
+from benchmarks.study import BUDGET, VARIANTS, read_results
+from util import options
+from util.logger import setup_logging
+
+Row = dict[str, Any]
+
+# Column title: the figure of a run, None where it has none.
+FIGURES: dict[str, Callable[[Row], float | None]] = {
+    "k-NN (20)": lambda row: row["knn"]["20"],
+    "linear": lambda row: row["linear"],
+    "fine-tuning": lambda row: row["finetune"],
+}
+RANKING: dict[str, Callable[[Row], float | None]] = {
+    "rank_acc, first epoch": lambda row: row["rank_acc"][0] if row["rank_acc"] else None,
+    "rank_acc, last epoch": lambda row: row["rank_acc"][-1] if row["rank_acc"] else None,
+    "Spearman, teacher": lambda row: row["spearman"].get("teacher"),
+    "Spearman, student": lambda row: row["spearman"].get("student"),
+}
+
+
+def get_args_parser() -> options.OptionParser:
+    parser = options.OptionParser(__doc__.split("\n")[0])
+    parser.add_argument("results", nargs="?", default="results/study.jsonl", help="what benchmarks.study wrote")
+    parser.add_argument("--plots", help="folder for the plots; left out: tables only")
+    return parser
+
+
+def by_budget(rows: Sequence[Row]) -> list[tuple[Row, dict[str, list[Row]]]]:
+    """The runs of each data set and budget, by variant in the order of the grid."""
+    groups: dict[str, tuple[Row, dict[str, list[Row]]]] = {}
+    for row in rows:
+        budget = {name: row[name] for name in BUDGET}
+        groups.setdefault(str(budget), (budget, defaultdict(list)))[1][row["variant"]].append(row)
+    order = list(VARIANTS)
+    return [(budget, dict(sorted(found.items(), key=lambda v: order.index(v[0])))) for budget, found in groups.values()]
+
+
+def spread(values: Sequence[float | None], digits: int = 2) -> str:
+    """45.13 ± 0.21; one run has no spread, which is said."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    if len(known) == 1:
+        return f"{known[0]:.{digits}f} (one run)"
+    return f"{statistics.mean(known):.{digits}f} ± {statistics.stdev(known):.{digits}f}"
+
+
+def differences(runs: dict[str, list[Row]], a: str, b: str, figure: Callable[[Row], float]) -> str:
+    """a - b, seed by seed: mean and standard deviation of the differences, and how many of them are above zero."""
+    values = [{row["seed"]: figure(row) for row in runs[name]} for name in (a, b)]
+    found = [values[0][seed] - values[1][seed] for seed in values[0].keys() & values[1].keys()]
+    if len(found) < 2:
+        return spread(found)
+    return (
+        f"{statistics.mean(found):+.2f} ± {statistics.stdev(found):.2f} ({sum(d > 0 for d in found)} of {len(found)})"
+    )
+
+
+def pairs(runs: dict[str, list[Row]]) -> list[tuple[str, str]]:
+    """Which variants to set against each other: what each step of the method adds, for either target."""
+    wanted = []
+    for target in ("pixel", "norm"):
+        mae, long, predictor, hpm = (
+            f"{n}_{target}{e}" for n, e in (("mae", ""), ("mae", "_long"), ("predictor", ""), ("hpm", ""))
+        )
+        wanted += [(predictor, mae), (hpm, predictor), (hpm, mae), (hpm, long)]
+    wanted += [(name, "hpm_norm") for name in VARIANTS if name.startswith("hpm_norm_")]
+    return [(a, b) for a, b in wanted if a in runs and b in runs]
+
+
+def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
+    """Everything about one data set and budget."""
+    some = next(iter(runs.values()))[0]
+    text = [
+        f"### {budget['data']}: {budget['model']}, {budget['input_size']} pixels in patches of {budget['patch_size']}, "
+        f"{budget['epochs']} epochs",
+        f"{some['device']}, PyTorch {some['torch']}, {budget['precision']}.",
+    ]
+    rows = []
+    for name, found in runs.items():
+        minutes = spread([row["seconds"] / 60 for row in found], 1)
+        figures = [spread([figure(row) for row in found]) for figure in FIGURES.values()]
+        rows.append([name, str(len(found)), *figures, minutes, str(len(found[0]["loss_rec"]))])
+    text.append(table(["variant", "seeds", *FIGURES, "minutes of pre-training", "epochs"], rows))
+    compared = [
+        [f"{a} - {b}", *(differences(runs, a, b, figure) for figure in FIGURES.values())] for a, b in pairs(runs)
+    ]
+    if compared:
+        text.append(table(["difference, seed by seed", *FIGURES], compared))
+    ranked = {name: found for name, found in runs.items() if any(row["spearman"] for row in found)}
+    if ranked:
+        rows = [
+            [name, *(spread([figure(row) for row in found], 3) for figure in RANKING.values())]
+            for name, found in ranked.items()
+        ]
+        text.append(table(["variant", *RANKING], rows))
+    return "\n\n".join(text)
+
+
+def plot(budget: Row, runs: dict[str, list[Row]], path: Path) -> None:
+    """Accuracy of every run by variant; accuracy against time; rank accuracy over the epochs.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("plots need matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    axes = figure.subplots(2, 3)
+    colors = {name: f"C{number % 10}" for number, name in enumerate(runs)}
+    for axis, (title, of) in zip(axes[0], FIGURES.items(), strict=True):
+        for place, (name, found) in enumerate(runs.items()):
+            values = [of(row) for row in found]
+            axis.plot([place] * len(values), values, "o", color=colors[name], alpha=0.7)
+            axis.plot([place - 0.3, place + 0.3], [statistics.mean(values)] * 2, color=colors[name])
+        axis.set_title(f"{title}, top-1 in per cent", fontsize=10)
+        axis.set_xticks(range(len(runs)), list(runs), rotation=40, ha="right", fontsize=8)
+        axis.grid(axis="y", alpha=0.25)
+    for name, found in runs.items():
+        minutes = statistics.mean(row["seconds"] / 60 for row in found)
+        for axis, title in zip(axes[1][:2], list(FIGURES)[:2], strict=True):
+            values = [FIGURES[title](row) for row in found]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            axis.errorbar(minutes, statistics.mean(values), deviation, fmt="o", color=colors[name], label=name)
+        curves = [row["rank_acc"] for row in found if row["rank_acc"]]
+        if curves:
+            means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+            axes[1][2].plot(range(1, len(means) + 1), means, color=colors[name], label=name)
+    for axis, title in zip(axes[1][:2], list(FIGURES)[:2], strict=True):
+        axis.set_title(f"{title} against pre-training time", fontsize=10)
+        axis.set_xlabel("minutes of pre-training, one standard deviation", fontsize=9)
+    axes[1][2].set_title("rank accuracy of the predictor (0.5 is chance)", fontsize=10)
+    axes[1][2].set_xlabel("epochs", fontsize=9)
+    for axis in axes[1]:
+        axis.grid(alpha=0.25)
+        if axis.has_data():
+            axis.legend(fontsize=7)
+    figure.suptitle(f"{budget['data']}, {budget['epochs']} epochs", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> None:
+    setup_logging(True)
+    with options.user_mistakes():
+        args = get_args_parser().parse_args(argv)
+        groups = by_budget(read_results(args.results))
+        if not groups:
+            raise ValueError(f"{args.results} holds no results: python -m benchmarks.study writes them")
+        for number, (budget, runs) in enumerate(groups):
+            sys.stdout.write(("\n\n" if number else "") + tables(budget, runs) + "\n")
+            if args.plots:
+                plot(budget, runs, Path(args.plots, f"{Path(budget['data']).stem}-{budget['epochs']}.png"))
+
+
+if __name__ == "__main__":
+    main()
