@@ -22,7 +22,7 @@ from torch import Tensor
 import models_hpm
 import models_vit
 from engine_export import FOLDER_CONTENTS, FORMATS, Format, Mismatch, Source, verify
-from util import checkpoint, options, transforms
+from util import checkpoint, options
 from util.logger import describe_environment, log, setup_logging
 from util.model_card import model_card, read_environment, read_log, without_folders
 from util.publish import check_target, publish
@@ -77,11 +77,9 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
 
     args.meta = meta = checkpoint.read_meta(args.checkpoint)
     trained = meta.get("options", {})
-    image = meta.get("image", {"mean": list(transforms.IMAGENET_MEAN), "std": list(transforms.IMAGENET_STD)})
-    said = {**models_vit.settings_of(meta), **image, "mask_ratio": trained.get("mask_ratio", 0.75)}
-    for name in ("model", "mean", "std", "mask_ratio"):
-        if getattr(args, name) is None:
-            setattr(args, name, said.get(name))
+    said = {**models_vit.defaults_of(meta), "model": models_vit.settings_of(meta).get("model")}
+    options.fill_in(args, {name: said[name] for name in ("model", "mean", "std")})
+    options.fill_in(args, {"mask_ratio": trained.get("mask_ratio", 0.75)})
     args.norm_pix_loss = trained.get("target") == "norm_pixel" if trained else args.norm_pix_loss
     if meta.get("script") != "main_linprobe" and (args.encoder or args.head):
         raise ValueError("--encoder and --head are for the checkpoints of main_linprobe.py")

@@ -21,15 +21,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, distributed, options, rng, transforms
+from util import checkpoint, distributed, launch, options, rng, transforms
 from util.datasets import ImageDataset, build_source, count_classes
 from util.loader import EpochSampler, ShardSampler, build_loader
-from util.logger import Progress, RunLogger, cpu_threads, describe_environment, log, setup_logging
+from util.logger import cpu_threads, log
 from util.lr_decay import param_groups_lrd
-from util.lr_sched import adjust_learning_rate
-from util.metrics import MeanMeter
-from util.precision import Precision, default_precision
-from util.supervision import Supervisor
+from util.training import TrainingLoop
 
 SCRIPT = "main_finetune"
 
@@ -99,11 +96,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     if args.eval:
         args.weights = args.resume or args.finetune or newest_of(Path(args.output_dir, args.experiment))
     meta = checkpoint.read_meta(args.weights) if args.weights else {}
-    defaults = {"model": "vit_base_patch16", "input_size": 224, **models_vit.settings_of(meta)}
-    defaults |= meta.get("image", {"mean": list(transforms.IMAGENET_MEAN), "std": list(transforms.IMAGENET_STD)})
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    options.fill_in(args, models_vit.defaults_of(meta))
     if args.eval and meta.get("script") == SCRIPT:
         args.global_pool = meta["options"]["global_pool"]
     args.accum_iter, args.global_batch = options.effective_batch(
@@ -143,14 +136,8 @@ def mixes(args: argparse.Namespace) -> bool:
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> models_vit.VisionTransformer:
-    patch = {} if args.patch_size is None else {"patch_size": args.patch_size}
-    return models_vit.MODELS[args.model](
-        img_size=args.input_size,
-        num_classes=num_classes,
-        global_pool=args.global_pool,
-        drop_path_rate=args.drop_path,
-        **patch,
-    )
+    settings = {"num_classes": num_classes, "global_pool": args.global_pool, "drop_path_rate": args.drop_path}
+    return models_vit.build(args.model, args.input_size, args.patch_size, **settings)
 
 
 def build_augmentation(
@@ -221,11 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     with options.user_mistakes():
         world = distributed.read_environment()
         args = resolve_options(get_args_parser().parse_args(argv), world)
-        device = distributed.pick_device(args.device, world)
-        args.device, args.precision = device.type, args.precision or default_precision(device)
-        precision = Precision(args.precision, device)
-        distributed.start(world, device, args.dist_timeout)
-        setup_logging(world.rank == 0)
+        device, precision = launch.begin(world, args.device, args.precision, args.dist_timeout)
+        args.device, args.precision = device.type, precision.name
         folder = Path(args.output_dir, args.experiment)
         train, val = (
             build_source(
@@ -248,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
             run = checkpoint.Run(folder, SCRIPT, share=distributed.from_rank_zero)
             run.find(args.resume, args.auto_resume)
             sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
-            args.steps_per_epoch = steps = len(sampler) // args.accum_iter
+            args.steps_per_epoch = len(sampler) // args.accum_iter
             run.check(vars(args), FIXED)
 
     # Model, optimizer
@@ -274,18 +258,9 @@ def main(argv: list[str] | None = None) -> None:
     parts = {"state_dict": model, "optimizer": optimizer, "loss_scaler": precision}
 
     # Where it goes on
-    going_on = run.found is not None
-    epoch, step, extra = run.restore(parts, args.model, {"mean": args.mean, "std": args.std})
-    epoch, best, meter = epoch if going_on else args.start_epoch, extra.get("best", 0.0), MeanMeter()
-    if step:
-        meter.load_state_dict(extra["meter"], device, holder=world.rank == 0)
-    asked = {name: getattr(args, name) for name in ("epochs", "steps_per_epoch", "max_steps")}
-    finished = partial(checkpoint.is_finished, options=asked)
-    if finished(epoch, step):
-        log.info("nothing is left to do: %d of %d epochs and %d steps are done", epoch, args.epochs, step)
-        run.close()
-        distributed.stop()
-        return
+    loop = TrainingLoop(run, parts, sampler, world, device)
+    if loop.finished:
+        return loop.leave()
 
     # Data and log
     augment, criterion = build_augmentation(args, device)
@@ -294,75 +269,27 @@ def main(argv: list[str] | None = None) -> None:
         ImageDataset(train, crop, args.seed, replace=not args.strict_images),
         *(sampler, args.num_workers, args.pin_mem and device.type == "cuda"),
     )
-    supervisor = Supervisor(
-        *(folder, student, precision.bad_steps, train, sampler),
-        interval=args.log_interval,
-        timeout_minutes=args.dist_timeout,
-        **{name: getattr(args, name) for name in ("save_every_minutes", "max_bad_steps", "max_bad_images")},
-    )
-    logger = RunLogger(folder if world.rank == 0 else None, Path(args.log_dir or folder), keep_epochs=epoch)
-    logger.config({"script": SCRIPT, "options": vars(args), "environment": describe_environment()})
+    loop.begin(student, optimizer, precision, train, args.lr)
 
-    adjust_lr = partial(
-        adjust_learning_rate,
-        optimizer,
-        **{name: getattr(args, name) for name in ("lr", "min_lr", "warmup_epochs", "epochs")},
-    )
-
-    def save_inside(step: int, stopped: str = "") -> None:
-        totals = meter.state_dict(distributed.all_reduce_sum)
-        run.save(epoch, step, {"best": best, "meter": totals}, stopped=stopped)
-
-    def after_step(step: int) -> bool:
-        stop = supervisor.between_steps(epoch, step, steps, partial(save_inside, step))
-        return stop or finished(epoch, step)
-
-    while not finished(epoch, step):
-        sampler.set_position(epoch, step * args.accum_iter)
-        progress = Progress(logger, epoch, args.epochs, step, steps, args.global_batch, args.log_interval)
+    for epoch in loop.epochs():
         stats = train_one_epoch(
             student,
             criterion,
-            supervisor.bad_images.watch(loader),
+            loop.batches(loader),
             optimizer,
             precision,
             augment=augment,
-            accum_iter=args.accum_iter,
             clip_grad=args.clip_grad or 0.0,
-            adjust_lr=adjust_lr,
-            seed_micro_step=lambda number: rng.seed_all(args.seed, world.rank, number),
-            epoch=epoch,
-            first_step=step,
-            steps=steps,
-            progress=progress,
-            meter=meter,
-            after_step=after_step,
+            **loop.for_engine(),
         )
-        times = progress.finish()
-        if progress.step < steps or supervisor.stopped:
-            step = progress.step
-            if not supervisor.stopped:
-                save_inside(step)
+        if not loop.complete():
             break
         figures = score()
-        is_best, best = figures["acc1"] > best, max(best, figures["acc1"])
-        log.info(
-            "epoch %d/%d  acc1 %.2f  acc5 %.2f  loss %.4f  best %.2f", epoch + 1, args.epochs, *figures.values(), best
-        )
-        line = {"epoch": epoch, **{f"train_{name}": value for name, value in stats.items()}}
-        line |= {f"test_{name}": value for name, value in figures.items()}
-        logger.epoch(
-            line | supervisor.figures() | {"train_lr": optimizer.param_groups[-1]["lr"], "best_acc1": best} | times
-        )
-        epoch, step, meter = epoch + 1, 0, MeanMeter()
-        keep = epoch % args.save_interval == 0 or epoch == args.epochs
-        run.save(epoch, step, {"best": best}, keep=keep, best=is_best)
-    log.info("done: %d of %d epochs and %d steps, saved in %s", epoch, args.epochs, step, folder / checkpoint.LAST)
-    logger.close()
-    run.close()
-    supervisor.close()
-    distributed.stop()
-    supervisor.raise_if_stopped()
+        line = {f"test_{name}": value for name, value in figures.items()}
+        loop.end_epoch(stats, line | {"train_lr": optimizer.param_groups[-1]["lr"]}, accuracy=figures["acc1"])
+        place = (epoch + 1, args.epochs)
+        log.info("epoch %d/%d  acc1 %.2f  acc5 %.2f  loss %.4f  best %.2f", *place, *figures.values(), loop.best)
+    loop.close()
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_vit
 from engine_finetune import extract_features
-from util import checkpoint, distributed, options, rng, transforms
+from util import checkpoint, distributed, launch, options, rng, transforms
 from util.datasets import ImageDataset, Source, build_source, count_classes
 from util.knn import knn_correct
 from util.loader import ShardSampler, build_loader
-from util.logger import cpu_threads, log, setup_logging, track
-from util.precision import Precision, default_precision
+from util.logger import cpu_threads, log, track
+from util.precision import Precision
 
 # Files of --dump_features, as DINO names them.
 FEATURES, LABELS = "{}feat.pth", "{}labels.pth"
@@ -66,11 +66,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     if args.load_features and (args.dump_features or args.finetune):
         raise ValueError("--load_features takes stored features: drop --dump_features and --finetune")
     meta = checkpoint.read_meta(args.finetune) if args.finetune else {}
-    defaults = {"model": "vit_base_patch16", "input_size": 224, **models_vit.settings_of(meta)}
-    defaults |= meta.get("image", {"mean": list(transforms.IMAGENET_MEAN), "std": list(transforms.IMAGENET_STD)})
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    options.fill_in(args, models_vit.defaults_of(meta))
     args.num_workers = options.worker_count(args.num_workers, 4, world.local_size)
     with torch.device("meta"):  # every check of the model's sizes, at no cost
         args.patch_size = build_encoder(args).patch_embed.patch_size[0]
@@ -79,8 +75,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
 
 def build_encoder(args: argparse.Namespace) -> models_vit.VisionTransformer:
     """The encoder with its final norm, whichever tokens are used."""
-    patch = {} if args.patch_size is None else {"patch_size": args.patch_size}
-    return models_vit.MODELS[args.model](img_size=args.input_size, num_classes=0, global_pool=False, **patch)
+    return models_vit.build(args.model, args.input_size, args.patch_size, num_classes=0, global_pool=False)
 
 
 def build_encode(args: argparse.Namespace, encoder: models_vit.VisionTransformer) -> Callable[[Tensor], Tensor]:
@@ -124,11 +119,8 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
     with options.user_mistakes():
         world = distributed.read_environment()
         args = resolve_options(get_args_parser().parse_args(argv), world)
-        device = distributed.pick_device(args.device, world)
-        args.device, args.precision = device.type, args.precision or default_precision(device)
-        precision = Precision(args.precision, device)
-        distributed.start(world, device, args.dist_timeout)
-        setup_logging(world.rank == 0)
+        device, precision = launch.begin(world, args.device, args.precision, args.dist_timeout)
+        args.device, args.precision = device.type, precision.name
         features, sources, weights = {}, {}, None
         if args.load_features:
             features = read_features(args.load_features)

@@ -18,15 +18,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, distributed, options, rng, transforms
+from util import checkpoint, distributed, launch, options, rng, transforms
 from util.datasets import ImageDataset, build_source, count_classes
 from util.lars import LARS
 from util.loader import EpochSampler, ShardSampler, build_loader
-from util.logger import Progress, RunLogger, cpu_threads, describe_environment, log, setup_logging
-from util.lr_sched import adjust_learning_rate
-from util.metrics import MeanMeter
-from util.precision import Precision, default_precision
-from util.supervision import Supervisor
+from util.logger import cpu_threads, log
+from util.training import TrainingLoop
 
 SCRIPT = "main_linprobe"
 
@@ -75,11 +72,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     args = copy.copy(args)
     args.which = options.resolve_which(args.which, args.teacher)
     meta = checkpoint.read_meta(args.finetune) if args.finetune else {}
-    defaults = {"model": "vit_base_patch16", "input_size": 224, **models_vit.settings_of(meta)}
-    defaults |= meta.get("image", {"mean": list(transforms.IMAGENET_MEAN), "std": list(transforms.IMAGENET_STD)})
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    options.fill_in(args, models_vit.defaults_of(meta))
     args.accum_iter, args.global_batch = options.effective_batch(
         args.batch_size, args.accum_iter, args.global_batch, world.size
     )
@@ -99,8 +92,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
 
 
 def build_encoder(args: argparse.Namespace) -> models_vit.VisionTransformer:
-    patch = {} if args.patch_size is None else {"patch_size": args.patch_size}
-    return models_vit.MODELS[args.model](img_size=args.input_size, num_classes=0, global_pool=args.global_pool, **patch)
+    settings = {"num_classes": 0, "global_pool": args.global_pool}
+    return models_vit.build(args.model, args.input_size, args.patch_size, **settings)
 
 
 def build_optimizer(args: argparse.Namespace, heads: nn.ModuleList) -> torch.optim.Optimizer:
@@ -152,11 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     with options.user_mistakes():
         world = distributed.read_environment()
         args = resolve_options(get_args_parser().parse_args(argv), world)
-        device = distributed.pick_device(args.device, world)
-        args.device, args.precision = device.type, args.precision or default_precision(device)
-        precision = Precision(args.precision, device)
-        distributed.start(world, device, args.dist_timeout)
-        setup_logging(world.rank == 0)
+        device, precision = launch.begin(world, args.device, args.precision, args.dist_timeout)
+        args.device, args.precision = device.type, precision.name
         folder = Path(args.output_dir, args.experiment)
         run = checkpoint.Run(folder, SCRIPT, share=distributed.from_rank_zero)
         run.find(args.resume, args.auto_resume)
@@ -173,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         args.nb_classes = count_classes(train, val, args.nb_classes)
         sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
-        args.steps_per_epoch = steps = len(sampler) // args.accum_iter
+        args.steps_per_epoch = len(sampler) // args.accum_iter
         weights = checkpoint.load_pretrained(args.finetune, args.which) if args.finetune else None
 
     # Frozen encoder, heads, optimizer
@@ -214,95 +204,37 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # Where it goes on
-    going_on = run.found is not None
-    epoch, step, extra = run.restore(parts, args.model, {"mean": args.mean, "std": args.std})
-    epoch, best, meter = epoch if going_on else args.start_epoch, extra.get("best", 0.0), MeanMeter()
-    if step:
-        meter.load_state_dict(extra["meter"], device, holder=world.rank == 0)
-    asked = {name: getattr(args, name) for name in ("epochs", "steps_per_epoch", "max_steps")}
-    finished = partial(checkpoint.is_finished, options=asked)
-    if args.eval or finished(epoch, step):
-        if not args.eval:
-            log.info("nothing is left to do: %d of %d epochs and %d steps are done", epoch, args.epochs, step)
+    loop = TrainingLoop(run, parts, sampler, world, device)
+    if args.eval or loop.finished:
         report(args, score(), names)
-        run.close()
-        distributed.stop()
-        return
+        return loop.leave()
 
     # Data and log
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=True)
     crop = transforms.RandomCrop(args.input_size, (0.08, 1.0))
     dataset = ImageDataset(train, crop, args.seed, replace=not args.strict_images)
     loader = build_loader(dataset, sampler, *loader_settings)
-    supervisor = Supervisor(
-        *(folder, student, precision.bad_steps, train, sampler),
-        interval=args.log_interval,
-        timeout_minutes=args.dist_timeout,
-        **{name: getattr(args, name) for name in ("save_every_minutes", "max_bad_steps", "max_bad_images")},
-    )
-    logger = RunLogger(folder if world.rank == 0 else None, Path(args.log_dir or folder), keep_epochs=epoch)
-    logger.config({"script": SCRIPT, "options": vars(args), "environment": describe_environment()})
+    loop.begin(student, optimizer, precision, train, args.lr[0])
 
-    adjust_lr = partial(
-        adjust_learning_rate,
-        optimizer,
-        lr=args.lr[0],
-        **{name: getattr(args, name) for name in ("min_lr", "warmup_epochs", "epochs")},
-    )
-
-    def save_inside(step: int, stopped: str = "") -> None:
-        totals = meter.state_dict(distributed.all_reduce_sum)
-        run.save(epoch, step, {"best": best, "meter": totals}, stopped=stopped)
-
-    def after_step(step: int) -> bool:
-        stop = supervisor.between_steps(epoch, step, steps, partial(save_inside, step))
-        return stop or finished(epoch, step)
-
-    while not finished(epoch, step):
-        sampler.set_position(epoch, step * args.accum_iter)
-        progress = Progress(logger, epoch, args.epochs, step, steps, args.global_batch, args.log_interval)
+    for epoch in loop.epochs():
         stats = train_one_epoch(
             student,
             sum_over_heads,
-            supervisor.bad_images.watch(loader),
+            loop.batches(loader),
             optimizer,
             precision,
             augment=lambda images, labels: (to_model_input(images), labels.to(device, non_blocking=True)),
-            accum_iter=args.accum_iter,
             clip_grad=0.0,
-            adjust_lr=adjust_lr,
-            seed_micro_step=lambda number: rng.seed_all(args.seed, world.rank, number),
-            epoch=epoch,
-            first_step=step,
-            steps=steps,
-            progress=progress,
-            meter=meter,
-            after_step=after_step,
+            **loop.for_engine(),
         )
-        times = progress.finish()
-        if progress.step < steps or supervisor.stopped:
-            step = progress.step
-            if not supervisor.stopped:
-                save_inside(step)
+        if not loop.complete():
             break
         figures = score()
         log.info("epoch %d/%d", epoch + 1, args.epochs)
         best_head, accuracy = report(args, figures, names)
-        line = {"epoch": epoch, **{f"train_{name}": value for name, value in stats.items()}}
-        line |= {f"test_{name}": value for name, value in figures.items()}
-        logger.epoch(
-            line | supervisor.figures() | {"best_head": best_head.strip(), "best_acc1": max(best, accuracy)} | times
-        )
-        is_best, best = accuracy > best, max(best, accuracy)
-        epoch, step, meter = epoch + 1, 0, MeanMeter()
-        keep = epoch % args.save_interval == 0 or epoch == args.epochs
-        run.save(epoch, step, {"best": best}, keep=keep, best=is_best)
-    log.info("done: %d of %d epochs and %d steps, saved in %s", epoch, args.epochs, step, folder / checkpoint.LAST)
-    logger.close()
-    run.close()
-    supervisor.close()
-    distributed.stop()
-    supervisor.raise_if_stopped()
+        line = {f"test_{name}": value for name, value in figures.items()}
+        loop.end_epoch(stats, line | {"best_head": best_head.strip()}, accuracy)
+    loop.close()
 
 
 if __name__ == "__main__":

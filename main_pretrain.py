@@ -22,15 +22,12 @@ import models_hpm
 import models_teacher
 from engine_pretrain import Look, train_one_epoch
 from engine_visualize import panel
-from util import checkpoint, distributed, masking, options, pictures, rng
+from util import checkpoint, distributed, launch, masking, options, pictures, rng
 from util.datasets import ImageDataset, Source, build_source, compressed_archive
 from util.ema import EMATeacher, ema_decay_at
 from util.loader import EpochSampler, build_loader
-from util.logger import Progress, RunLogger, cpu_threads, describe_environment, log, setup_logging
-from util.lr_sched import adjust_learning_rate
-from util.metrics import MeanMeter
-from util.precision import Precision, default_precision
-from util.supervision import Supervisor
+from util.logger import RunLogger, cpu_threads, log
+from util.training import TrainingLoop
 from util.transforms import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, ToModelInput
 
 SCRIPT = "main_pretrain"
@@ -380,11 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     with options.user_mistakes():
         world = distributed.read_environment()
         args = resolve_options(get_args_parser().parse_args(argv), world)
-        device = distributed.pick_device(args.device, world)
-        args.device, args.precision = device.type, args.precision or default_precision(device)
-        precision = Precision(args.precision, device)
-        distributed.start(world, device, args.dist_timeout)
-        setup_logging(world.rank == 0)
+        device, precision = launch.begin(world, args.device, args.precision, args.dist_timeout)
+        args.device, args.precision = device.type, precision.name
         folder = Path(args.output_dir, args.experiment)
         run = checkpoint.Run(folder, SCRIPT, share=distributed.from_rank_zero)
         run.find(args.resume, args.auto_resume)
@@ -396,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
             share=distributed.from_rank_zero,
         )
         sampler = EpochSampler(len(source), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
-        args.steps_per_epoch = steps = len(sampler) // args.accum_iter
+        args.steps_per_epoch = len(sampler) // args.accum_iter
         run.check(vars(args), FIXED)
         weights = checkpoint.load_pretrained(args.load_from) if args.load_from and not run.found else None
         frozen = None
@@ -428,94 +422,42 @@ def main(argv: list[str] | None = None) -> None:
         see, frozen = compile_regions(model, see, frozen)
 
     # Where it goes on
-    going_on = run.found is not None
-    epoch, step, extra = run.restore(parts, args.model, {"mean": args.mean, "std": args.std})
-    epoch, meter = epoch if going_on else args.start_epoch, MeanMeter()
-    if step:
-        meter.load_state_dict(extra, device, holder=world.rank == 0)
-    asked = {name: getattr(args, name) for name in ("epochs", "steps_per_epoch", "max_steps")}
-    finished = partial(checkpoint.is_finished, options=asked)
-    if finished(epoch, step):
-        log.info("nothing is left to do: %d of %d epochs and %d steps are done", epoch, args.epochs, step)
-        run.close()
-        distributed.stop()
-        return
+    loop = TrainingLoop(run, parts, sampler, world, device)
+    if loop.finished:
+        return loop.leave()
 
     # Data and log
     num_masked = masking.count_masked(model.patch_embed.num_patches, args.mask_ratio)
     dataset = ImageDataset(source, RandomCrop(args.input_size), args.seed, replace=not args.strict_images)
     loader = build_loader(dataset, sampler, args.num_workers, args.pin_mem and device.type == "cuda")
-    supervisor = Supervisor(
-        *(folder, student, precision.bad_steps, source, sampler),
-        interval=args.log_interval,
-        timeout_minutes=args.dist_timeout,
-        **{name: getattr(args, name) for name in ("save_every_minutes", "max_bad_steps", "max_bad_images")},
-    )
-    logger = RunLogger(folder if world.rank == 0 else None, Path(args.log_dir or folder), keep_epochs=epoch)
-    show = panels(args, shown if world.rank == 0 else None, model, teacher, eager_frozen, logger)
-    logger.config({"script": SCRIPT, "options": vars(args), "environment": describe_environment()})
+    loop.begin(student, optimizer, precision, source, args.lr)
+    show = panels(args, shown if world.rank == 0 else None, model, teacher, eager_frozen, loop.logger)
 
-    adjust_lr = partial(
-        adjust_learning_rate,
-        optimizer,
-        **{name: getattr(args, name) for name in ("lr", "min_lr", "warmup_epochs", "epochs")},
-    )
-
-    def save_inside(step: int, stopped: str = "") -> None:
-        run.save(epoch, step, meter.state_dict(distributed.all_reduce_sum), stopped=stopped)
-
-    def after_step(step: int) -> bool:
-        stop = supervisor.between_steps(epoch, step, steps, partial(save_inside, step))
-        return stop or finished(epoch, step)
-
-    while not finished(epoch, step):
+    for epoch in loop.epochs():
         num_hardest, look, draw_mask = masks_of_epoch(args, epoch, model.patch_embed.grid_size, see, frozen)
         ema_decay = ema_decay_at(epoch, args.ema_decay, args.ema_decay_final, args.ema_ramp_epochs)
-        sampler.set_position(epoch, step * args.accum_iter)
-        progress = Progress(logger, epoch, args.epochs, step, steps, args.global_batch, args.log_interval)
         stats = train_one_epoch(
             student,
             teacher,
-            supervisor.bad_images.watch(loader),
+            loop.batches(loader),
             optimizer,
             precision,
             to_model_input=ToModelInput(args.mean, args.std, device, flip=True),
             look=look,
             draw_mask=draw_mask,
             num_masked=num_masked,
-            accum_iter=args.accum_iter,
             clip_grad=args.clip_grad,
-            adjust_lr=adjust_lr,
             ema_decay=ema_decay,
-            seed_micro_step=lambda number: rng.seed_all(args.seed, world.rank, number),
-            epoch=epoch,
-            first_step=step,
-            steps=steps,
-            progress=progress,
-            meter=meter,
-            after_step=after_step,
+            **loop.for_engine(),
         )
-        times = progress.finish()
-        if progress.step < steps or supervisor.stopped:
-            step = progress.step
-            if not supervisor.stopped:
-                save_inside(step)
+        if not loop.complete():
             break
-        line = {"epoch": epoch, **{f"train_{name}": value for name, value in stats.items()}}
-        line |= {"train_lr": optimizer.param_groups[0]["lr"]}
+        figures = {"train_lr": optimizer.param_groups[0]["lr"]}
         if teacher is not None:
-            line |= {"ema_decay": ema_decay, "num_hardest": num_hardest, "hard_ratio": num_hardest / num_masked}
-        logger.epoch(line | supervisor.figures() | times)
-        epoch, step, meter = epoch + 1, 0, MeanMeter()
-        keep = epoch % args.save_interval == 0 or epoch == args.epochs
-        run.save(epoch, step, extra={}, keep=keep)
-        show(epoch)
-    log.info("done: %d of %d epochs and %d steps, saved in %s", epoch, args.epochs, step, folder / checkpoint.LAST)
-    logger.close()
-    run.close()
-    supervisor.close()
-    distributed.stop()
-    supervisor.raise_if_stopped()
+            figures |= {"ema_decay": ema_decay, "num_hardest": num_hardest, "hard_ratio": num_hardest / num_masked}
+        loop.end_epoch(stats, figures)
+        show(loop.epoch)
+    loop.close()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from util.distributed import all_reduce_sum
+from util.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
@@ -144,11 +145,23 @@ def classifier_name(pretrained: str) -> str:
 
 
 def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """Model, image and patch size that a checkpoint says it has (util/checkpoint.read_meta); {} if it says nothing."""
+    """Model, sizes, mean and std that a checkpoint says it has (util/checkpoint.read_meta); {} if it says nothing."""
     if not meta:
         return {}
     sizes = {name: meta["options"][name] for name in ("input_size", "patch_size")}
-    return {"model": classifier_name(meta["model"]), **sizes}
+    return {"model": classifier_name(meta["model"]), **sizes, **meta["image"]}
+
+
+def defaults_of(meta: dict[str, Any]) -> dict[str, Any]:
+    """`settings_of`, and for what a checkpoint does not say, ViT-B at 224 pixels on ImageNet."""
+    image = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    return {"model": "vit_base_patch16", "input_size": 224, **image, **settings_of(meta)}
+
+
+def build(name: str, img_size: int, patch_size: int | None, **settings: Any) -> VisionTransformer:
+    """The model of size `name`, with patches as the name says where `patch_size` is None."""
+    patch = {} if patch_size is None else {"patch_size": patch_size}
+    return MODELS[name](img_size=img_size, **patch, **settings)
 
 
 def size_of(weights: dict[str, Tensor]) -> str | None:

@@ -11,7 +11,7 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import visualize
-from util import distributed, options
+from util import distributed, options, training
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [main_pretrain, main_finetune, main_linprobe, main_knn, visualize, export]
@@ -36,6 +36,9 @@ def test_every_declared_option_is_read(script):
     read |= {
         n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)
     }  # getattr(args, "name")
+    if hasattr(script, "TrainingLoop"):
+        loop = ast.walk(ast.parse(Path(training.__file__).read_text()))
+        read |= {n.attr for n in loop if isinstance(n, ast.Attribute) and ast.unparse(n.value).endswith("settings")}
     declared = {action.dest for action in script.get_args_parser()._actions} - {"help"}
     assert declared - read == set(script.get_args_parser().without_effect)
 

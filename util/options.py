@@ -217,6 +217,13 @@ def resolve_which(which: str | None, teacher: bool) -> str:
     return "ema" if teacher else which or "student"
 
 
+def fill_in(given: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    """Options that were left out, from what else is known of them, in place."""
+    for name, value in defaults.items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+
+
 def add_pooling_options(group: argparse._ArgumentGroup, default: bool) -> None:
     add_switch(group, "global_pool", default, "take the mean of the patch tokens")
     group.add_argument("--cls_token", dest="global_pool", action="store_false", help="take the class token")
