@@ -48,7 +48,7 @@ _DINO_HEAD = ("head.",)
 
 
 class FrozenTeacher(nn.Module):
-    """Patch features of whole images: (B, 3, 224, 224) -> (B, L, D).
+    """Patch features of whole images: (B, 3, 224, 224) -> (B, L, D). `build_teacher` gives it its weights.
 
     DINO: the tokens after the final norm. CLIP: after the final norm and the projection.
 
@@ -61,7 +61,9 @@ class FrozenTeacher(nn.Module):
     def __init__(self, kind: str, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.kind = KINDS[kind]
-        self.network = timm.create_model(self.kind.timm_name, pretrained=False)
+        with torch.device("meta"):  # initial values take seconds to draw, and none of them stays
+            network = timm.create_model(self.kind.timm_name, pretrained=False)
+        self.network = network.to_empty(device="cpu")
         own_mean, own_std = torch.tensor(self.kind.mean), torch.tensor(self.kind.std)
         self.register_buffer("scale", (torch.tensor(std) / own_std).view(1, 3, 1, 1))
         self.register_buffer("shift", ((torch.tensor(mean) - own_mean) / own_std).view(1, 3, 1, 1))

@@ -245,7 +245,10 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
     row["finetune"] = read_log(folder / "finetune")[-1]["test_acc1"]
     for name in ("loss_rec", "rank_acc"):
         row[name] = [round(line[f"train_{name}"], 5) for line in epochs_log if f"train_{name}" in line]
-    row["seconds"] = round(sum(line["epoch_seconds"] for line in epochs_log), 1)
+    images = json.loads((folder / "pretrain/config.json").read_text())["options"]["steps_per_epoch"] * args.batch_size
+    row["seconds"] = round(
+        sum(images / line["images_per_s"] for line in epochs_log), 1
+    )  # also where it was interrupted
     row["images_per_s"] = round(sum(line["images_per_s"] for line in epochs_log) / len(epochs_log), 1)
     row["data_wait"] = round(sum(line["data_wait"] for line in epochs_log) / len(epochs_log), 4)
     row["spearman"] = rank_correlations(args, folder / "pretrain" / checkpoint.LAST, device)

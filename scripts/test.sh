@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
-exec .venv/bin/python -m pytest -n "${JOBS:-2}" "$@"
+exec .venv/bin/python -m pytest -n "${JOBS:-2}" --dist loadgroup "$@"

@@ -1,10 +1,14 @@
 """Running the scripts as users do: in this process, as another one, and under torchrun with two."""
 
+import contextlib
 import importlib
+import io
 import json
 import logging
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,6 +68,51 @@ def launch(script, *options, processes=1, check=True, env=None, cwd=ROOT, timeou
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["main_pretrain", "main_finetune", "main_linprobe", "main_knn", "torch._dynamo"])
+
+
+def ranks(script, *options, processes=2, timeout=300):
+    """The script on several ranks as torchrun starts them, but forked from a process that has imported everything:
+    a third of the time. For what depends on the ranks, not on who started them. What rank 0 logged."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    receiver, sender = _forks.Pipe(duplex=False)
+    workers = []
+    for rank in range(processes):
+        environment = {name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        given = (script, [str(option) for option in options], environment, sender if rank == 0 else None)
+        workers.append(_forks.Process(target=_be_rank, args=given))
+        workers[-1].start()
+    sender.close()
+    try:
+        assert receiver.poll(timeout), "rank 0 said nothing"
+        log = receiver.recv()
+        for worker in workers:
+            worker.join(timeout)
+        assert [worker.exitcode for worker in workers] == [0] * processes, log
+    finally:
+        for worker in workers:
+            worker.kill()
+    return log
+
+
+def _be_rank(script, options, environment, sender):
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers; a forked rank would fork them as itself
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            log = run(script, *options)
+        except BaseException:
+            log = errors.getvalue()
+            raise
+        finally:
+            if sender is not None:
+                sender.send(log)
 
 
 def start_and_kill(script, *options, processes, when):

@@ -1,33 +1,19 @@
 """The engine on any topology: the same masks give the same gradients, whoever computes them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from programs import ranks, run
 
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("topology")  # the runs are made once
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Twenty steps of 8 images: each at once, in two micro-steps, on two ranks -> {name: gradients, losses, syncs}."""
     folder = tmp_path_factory.mktemp("topology")
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name in ("once", "accumulated", "two ranks"):
-        start = [sys.executable, *(launcher if name == "two ranks" else []), str(HERE / "topology.py")]
-        done = subprocess.run(
-            [*start, name, str(folder / name)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+    for name in ("once", "accumulated"):
+        run("topology", name, folder / name)
+    ranks("topology", "two ranks", folder / "two ranks")
     return {path.name: torch.load(path) for path in folder.iterdir()}
 
 

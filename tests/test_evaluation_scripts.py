@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from images import members, write_tree
-from programs import PRETRAIN, assert_same_training, checkpoint, launch, log_lines, run, start_and_kill
+from programs import PRETRAIN, assert_same_training, checkpoint, log_lines, ranks, run, start_and_kill
 from safetensors.torch import save_file
 
 import models_vit
@@ -135,11 +135,11 @@ def test_stopped_anywhere_they_go_on_as_if_never_stopped(tmp_path, pretrained, s
 @pytest.mark.parametrize("script", TRAINING)
 def test_killed_on_two_ranks_they_end_with_the_same_weights(tmp_path, pretrained, script):
     options = [*TRAINING[script], "--finetune", pretrained, "--epochs", 3]
-    launch(script, *options, "--output_dir", tmp_path / "whole", processes=2)
+    ranks(script, *options, "--output_dir", tmp_path / "whole")
     killed = tmp_path / "killed"
     when = (killed / "checkpoint-last.pth").exists
     start_and_kill(script, *options, "--output_dir", killed, processes=2, when=when)
-    launch(script, *options, "--output_dir", killed, processes=2)
+    ranks(script, *options, "--output_dir", killed)
     assert_same_training(tmp_path / "whole", killed)
 
 
@@ -148,7 +148,7 @@ def test_accuracy_from_two_processes_is_that_from_one(tmp_path, pretrained):
     start("main_finetune", tmp_path / "run", pretrained, "--epochs", 1)
     options = ["--eval", "--output_dir", tmp_path / "run", "--shapes_val", 21, "--num_workers", 0, "--batch_size", 4]
     one = run("main_finetune", *options)
-    two = launch("main_finetune", *options, processes=2).stdout
+    two = ranks("main_finetune", *options)
     figures = [re.search(r"acc1 ([\d.]+) acc5 ([\d.]+) loss ([\d.]+)", text).groups() for text in (one, two)]
     assert figures[0][:2] == figures[1][:2]
     assert float(figures[0][2]) == pytest.approx(float(figures[1][2]), abs=1e-4)
@@ -176,7 +176,7 @@ def test_knn(tmp_path, pretrained):
 def test_knn_from_two_processes_is_that_from_one(pretrained):
     for more in ([], ["--global_pool", "--which", "ema", "--batch_size", 5]):
         options = [*KNN, "--finetune", pretrained, *more]
-        one, two = run("main_knn", *options), launch("main_knn", *options, processes=2).stdout
+        one, two = run("main_knn", *options), ranks("main_knn", *options)
         assert accuracies(one) == accuracies(two)
         assert len(accuracies(one)) == 2
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from images import members, write_tar, write_tree
-from programs import PRETRAIN, assert_same_training, checkpoint, launch, log_lines, run, start_and_kill
+from programs import PRETRAIN, assert_same_training, checkpoint, launch, log_lines, ranks, run, start_and_kill
 
 import models_hpm
 from util.checkpoint import load_into, load_pretrained, read_meta
@@ -100,7 +100,7 @@ def test_max_steps_at_the_end_of_an_epoch_has_nothing_left(tmp_path):
 def test_killed_and_started_again_it_ends_with_the_same_weights(tmp_path, processes):
     """Killed with no warning once the first checkpoint is there; the second epoch is then done anew."""
     options = [*PRETRAIN, "--epochs", 3, "--shapes_train", 96]
-    launch("main_pretrain", *options, "--output_dir", tmp_path / "whole", processes=processes)
+    ranks("main_pretrain", *options, "--output_dir", tmp_path / "whole", processes=processes)
     killed = tmp_path / "killed"
     start_and_kill(
         "main_pretrain",
@@ -109,7 +109,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(tmp_path, proces
         when=(killed / "checkpoint-last.pth").exists,
     )
     assert checkpoint(killed)["epoch"] < 3
-    launch("main_pretrain", *options, "--output_dir", killed, processes=processes)
+    ranks("main_pretrain", *options, "--output_dir", killed, processes=processes)
     assert_same_training(tmp_path / "whole", killed)
 
 

@@ -1,6 +1,7 @@
 """Frozen targets: the weights of each format give the tokens of the network they came from."""
 
 import argparse
+from functools import partial
 
 import pytest
 import timm
@@ -13,8 +14,14 @@ from models_teacher import KINDS, FrozenTeacher, build_teacher, read_teacher
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-@pytest.fixture(scope="module")
-def networks():
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    """Two blocks instead of twelve; the recipes' tests train with a whole one."""
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2))
+
+
+@pytest.fixture
+def networks(shallow):
     """timm's two networks with random weights that are not the initial ones everywhere."""
     torch.manual_seed(0)
     made = {}
@@ -133,6 +140,7 @@ def test_without_path_and_connection_the_error_says_what_to_give(monkeypatch):
 FIXED_BATCH = [
     *["--model", "mae_vit_micro_patch16", "--decoder_depth", 1, "--shapes_train", 2, "--batch_size", 2],
     *["--num_workers", 0, "--epochs", 6, "--warmup_epochs", 0, "--lr", "3e-3", "--log_interval", 1],
+    *["--vis_interval", 0],
 ]
 
 

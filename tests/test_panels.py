@@ -8,7 +8,7 @@ import pytest
 import torch
 from images import encode, members, picture, write_tar, write_tree
 from PIL import Image
-from programs import PRETRAIN, assert_same_training, launch, run
+from programs import PRETRAIN, assert_same_training, ranks, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
@@ -131,6 +131,6 @@ def test_which_images(tmp_path, caplog):
 
 def test_one_rank_draws_and_the_others_do_not_wait_for_it(tmp_path):
     options = [*PRETRAIN, "--epochs", 1, "--output_dir", tmp_path / "run", "--vis_interval", 1]
-    launch("main_pretrain", *options, processes=2)
+    ranks("main_pretrain", *options)
     assert list(panels(tmp_path / "run")) == [1000]
     assert len(list((tmp_path / "run").glob("*tfevents*"))) == 1

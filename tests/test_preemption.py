@@ -15,8 +15,8 @@ from programs import (
     checkpoint,
     command,
     descendants,
-    launch,
     log_lines,
+    ranks,
     run,
 )
 
@@ -119,8 +119,8 @@ def test_two_ranks_stop_together_and_go_on_bitwise(tmp_path):
     state = checkpoint(tmp_path / "parts")
     assert state["stopped"], out
     assert state["step"] > 0, out
-    launch("main_pretrain", *options, "--output_dir", tmp_path / "parts", processes=2)
-    launch("main_pretrain", *options, "--output_dir", tmp_path / "whole", processes=2)
+    ranks("main_pretrain", *options, "--output_dir", tmp_path / "parts")
+    ranks("main_pretrain", *options, "--output_dir", tmp_path / "whole")
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
     for a, b in zip(log_lines(tmp_path / "whole"), log_lines(tmp_path / "parts"), strict=True):
         assert (a["train_loss"], a["train_rank_acc"]) == pytest.approx((b["train_loss"], b["train_rank_acc"]), rel=1e-9)
@@ -196,7 +196,7 @@ def test_handlers_are_given_back(tmp_path):
 def test_resuming_on_another_number_of_ranks_goes_on_and_says_that_the_order_differs(tmp_path):
     """The same global batch from two processes, then from one with two micro-steps."""
     options = [*PRETRAIN, "--batch_size", 4, "--global_batch", 8]
-    launch("main_pretrain", *options, "--output_dir", tmp_path, "--max_steps", 4, processes=2)
+    ranks("main_pretrain", *options, "--output_dir", tmp_path, "--max_steps", 4)
     log = run("main_pretrain", *options, "--output_dir", tmp_path)
     assert "epoch 0, step 4" in log
     assert "the order differs from that of 2 processes" in log

@@ -1,6 +1,4 @@
-"""Twenty steps of the engine with given masks, on a topology named on the command line (see test_engine_pretrain)."""
-
-import sys
+"""Twenty steps of the engine with given masks, on a topology that is named (see test_engine_pretrain)."""
 
 import torch
 from golden import silent_progress
@@ -16,62 +14,61 @@ from util.precision import Precision
 STEPS, IMAGES = 20, 8
 CPU = torch.device("cpu")
 
-name, output = sys.argv[1:]
-world = distributed.read_environment()
-distributed.start(world, CPU, 1)
-micro_steps = {"once": 1, "accumulated": 2, "two ranks": 2}[name]
-per_rank = IMAGES // world.size // micro_steps
 
-torch.manual_seed(0)
-model = MaskedAutoencoderViT(
-    **{"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    **{"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
-)
-images, masks = torch.randn(STEPS * IMAGES, 3, 16, 16), random_mask(STEPS * IMAGES, 16, 12)
+def main(argv):
+    """NAME OUTPUT"""
+    name, output = argv
+    world = distributed.read_environment()
+    distributed.start(world, CPU, 1)
+    micro_steps = {"once": 1, "accumulated": 2, "two ranks": 2}[name]
+    per_rank = IMAGES // world.size // micro_steps
 
+    torch.manual_seed(0)
+    model = MaskedAutoencoderViT(
+        **{"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
+        **{"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    )
+    images, masks = torch.randn(STEPS * IMAGES, 3, 16, 16), random_mask(STEPS * IMAGES, 16, 12)
 
-def mine(tensor):
-    """What this rank gets of the images or masks, by micro-step, as util/loader.EpochSampler deals them out."""
-    return tensor.view(STEPS * micro_steps, world.size, per_rank, *tensor.shape[1:])[:, world.rank]
+    def mine(tensor):
+        """What this rank gets of the images or masks, by micro-step, as util/loader.EpochSampler deals them out."""
+        return tensor.view(STEPS * micro_steps, world.size, per_rank, *tensor.shape[1:])[:, world.rank]
 
+    student = distributed.wrap(model, CPU)
+    teacher = EMATeacher(model)
+    given, meter, losses, first, syncs = iter(mine(masks)), MeanMeter(), [], {}, []
 
-student = distributed.wrap(model, CPU)
-teacher = EMATeacher(model)
-given, meter, losses, first, syncs = iter(mine(masks)), MeanMeter(), [], {}, []
+    class Watched(Precision):
+        def backward(self, loss):
+            syncs.append(getattr(student, "require_backward_grad_sync", True))
+            super().backward(loss)
 
+        def step(self, optimizer, parameters, clip_grad):
+            first.update({} if first else {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+            return super().step(optimizer, parameters, clip_grad)
 
-class Watched(Precision):
-    def backward(self, loss):
-        syncs.append(getattr(student, "require_backward_grad_sync", True))
-        super().backward(loss)
-
-    def step(self, optimizer, parameters, clip_grad):
-        first.update({} if first else {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
-        return super().step(optimizer, parameters, clip_grad)
-
-
-engine_pretrain.train_one_epoch(
-    student,
-    teacher,
-    [(batch,) for batch in mine(images)],
-    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True),
-    Watched("fp32", CPU),
-    to_model_input=lambda batch: batch,
-    look=lambda batch: (teacher.module.predict_loss(batch), None),
-    draw_mask=lambda scores, batch: next(given),
-    num_masked=12,
-    accum_iter=micro_steps,
-    clip_grad=5.0,
-    adjust_lr=lambda epoch: 1e-3,
-    ema_decay=0.99,
-    seed_micro_step=lambda number: None,
-    epoch=0,
-    first_step=0,
-    steps=STEPS,
-    progress=silent_progress(),
-    meter=meter,
-    after_step=lambda step: losses.append(meter.window(distributed.all_reduce_sum)["loss"]),
-)
-if world.rank == 0:
-    torch.save({"gradients": first, "losses": torch.tensor(losses), "syncs": syncs}, output)
-distributed.stop()
+    engine_pretrain.train_one_epoch(
+        student,
+        teacher,
+        [(batch,) for batch in mine(images)],
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True),
+        Watched("fp32", CPU),
+        to_model_input=lambda batch: batch,
+        look=lambda batch: (teacher.module.predict_loss(batch), None),
+        draw_mask=lambda scores, batch: next(given),
+        num_masked=12,
+        accum_iter=micro_steps,
+        clip_grad=5.0,
+        adjust_lr=lambda epoch: 1e-3,
+        ema_decay=0.99,
+        seed_micro_step=lambda number: None,
+        epoch=0,
+        first_step=0,
+        steps=STEPS,
+        progress=silent_progress(),
+        meter=meter,
+        after_step=lambda step: losses.append(meter.window(distributed.all_reduce_sum)["loss"]),
+    )
+    if world.rank == 0:
+        torch.save({"gradients": first, "losses": torch.tensor(losses), "syncs": syncs}, output)
+    distributed.stop()

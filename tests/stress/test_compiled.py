@@ -1,10 +1,15 @@
-"""A compiled run under DDP with accumulation is the eager one.
+"""What --compile makes of the golden trajectory, and of a run under DDP with accumulation: minutes of compiling.
 
-python -m pytest tests/stress/test_compiled_ranks.py
+python -m pytest tests/stress/test_compiled.py
 """
 
 import pytest
 from programs import PRETRAIN, checkpoint, launch, log_lines
+from test_golden import TRAJECTORIES, five_steps_are_golden
+
+
+def test_five_compiled_steps_are_golden():
+    five_steps_are_golden(TRAJECTORIES[0], compiled=True)
 
 
 def test_compiled_on_two_ranks_with_accumulation(tmp_path):
