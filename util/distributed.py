@@ -3,6 +3,7 @@
 import datetime
 import os
 import pickle
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+
+_wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()  # by `wrap`, until `stop`
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -91,6 +94,12 @@ def start(world: World, device: torch.device, timeout_minutes: float) -> None:
 
 
 def stop() -> None:
+    """Leave the process group; nothing that `wrap` returned can be trained afterwards."""
+    # DDP's reducer must not be what holds the group last: it would take the group down while holding the GIL, for which
+    # a thread of the group may be waiting (pytorch/pytorch#56297; torch 2.9 hangs so in one of a few starts).
+    for model in _wrapped:
+        del model.reducer, model.logger
+    _wrapped.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -187,8 +196,10 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """DistributedDataParallel where there are several processes. Ranks hold rank 0's weights afterwards."""
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
+    _wrapped.add(wrapped)
+    return wrapped
