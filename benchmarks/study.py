@@ -15,6 +15,7 @@ import fcntl
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -245,11 +246,9 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
     row["finetune"] = read_log(folder / "finetune")[-1]["test_acc1"]
     for name in ("loss_rec", "rank_acc"):
         row[name] = [round(line[f"train_{name}"], 5) for line in epochs_log if f"train_{name}" in line]
+    rate = statistics.median(line["images_per_s"] for line in epochs_log)  # whatever disturbed some of the epochs
     images = json.loads((folder / "pretrain/config.json").read_text())["options"]["steps_per_epoch"] * args.batch_size
-    row["seconds"] = round(
-        sum(images / line["images_per_s"] for line in epochs_log), 1
-    )  # also where it was interrupted
-    row["images_per_s"] = round(sum(line["images_per_s"] for line in epochs_log) / len(epochs_log), 1)
+    row["images_per_s"], row["seconds"] = round(rate, 1), round(epochs * images / rate, 1)
     row["data_wait"] = round(sum(line["data_wait"] for line in epochs_log) / len(epochs_log), 4)
     row["spearman"] = rank_correlations(args, folder / "pretrain" / checkpoint.LAST, device)
     row["device"] = torch.cuda.get_device_name() if device.type == "cuda" else cpu_threads()
@@ -270,23 +269,27 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def true_errors(model: models_hpm.MaskedAutoencoderViT, imgs: Tensor, masks: int, ratio: float) -> Tensor:
-    """Error of each patch (B, L), averaged over those of `masks` random masks that hide it."""
+def masked_errors(
+    model: models_hpm.MaskedAutoencoderViT, imgs: Tensor, masks: int, ratio: float
+) -> tuple[Tensor, Tensor]:
+    """Of each patch, averaged over those of `masks` random masks that hide it: its true error (B, L), and what the
+    predictor expects of it (B, L) when it sees the other patches only, as in training."""
     num_patches = model.patch_embed.num_patches
     num_masked = masking.count_masked(num_patches, ratio)
-    total = torch.zeros(len(imgs), num_patches, device=imgs.device)
-    count = torch.zeros_like(total)
+    errors, expected, count = torch.zeros(3, len(imgs), num_patches, device=imgs.device)
     for number in range(masks):
         mask = masking.random_mask(len(imgs), num_patches, num_masked, generator(number)).to(imgs.device)
-        errors = model(imgs, mask, num_masked=num_masked)["patch_loss"]  # (B, M)
-        total += torch.zeros_like(total).masked_scatter_(mask, errors)
+        out = model(imgs, mask, num_masked=num_masked)
+        for total, values in ((errors, out["patch_loss"]), (expected, out["loss_pred"])):  # values (B, M)
+            total += torch.zeros_like(total).masked_scatter_(mask, values)
         count += mask
-    return total / count.clamp(min=1)
+    return errors / count.clamp(min=1), expected / count.clamp(min=1)
 
 
 def rank_correlations(args: argparse.Namespace, path: Path, device: torch.device) -> dict[str, float]:
-    """How the loss of a patch that is predicted from the whole image follows its true error, mean over validation
-    images: as the EMA teacher predicts it, which chooses the masks, and as the student. Empty without a predictor."""
+    """How predicted losses of an image's patches follow their true errors, mean over validation images: predicted
+    from the whole image by the EMA teacher, which chooses the masks so, and by the student; and by the student from
+    the visible patches, as it was trained to (`masked`). Empty without a predictor."""
     content = checkpoint.read_run(path)
     if not content["options"]["learning_loss"]:
         return {}
@@ -298,8 +301,8 @@ def rank_correlations(args: argparse.Namespace, path: Path, device: torch.device
     imgs = ToModelInput(image["mean"], image["std"], device, flip=False)(images)
     student = main_pretrain.build_model(argparse.Namespace(**content["options"])).to(device).eval()
     student.load_state_dict(content["state_dict"])
-    errors = true_errors(student, imgs, args.rank_masks, content["options"]["mask_ratio"])
-    found = {}
+    errors, expected = masked_errors(student, imgs, args.rank_masks, content["options"]["mask_ratio"])
+    found = {"masked": round(float(spearman(expected, errors).mean()), 4)}
     for name, weights in (("student", "state_dict"), ("teacher", "ema_state_dict")):
         student.load_state_dict(content[weights])
         with torch.no_grad():

@@ -29,8 +29,9 @@ FIGURES: dict[str, Callable[[Row], float | None]] = {
 RANKING: dict[str, Callable[[Row], float | None]] = {
     "rank_acc, first epoch": lambda row: row["rank_acc"][0] if row["rank_acc"] else None,
     "rank_acc, last epoch": lambda row: row["rank_acc"][-1] if row["rank_acc"] else None,
-    "Spearman, teacher": lambda row: row["spearman"].get("teacher"),
-    "Spearman, student": lambda row: row["spearman"].get("student"),
+    "Spearman, student, masked image": lambda row: row["spearman"].get("masked"),
+    "Spearman, student, whole image": lambda row: row["spearman"].get("student"),
+    "Spearman, teacher, whole image": lambda row: row["spearman"].get("teacher"),
 }
 
 

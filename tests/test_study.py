@@ -1,0 +1,84 @@
+"""The study: what counts as done, its figures, its tables."""
+
+import json
+
+import pytest
+import torch
+from images import write_tar
+
+from benchmarks import study, study_report
+from models_hpm import mae_vit_micro_patch16
+
+
+def row(variant, seed, knn, **more):
+    args = study.get_args_parser().parse_args([])
+    figures = {"knn": {"20": knn}, "linear": knn + 5, "finetune": knn + 6, "rank_acc": [], "loss_rec": [1.0, 0.5]}
+    rest = {"seconds": 60.0, "spearman": {}, "device": "a CPU", "torch": "2"}
+    return {**study.key(args, variant, seed), **figures, **rest, **more}
+
+
+def test_rank_correlation():
+    values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
+    others = torch.tensor([[0.1, 10.0, 11.0, 500.0], [4.0, 3.0, 2.0, 1.0], [2.0, 1.0, 4.0, 3.0]])
+    assert study.spearman(values, others).tolist() == pytest.approx([1.0, -1.0, 0.6])
+
+
+def test_errors_are_means_over_the_masks_that_hide_a_patch():
+    """One mask hides 3 of 4 patches: the fourth has no figure. Many masks: the mean of what each mask says."""
+    model = mae_vit_micro_patch16(img_size=16, patch_size=8, decoder_depth=1).eval()
+    imgs = torch.randn(5, 3, 16, 16)
+    errors, expected = study.masked_errors(model, imgs, 1, 0.75)
+    assert (errors > 0).sum(dim=1).tolist() == [3] * 5
+    assert (expected[errors == 0] == 0).all()
+    mask = errors > 0
+    out = model(imgs, mask)
+    torch.testing.assert_close(errors[mask].view(5, 3), out["patch_loss"].detach())
+    torch.testing.assert_close(expected[mask].view(5, 3), out["loss_pred"].detach())
+    many, _ = study.masked_errors(model, imgs, 32, 0.75)
+    assert (many > 0).all()
+    assert 0.5 < many.mean() / errors[mask].mean() < 2
+
+
+def test_a_run_is_done_if_a_line_of_the_same_budget_says_so(tmp_path, monkeypatch):
+    results = tmp_path / "results" / "study.jsonl"
+    for line in (row("mae_norm", 0, 41.0), row("mae_norm", 1, 41.0, epochs=3)):
+        study.append_result(results, line)
+    started = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command, **options):
+            started.append(command[-2:])
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(study.subprocess, "Popen", Process)
+    options = ["--results", str(results), "--work_dir", str(tmp_path / "runs"), "--variants", "mae_norm", "hpm_norm"]
+    assert study.main([*options, "--seeds", "0", "1"]) == 0
+    assert started == [["hpm_norm", "0"], ["mae_norm", "1"], ["hpm_norm", "1"]]
+
+
+def test_a_subset_has_as_many_images_of_each_class(tmp_path):
+    whole = write_tar(tmp_path / "whole.tar")
+    part = study.subset(str(whole), {"train": 3, "val": None}, tmp_path / "work")
+    files = study.find_images(part, "train")
+    assert sorted(set(files.labels)) == [0, 1, 2]
+    assert len(files) == 3
+    with pytest.raises(ValueError, match="--train_images 9999"):
+        study.subset(str(whole), {"train": 9999, "val": None}, tmp_path / "work")
+
+
+def test_tables(tmp_path, capsys):
+    rows = [row("mae_norm", seed, 41.0 + seed) for seed in range(3)]
+    rows += [row("hpm_norm", seed, 42.0 + 2 * seed, rank_acc=[0.5, 0.7]) for seed in range(3)]
+    rows += [row("mae_norm", 0, 99.0, epochs=3)]
+    (tmp_path / "study.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    study_report.main([str(tmp_path / "study.jsonl")])
+    first, second = capsys.readouterr().out.split("\n\n\n")
+    assert "42.00 ± 1.00" in first  # MAE: 41, 42, 43
+    assert "44.00 ± 2.00" in first  # HPM: 42, 44, 46
+    assert "+2.00 ± 1.00 (3 of 3)" in first  # 1, 2, 3
+    assert "99.00 (one run)" in second
+    assert "99.00" not in first
