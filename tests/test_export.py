@@ -302,7 +302,7 @@ def test_vit_b_elsewhere(tmp_path, vit_b_source, name):
 def written_and_verified(path, source, name, tolerance):
     form = engine_export.FORMATS[name]
     form.write(source, path)
-    assert 0 < engine_export.verify(form, source, path) < tolerance
+    assert engine_export.verify(form, source, path) < tolerance  # 0 in some releases: the same kernels
 
 
 def test_the_epsilon_is_ours(tmp_path):
