@@ -63,6 +63,9 @@ class FrozenTeacher(nn.Module):
         self.kind = KINDS[kind]
         with torch.device("meta"):  # initial values take seconds to draw, and none of them stays
             network = timm.create_model(self.kind.timm_name, pretrained=False)
+        assert dict(network.named_buffers()).keys() <= network.state_dict().keys(), (
+            "a buffer that no weights would fill"
+        )
         self.network = network.to_empty(device="cpu")
         own_mean, own_std = torch.tensor(self.kind.mean), torch.tensor(self.kind.std)
         self.register_buffer("scale", (torch.tensor(std) / own_std).view(1, 3, 1, 1))

@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import torch
+from programs import launch
 
 from util import distributed
 
@@ -98,32 +99,6 @@ def test_two_processes(tmp_path):
         assert f"rank {rank}: 3.0 [0, 'from rank zero'] True invalid literal for int()" in out
 
 
-def test_leaving_the_group_never_hangs(tmp_path):
-    """Threads of the group let go of tensors, for which they need the GIL, while the main thread takes the group down.
-
-    Without the order of `stop`, torch 2.9 hangs in the first rounds; 2.15 does not.
-    """
-    out = run_two(
-        """
-        import os, socket
-
-        def free_port():
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                return free.getsockname()[1]
-
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # rank 0 opens a store of its own each time
-        for _ in range(20):
-            model = distributed.wrap(torch.nn.Linear(4, 4), torch.device("cpu"))
-            model(torch.ones(2, 4)).sum().backward()
-            port = distributed.from_rank_zero(free_port)
-            assert distributed.all_reduce_sum(torch.ones(1000)).sum() == 2000
-            distributed.stop()
-            del model
-            os.environ["MASTER_PORT"] = str(port)
-            distributed.start(world, torch.device("cpu"), 1)
-        print("left 20 times", flush=True)
-        """,
-        tmp_path,
-    )
+def test_leaving_the_group_never_hangs():
+    out = launch("tests/stress/leaving", "--rounds", 20, processes=2).stdout
     assert out.count("left 20 times") == 2

@@ -36,18 +36,25 @@ def test_forward_values(name):
         torch.testing.assert_close(ours, golden[key], rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", TRAJECTORIES)
-def test_five_steps_of_the_engine(name):
-    five_steps_are_golden(name, compiled=False)
+@pytest.mark.parametrize(
+    ("name", "backend"), [*[(name, None) for name in TRAJECTORIES], pytest.param(TRAJECTORIES[0], "aot_eager")]
+)
+def test_five_steps_of_the_engine(name, backend):
+    """Eager, and as one compiled graph without kernels of its own; with them in tests/stress/test_compiled.py."""
+    five_steps_are_golden(name, backend)
 
 
-def five_steps_are_golden(name, compiled):
-    """Losses, gradient norms, clipped gradients, and at the end every tensor of student and teacher."""
+def five_steps_are_golden(name, backend=None):
+    """Losses, gradient norms, clipped gradients, and at the end every tensor of student and teacher.
+
+    Args:
+        backend: of torch.compile; None does not compile.
+    """
     golden, meta = load(name)
     model = build_hpm(golden, meta)
     teacher = EMATeacher(model)
-    if compiled:
-        model.compile(fullgraph=True)
+    if backend:
+        model.compile(fullgraph=True, backend=backend)
     gradients = {}
     for key, parameter in ((key, p) for key, p in model.named_parameters() if p.requires_grad):
         parameter.register_hook(lambda g, key=key: None if key in gradients else gradients.update({key: g.clone()}))

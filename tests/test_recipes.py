@@ -172,12 +172,12 @@ def run_tiny(path, tmp_path, extra=None, **environment):
 @pytest.mark.parametrize(
     "name",
     [
-        *["pretrain_hpm_base_200", "pretrain_mae_base_200", "ablation_target_dino", "linprobe_mae_base"],
-        "knn_hpm_base",
+        *["pretrain_hpm_base_200", "pretrain_mae_base_200", "ablation_target_ema", "ablation_target_dino"],
+        *["ablation_target_clip", "linprobe_mae_base", "knn_hpm_base"],
     ],
 )
 def test_it_runs_for_two_steps(name, tmp_path):
-    """One recipe of each script, and one with a frozen teacher; all of them in tests/stress."""
+    """One recipe of each script and target; all of them in tests/stress."""
     environment = {}
     for kind, settings in KINDS.items():
         if name.endswith(kind):

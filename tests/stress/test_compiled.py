@@ -9,7 +9,7 @@ from test_golden import TRAJECTORIES, five_steps_are_golden
 
 
 def test_five_compiled_steps_are_golden():
-    five_steps_are_golden(TRAJECTORIES[0], compiled=True)
+    five_steps_are_golden(TRAJECTORIES[0], "inductor")
 
 
 def test_compiled_on_two_ranks_with_accumulation(tmp_path):
