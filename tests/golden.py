@@ -9,6 +9,7 @@ from timm.optim import param_groups_weight_decay
 
 from engine_pretrain import train_one_epoch
 from models_hpm import MaskedAutoencoderViT
+from models_vit import VisionTransformer
 from util.logger import Progress, RunLogger
 from util.metrics import MeanMeter
 from util.precision import Precision
@@ -81,3 +82,12 @@ def silent_progress():
         RunLogger(None, None, 0),
         **{"epoch": 0, "epochs": 1, "first_step": 0, "total_steps": never, "images_per_step": 1, "interval": never},
     )
+
+
+VIT_FILES = ["vit_global_pool", "vit_cls_token"]
+
+
+def build_vit(meta, **kwargs):
+    """The fine-tuning ViT of a golden file."""
+    names = ["img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes", "global_pool"]
+    return VisionTransformer(**{**{name: meta[name] for name in names}, **kwargs}).eval()

@@ -11,7 +11,6 @@ from golden import build_hpm, load, run_engine
 from util.ema import EMATeacher
 from util.losses import feature_loss
 from util.masking import count_masked, num_hardest
-from util.pos_embed import get_2d_sincos_pos_embed
 
 TRAJECTORIES = ["hpm_relative", "hpm_absolute_normpix"]
 
@@ -95,9 +94,3 @@ def test_easy_to_hard_schedule():
     for ratio, total, epoch, masked, hardest in rows:
         assert count_masked(196, ratio) == masked
         assert num_hardest(int(masked), int(epoch), int(total)) == hardest, (ratio, total, epoch)
-
-
-@pytest.mark.parametrize(("width", "grid"), [(48, 4), (64, 7), (192, 14)])
-def test_pos_embed(width, grid):
-    golden = np.load("tests/golden/pos_embed.npz")[f"d{width}_g{grid}"]
-    np.testing.assert_allclose(get_2d_sincos_pos_embed(width, grid, cls_token=True), golden, atol=1e-6)

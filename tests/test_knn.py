@@ -1,8 +1,9 @@
-"""Weighted k-NN against brute force, in bounded memory."""
+"""Weighted k-NN against brute force and golden values, in bounded memory."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from golden import VIT_FILES, load
 
 from util import knn
 
@@ -61,3 +62,14 @@ def test_no_matrix_of_all_pairs_is_held(monkeypatch):
 def test_more_neighbours_than_features_is_an_error():
     with pytest.raises(ValueError, match="k = 301 neighbours of 300 training images"):
         knn.knn_classifier(*data(), k=301, T=0.07, num_classes=7)
+
+
+@pytest.mark.parametrize("name", VIT_FILES)
+def test_weighted_knn(name):
+    golden, meta = load(name)
+    features = [golden[f"knn/{key}"] for key in ("train_features", "train_labels", "val_features", "val_labels")]
+    for k, top1, top5 in golden["knn/top1_top5"]:
+        ours = knn.knn_classifier(
+            *features, k=int(k), T=meta["knn"]["temperature"], num_classes=meta["knn"]["num_classes"]
+        )
+        assert ours == pytest.approx((top1, top5), abs=1e-5)

@@ -45,8 +45,8 @@ TRAINING = {
     "--max_steps 0": "'0' is not a whole number of 1 or more",
     "--max_bad_steps -1": "'-1' is not a whole number of 0 or more",
     "--max_bad_images -1": "'-1' is not a whole number of 0 or more",
-    "--output_dir /dev/null/run": "/dev/null/run",
-    "--output_dir /proc/run": "/proc/run",
+    "--output_dir /dev/null/run": "the run's folder /dev/null/run cannot be made or written to (Not a directory)",
+    "--output_dir /proc/run": "the run's folder /proc/run cannot be made or written to (No such file or directory)",
     "--resume /nowhere.pth": "there is no checkpoint /nowhere.pth",
 }
 CLASSIFIER = {
@@ -104,11 +104,12 @@ CASES = [(script, text) for script, table in TABLE.items() for text in table]
 
 @pytest.mark.parametrize(("script", "text"), CASES, ids=[" ".join(case) for case in CASES])
 def test_refused(script, text, capsys, monkeypatch, tmp_path):
+    script_main = importlib.import_module(script).main  # before anything is replaced that it might import
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(rng, "seed_all", lambda *key: pytest.fail("began to build"))
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(script).main(text.split())
+        script_main(text.split())
     assert stop.value.code == 2
     written = capsys.readouterr()
     assert TABLE[script][text] in written.err

@@ -268,9 +268,15 @@ class Run:
         share(self._open)
 
     def _open(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        check_owner(self.folder, self.script)
-        self.lock = FolderLock(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            check_owner(self.folder, self.script)
+            self.lock = FolderLock(self.folder)
+        except OSError as error:
+            raise OSError(
+                f"the run's folder {self.folder} cannot be made or written to ({error.strerror}): choose another "
+                "--output_dir or --experiment"
+            ) from error
 
     def close(self) -> None:
         """Let others write to the folder; the end of the process does it as well."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported once there is a group, its functions would hold it for ever, as their default
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,11 +95,14 @@ def start(world: World, device: torch.device, timeout_minutes: float) -> None:
 
 
 def stop() -> None:
-    """Leave the process group; nothing that `wrap` returned can be trained afterwards."""
-    # DDP's reducer must not be what holds the group last: it would take the group down while holding the GIL, for which
-    # a thread of the group may be waiting (pytorch/pytorch#56297; torch 2.9 hangs so in one of a few starts).
+    """Leave the process group, and end its threads; nothing that `wrap` returned can be trained afterwards.
+
+    A thread of the group that lets go of a tensor needs the GIL for it. So the group must go down here, where PyTorch
+    gives up the GIL: if DDP's reducer held it last, the two would wait for each other (pytorch/pytorch#56297), and if
+    its threads outlived Python, the process would end by SIGABRT. tests/stress/leaving.py shows both.
+    """
     for model in _wrapped:
-        del model.reducer, model.logger
+        del model.reducer, model.logger, model.process_group
     _wrapped.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,26 @@
+"""The learning-rate schedule of the official scripts (tests/golden/vit_*.npz)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from golden import VIT_FILES, load
+
+from util.lr_sched import adjust_learning_rate
+
+
+@pytest.mark.parametrize("name", VIT_FILES)
+def test_learning_rate_schedule(name):
+    golden, _ = load(name)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.0)
+    arguments = json.loads(str(golden["lr_args"]))
+    ours = [adjust_learning_rate(optimizer, epoch, **arguments) for epoch in golden["lr_epochs"]]
+    np.testing.assert_allclose(ours, golden["lr_values"], rtol=1e-9, atol=1e-12)
+
+
+def test_lr_scale_multiplies():
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": 0.25}, {"params": [torch.zeros(1)]}], lr=0.0)
+    rate = adjust_learning_rate(optimizer, 5, lr=1.0, min_lr=0.0, warmup_epochs=10, epochs=20)
+    assert rate == 0.5
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.5]
