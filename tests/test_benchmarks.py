@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models_hpm
 from benchmarks import arithmetic
-from benchmarks.step import PARTS, Case, Trainer
+from benchmarks.step import PARTS, Case, Trainer, peak_of_process
 from util.masking import count_masked, random_mask
 
 SIZES = [("mae_vit_micro_patch16", 32, 8, 0.6), ("mae_vit_base_patch16", 224, 16, 0.75)]
@@ -69,6 +69,14 @@ def test_parts_add_up_to_the_step():
     assert set(seconds) == {"data", "teacher", "encoder", "decoders", "losses", "optimizer", "EMA", "mask", "rest"}
     assert all(value > 0 for value in seconds.values())
     assert sum(seconds.values()) == pytest.approx(step, rel=1e-3)
+
+
+def test_peak_memory_is_that_of_the_case_alone():
+    """A process starts with the record of the one that it was forked from: not with that of 3 GiB here."""
+    size = ["--input_size", "16", "--patch_size", "4"]
+    small = Case("mae_vit_micro_patch16", "mae", "fp32", "no", 2)
+    held = torch.ones(3 * 2**28)
+    assert 2**28 < peak_of_process(small, size) < held.nbytes / 2
 
 
 def test_data_prints_its_tables():
