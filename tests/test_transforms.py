@@ -23,7 +23,9 @@ def test_random_crop_is_torchvisions_to_two_levels(size):
         ours = RandomCrop(64)(np.asarray(image).copy())
         assert ours.shape == (3, 64, 64)
         assert ours.is_contiguous()
-        assert (ours.int() - expected.int()).abs().max() <= 2
+        difference = (ours.int() - expected.int()).abs()
+        assert difference.max() <= 2
+        assert difference.float().mean() < 0.035  # levels; what full-size photographs showed against Pillow 13
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (32, 32), (20, 300)])
