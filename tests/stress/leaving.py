@@ -3,14 +3,14 @@
     .venv/bin/torchrun --nproc_per_node=2 tests/stress/leaving.py --rounds 1000
 
 Threads of a gloo group let go of tensors, for which they need the GIL, while the main thread takes the group down.
-Without what `distributed.stop` does about it, torch 2.9 hangs within the first rounds, and on torch 2.15 threads
-outlive the group.
+Without what `distributed.stop` does about it, threads outlive the group, and torch 2.9 hangs within a few rounds.
 """
 
 import argparse
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -28,9 +28,8 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def threads_of_gloo() -> list[str]:
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    return [name for name in names if "gloo" in name]
+def threads() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
 
 
 def main() -> None:
@@ -38,10 +37,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1000)
     args = parser.parse_args()
     world = distributed.read_environment()
-    distributed.start(world, CPU, 1)
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # rank 0 opens a store of its own from the second round on
-    for _ in range(args.rounds):
-        assert threads_of_gloo(), "they have another name in this release"
+    for number in range(args.rounds):
+        before = threads()
+        distributed.start(world, CPU, 1)
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # rank 0 opens a store of its own from the second round on
         model = distributed.wrap(torch.nn.Linear(4, 4), CPU)
         model(torch.ones(2, 4)).sum().backward()
         hearsay = distributed.Hearsay(1)
@@ -50,11 +49,14 @@ def main() -> None:
         os.environ["MASTER_PORT"] = str(distributed.from_rank_zero(free_port))
         assert distributed.all_reduce_sum(torch.ones(1000)).sum() == 1000 * world.size
         del hearsay
+        of_the_group = threads() - before
         distributed.stop()
-        assert threads_of_gloo() == [], "they would outlive the group, and perhaps Python"
+        if number:  # the first round may start others, that stay
+            assert of_the_group
+            deadline = time.monotonic() + 5  # the kernel lists a thread for a moment longer than it can be joined
+            while left := of_the_group & threads():
+                assert time.monotonic() < deadline, f"{len(left)} threads outlive the group, and perhaps Python"
         del model
-        distributed.start(world, CPU, 1)
-    distributed.stop()
     print(f"rank {world.rank} left {args.rounds} times, torch {torch.__version__}", flush=True)
 
 
