@@ -1,7 +1,9 @@
 """What a run writes, and what it shows."""
 
+import io
 import json
 import logging
+import sys
 import time
 
 import pytest
@@ -34,6 +36,23 @@ def test_lines_come_every_interval_and_at_the_end(tmp_path, lines):
     assert read == [3, 6, 7]
     assert "epoch 1/2  step 3/7  loss 0.5000  lr 1.00e-04" in lines.text
     assert "img/s  waiting for data 0%  eta" in lines.text
+
+
+def test_a_terminal_has_a_bar_and_keeps_a_line_an_epoch(tmp_path, lines, monkeypatch):
+    """Of the bar, 80 columns are enough for the time that the run will take, and for the loss."""
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    bar = progress(logs.RunLogger(tmp_path, tmp_path, keep_epochs=0))
+    for _ in range(6):
+        if bar.advance():
+            bar.report({"loss": 0.5, "lr": 1e-4})
+    bar.finish()
+    shown = [line for line in screen.getvalue().split("\r") if "3/6" in line]
+    assert "epoch 1/2:  50%|" in shown[-1]
+    assert ", eta 0:00:0" in shown[-1]
+    assert "loss 0.5000" in shown[-1][:80]
+    assert [record.message.split("  loss")[0] for record in lines.records] == ["epoch 1/2  step 6/6"]
 
 
 def test_waiting_for_data_is_measured(tmp_path):

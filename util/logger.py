@@ -133,7 +133,7 @@ class RunLogger:
 
 
 class Progress:
-    """Steps of an epoch, shown on a terminal as a bar, elsewhere as a line each `interval` steps.
+    """Steps of an epoch, shown on a terminal as a bar and a line at its end, elsewhere as a line each `interval` steps.
 
     It also keeps the time: how long the epoch took, and what share of that was waiting for data.
 
@@ -161,8 +161,15 @@ class Progress:
         self.began = time.perf_counter()
         self._window = (self.began, 0.0, first_step)  # time, waiting and step at the last line
         visible = logger.folder is not None and sys.stderr.isatty()
-        self.bar = tqdm(total=total_steps, initial=first_step, disable=not visible, dynamic_ncols=True, leave=False)
-        self.bar.set_description(f"epoch {epoch + 1}/{epochs}")
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc=f"epoch {epoch + 1}/{epochs}",
+            bar_format="{l_bar}{bar:10}| {n_fmt}/{total_fmt}{postfix}",  # the time left is the run's, in the postfix
+            disable=not visible,
+            dynamic_ncols=True,
+            leave=False,
+        )
 
     def waiting(self, batches: Iterable) -> Iterator:
         """The batches, with the time each is waited for counted."""
@@ -195,12 +202,12 @@ class Progress:
             return
         left = (self.epochs - self.epoch) * self.total_steps - self.step
         seconds = left * (now - self.began) / max(self.step - self.first_step, 1)
-        text = "  ".join(f"{name} {value:{_COMPACT.get(name, '.4f')}}" for name, value in values.items())
-        text += f"  {rate:.0f} img/s  waiting for data {wait:.0%}  eta {timedelta(seconds=int(seconds))}"
-        if self.bar.disable:
-            log.info("epoch %d/%d  step %d/%d  %s", self.epoch + 1, self.epochs, self.step, self.total_steps, text)
-        else:
-            self.bar.set_postfix_str(text)
+        figures = "  ".join(f"{name} {value:{_COMPACT.get(name, '.4f')}}" for name, value in values.items())
+        speed, eta = f"{rate:.0f} img/s  waiting for data {wait:.0%}", f"eta {timedelta(seconds=int(seconds))}"
+        self.bar.set_postfix_str(f"{eta}  {figures}  {speed}")  # a narrow terminal cuts off the end
+        if self.bar.disable or self.step == self.total_steps:  # the bar goes at the end of the epoch, its figures stay
+            position = (self.epoch + 1, self.epochs, self.step, self.total_steps)
+            log.info("epoch %d/%d  step %d/%d  %s  %s  %s", *position, figures, speed, eta)
 
     def finish(self) -> dict[str, float]:
         """Close the bar; the epoch's time, images per second and share of time spent waiting for data."""
