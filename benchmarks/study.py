@@ -12,6 +12,7 @@ was stopped goes on from its checkpoint.
 import argparse
 import datetime
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -20,9 +21,11 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -44,7 +47,8 @@ PIXEL, NORM = ["--target", "pixel"], ["--target", "norm_pixel"]
 MAE, PREDICTOR = ["--no-learning_loss"], ["--mask_strategy", "random"]
 
 # What a variant changes in main_pretrain's options. `_long` trains --long_factor times the epochs, `_slow` has the
-# paper's EMA decay, which is made for runs of many more steps.
+# paper's EMA decay, which is made for runs of many more steps; `_mask_tokens` has the teacher read its predictions at
+# mask tokens (`predict_at_mask_tokens`).
 VARIANTS = {
     "mae_pixel": [*MAE, *PIXEL],
     "mae_norm": [*MAE, *NORM],
@@ -54,6 +58,8 @@ VARIANTS = {
     "hpm_norm": NORM,
     "mae_pixel_long": [*MAE, *PIXEL],
     "mae_norm_long": [*MAE, *NORM],
+    "hpm_pixel_mask_tokens": PIXEL,
+    "hpm_norm_mask_tokens": NORM,
     "hpm_norm_absolute": [*NORM, "--no-relative"],
     "hpm_norm_hardest": [*NORM, "--mask_strategy", "hardest"],
     "hpm_norm_hard_to_easy": [*NORM, "--mask_strategy", "hard_to_easy"],
@@ -134,6 +140,13 @@ def key(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     return {"variant": variant, "seed": seed, **{name: values[name] for name in BUDGET}}
 
 
+def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    """Where a run keeps its checkpoints: runs of other data or another budget have other folders."""
+    budget = {name: value for name, value in key(args, variant, seed).items() if name in BUDGET}
+    digest = hashlib.sha256(json.dumps(budget).encode()).hexdigest()[:8]
+    return Path(args.work_dir, f"{Path(budget['data']).stem}-{digest}", f"{variant}-{seed}")
+
+
 def read_results(path: str | Path) -> list[dict[str, Any]]:
     """Lines of a results file; none if there is no file."""
     path = Path(path)
@@ -189,7 +202,7 @@ def run_all(args: argparse.Namespace, argv: list[str]) -> int:
         while pending or running:
             while pending and len(running) < args.jobs:
                 variant, seed = pending.pop(0)
-                folder = Path(args.work_dir, f"{variant}-{seed}")
+                folder = run_folder(args, variant, seed)
                 folder.mkdir(parents=True, exist_ok=True)
                 command = [sys.executable, "-m", "benchmarks.study", *argv, "--one", variant, str(seed)]
                 with open(folder / "output.txt", "a") as output:
@@ -201,7 +214,7 @@ def run_all(args: argparse.Namespace, argv: list[str]) -> int:
                 del running[run]
                 failed += [run] * (process.returncode != 0)
                 ended = count - len(pending) - len(running)
-                how = "done" if process.returncode == 0 else f"failed, see {args.work_dir}/{run[0]}-{run[1]}/output.txt"
+                how = "done" if process.returncode == 0 else f"failed, see {run_folder(args, *run)}/output.txt"
                 minutes = (time.monotonic() - began) / 60
                 log.info("%s, seed %d: %s; %d of %d after %.0f minutes", *run, how, ended, count, minutes)
     finally:
@@ -214,7 +227,7 @@ def run_all(args: argparse.Namespace, argv: list[str]) -> int:
 
 def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     """Pre-train and evaluate; the line of results."""
-    folder = Path(args.work_dir, f"{variant}-{seed}")
+    folder = run_folder(args, variant, seed)
     epochs = round(args.epochs * (args.long_factor if variant.endswith("_long") else 1))
     shared = ["--data_path", args.data_path] if args.data_path else []
     shared += ["--precision", args.precision, "--num_workers", "0"]
@@ -226,7 +239,8 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
     ema = ["--ema_decay", args.ema_decay, "--ema_decay_final", args.ema_decay_final, "--ema_ramp_epochs", epochs]
     model = ["--model", args.model, "--input_size", args.input_size, "--patch_size", args.patch_size]
     pretrain = [*model, *trained, *image, *schedule, *ema, *VARIANTS[variant], "--output_dir", folder / "pretrain"]
-    main_pretrain.main([str(word) for word in pretrain])
+    with teacher_of(variant):
+        main_pretrain.main([str(word) for word in pretrain])
     epochs_log = read_log(folder / "pretrain")
 
     weights = ["--finetune", folder / "pretrain" / checkpoint.LAST, "--global_pool"]
@@ -260,6 +274,26 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
 # --------------------------------------------------------------------------------------- predicted and true patch error
 
 
+@torch.no_grad()
+def predict_at_mask_tokens(
+    model: models_hpm.MaskedAutoencoderViT, imgs: Tensor, return_tokens: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`predict_loss`, but read where the predictor was trained to answer: at mask tokens, one beside each patch of the
+    whole image. (B, C, H, W) -> (B, L). Our own; HPM reads it at the patches themselves."""
+    latent = model.forward_encoder(imgs)  # (B, 1 + L, E)
+    seen = model.decoder_embed(latent) + model.decoder_pos_embed  # (B, 1 + L, F)
+    hidden = (model.mask_token + model.decoder_pos_embed[:, 1:]).expand(len(imgs), -1, -1)  # (B, L, F)
+    loss_pred = model._hardness(torch.cat([seen, hidden.to(seen.dtype)], dim=1), num_last=hidden.shape[1])
+    return (loss_pred, latent[:, 1:]) if return_tokens else loss_pred
+
+
+def teacher_of(variant: str) -> AbstractContextManager:
+    """How the EMA teacher of a variant scores the patches: as published, but for `_mask_tokens`."""
+    if not variant.endswith("_mask_tokens"):
+        return nullcontext()
+    return mock.patch.object(models_hpm.MaskedAutoencoderViT, "predict_loss", predict_at_mask_tokens)
+
+
 def spearman(a: Tensor, b: Tensor) -> Tensor:
     """Rank correlation of each row of (N, L) and (N, L) -> (N,)."""
     ranks = [x.argsort(dim=1).argsort(dim=1).double() for x in (a, b)]
@@ -288,8 +322,9 @@ def masked_errors(
 
 def rank_correlations(args: argparse.Namespace, path: Path, device: torch.device) -> dict[str, float]:
     """How predicted losses of an image's patches follow their true errors, mean over validation images: predicted
-    from the whole image by the EMA teacher, which chooses the masks so, and by the student; and by the student from
-    the visible patches, as it was trained to (`masked`). Empty without a predictor."""
+    from the whole image by the EMA teacher, which chooses the masks so, and by the student; by the teacher from the
+    whole image at mask tokens; and by the student from the visible patches, as it was trained to (`masked`). Empty
+    without a predictor."""
     content = checkpoint.read_run(path)
     if not content["options"]["learning_loss"]:
         return {}
@@ -307,6 +342,7 @@ def rank_correlations(args: argparse.Namespace, path: Path, device: torch.device
         student.load_state_dict(content[weights])
         with torch.no_grad():
             found[name] = round(float(spearman(student.predict_loss(imgs), errors).mean()), 4)
+    found["mask_tokens"] = round(float(spearman(predict_at_mask_tokens(student, imgs), errors).mean()), 4)  # teacher's
     return found
 
 

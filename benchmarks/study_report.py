@@ -32,6 +32,7 @@ RANKING: dict[str, Callable[[Row], float | None]] = {
     "Spearman, student, masked image": lambda row: row["spearman"].get("masked"),
     "Spearman, student, whole image": lambda row: row["spearman"].get("student"),
     "Spearman, teacher, whole image": lambda row: row["spearman"].get("teacher"),
+    "the same at mask tokens": lambda row: row["spearman"].get("mask_tokens"),
 }
 
 
@@ -81,7 +82,8 @@ def pairs(runs: dict[str, list[Row]]) -> list[tuple[str, str]]:
             f"{n}_{target}{e}" for n, e in (("mae", ""), ("mae", "_long"), ("predictor", ""), ("hpm", ""))
         )
         wanted += [(predictor, mae), (hpm, predictor), (hpm, mae), (hpm, long)]
-    wanted += [(name, "hpm_norm") for name in VARIANTS if name.startswith("hpm_norm_")]
+        wanted += [(f"{hpm}_mask_tokens", predictor)]
+        wanted += [(name, hpm) for name in VARIANTS if name.startswith(f"{hpm}_")]
     return [(a, b) for a, b in wanted if a in runs and b in runs]
 
 

@@ -39,6 +39,35 @@ def test_errors_are_means_over_the_masks_that_hide_a_patch():
     assert 0.5 < many.mean() / errors[mask].mean() < 2
 
 
+def test_reading_at_mask_tokens():
+    """Without blocks, what is read at a mask token is a function of its place alone, in the order of the patches."""
+    model = mae_vit_micro_patch16(img_size=16, patch_size=4, decoder_depth=0).eval()
+    imgs = torch.randn(3, 3, 16, 16)
+    scores, tokens = study.predict_at_mask_tokens(model, imgs, return_tokens=True)
+    hidden = model.mask_token[0] + model.decoder_pos_embed[0, 1:]
+    expected = model.decoder_pred_losspred(model.decoder_norm_losspred(hidden)).mean(dim=1)  # (16,)
+    torch.testing.assert_close(scores, expected.expand(3, -1))
+    torch.testing.assert_close(tokens, model.predict_loss(imgs, return_tokens=True)[1])
+    deep = mae_vit_micro_patch16(img_size=16, patch_size=4, decoder_depth=1).eval()
+    assert study.predict_at_mask_tokens(deep, imgs).std(dim=0).min() > 0  # and with blocks, of the image
+
+
+def test_only_variants_of_that_name_read_at_mask_tokens():
+    published = type(mae_vit_micro_patch16()).predict_loss
+    for variant, expected in (("hpm_norm", published), ("hpm_norm_mask_tokens", study.predict_at_mask_tokens)):
+        with study.teacher_of(variant):
+            assert type(mae_vit_micro_patch16()).predict_loss is expected
+    assert type(mae_vit_micro_patch16()).predict_loss is published
+
+
+def test_runs_of_another_budget_have_folders_of_their_own(tmp_path):
+    """They would go on from each other's checkpoints."""
+    parse = study.get_args_parser().parse_args
+    given = [[], ["--epochs", "3"], ["--data_path", "a.tar"], ["--data_path", "b.tar"]]
+    folders = {study.run_folder(parse(words), "hpm_norm", seed) for words in given for seed in (0, 1)}
+    assert len(folders) == 8
+
+
 def test_a_run_is_done_if_a_line_of_the_same_budget_says_so(tmp_path, monkeypatch):
     results = tmp_path / "results" / "study.jsonl"
     for line in (row("mae_norm", 0, 41.0), row("mae_norm", 1, 41.0, epochs=3)):
