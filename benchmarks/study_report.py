@@ -27,6 +27,7 @@ FIGURES: dict[str, Callable[[Row], float | None]] = {
     "fine-tuning": lambda row: row["finetune"],
 }
 RANKING: dict[str, Callable[[Row], float | None]] = {
+    "loss_rec, last epoch": lambda row: row["loss_rec"][-1],
     "rank_acc, first epoch": lambda row: row["rank_acc"][0] if row["rank_acc"] else None,
     "rank_acc, last epoch": lambda row: row["rank_acc"][-1] if row["rank_acc"] else None,
     "Spearman, student, masked image": lambda row: row["spearman"].get("masked"),
@@ -154,8 +155,8 @@ def plot(budget: Row, runs: dict[str, list[Row]], path: Path) -> None:
     axes[1][2].set_xlabel("epochs", fontsize=9)
     for axis in axes[1]:
         axis.grid(alpha=0.25)
-        if axis.has_data():
-            axis.legend(fontsize=7)
+    points, names = axes[1][0].get_legend_handles_labels()
+    figure.legend(points, names, loc="outside lower center", ncols=len(names), fontsize=8)
     figure.suptitle(f"{budget['data']}, {budget['epochs']} epochs", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
