@@ -6,6 +6,7 @@ The tables go to standard output, in Markdown; runs of different data or budgets
 deviation over seeds (n - 1). Plots need matplotlib.
 """
 
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -77,7 +78,7 @@ def differences(runs: dict[str, list[Row]], a: str, b: str, figure: Callable[[Ro
 
 def pairs(runs: dict[str, list[Row]]) -> list[tuple[str, str]]:
     """Which variants to set against each other: what each step of the method adds, for either target."""
-    wanted = []
+    wanted = [("mae_norm", "mae_pixel"), ("hpm_norm", "mae_pixel")]
     for target in ("pixel", "norm"):
         mae, long, predictor, hpm = (
             f"{n}_{target}{e}" for n, e in (("mae", ""), ("mae", "_long"), ("predictor", ""), ("hpm", ""))
@@ -86,6 +87,18 @@ def pairs(runs: dict[str, list[Row]]) -> list[tuple[str, str]]:
         wanted += [(f"{hpm}_mask_tokens", predictor)]
         wanted += [(name, hpm) for name in VARIANTS if name.startswith(f"{hpm}_")]
     return [(a, b) for a, b in wanted if a in runs and b in runs]
+
+
+def limits(rows: Sequence[Row]) -> str:
+    """How much a figure means at best, and whether the images came in time."""
+    waits = [100 * row["data_wait"] for row in rows]
+    text = f"Waiting for data: {min(waits):.1f} to {max(waits):.1f} % of a run's pre-training."
+    images = rows[0]["val_images"]
+    if images:  # all of a data set is not counted in a line
+        shares = [figure(row) / 100 for row in rows for figure in FIGURES.values()]
+        errors = [100 * math.sqrt(share * (1 - share) / images) for share in shares]
+        text += f" Standard error of a figure from {images} images: {min(errors):.2f} to {max(errors):.2f}."
+    return text
 
 
 def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
@@ -98,10 +111,12 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
     ]
     rows = []
     for name, found in runs.items():
-        minutes = spread([row["seconds"] / 60 for row in found], 1)
+        minutes = [row["seconds"] / 60 for row in found]
         figures = [spread([figure(row) for row in found]) for figure in FIGURES.values()]
-        rows.append([name, str(len(found)), *figures, minutes, str(len(found[0]["loss_rec"]))])
-    text.append(table(["variant", "seeds", *FIGURES, "minutes of pre-training", "epochs"], rows))
+        epochs = str(len(found[0]["loss_rec"]))
+        rows.append([name, str(len(found)), *figures, spread(minutes, 1), f"{min(minutes):.1f}", epochs])
+    text.append(table(["variant", "seeds", *FIGURES, "minutes of pre-training", "fastest", "epochs"], rows))
+    text.append(limits([row for found in runs.values() for row in found]))
     compared = [
         [f"{a} - {b}", *(differences(runs, a, b, figure) for figure in FIGURES.values())] for a, b in pairs(runs)
     ]

@@ -13,7 +13,7 @@ from models_hpm import mae_vit_micro_patch16
 def row(variant, seed, knn, **more):
     args = study.get_args_parser().parse_args([])
     figures = {"knn": {"20": knn}, "linear": knn + 5, "finetune": knn + 6, "rank_acc": [], "loss_rec": [1.0, 0.5]}
-    rest = {"seconds": 60.0, "spearman": {}, "device": "a CPU", "torch": "2"}
+    rest = {"seconds": 60.0 + seed, "data_wait": 0.05, "spearman": {}, "device": "a CPU", "torch": "2"}
     return {**study.key(args, variant, seed), **figures, **rest, **more}
 
 
@@ -60,7 +60,7 @@ def test_only_variants_of_that_name_read_at_mask_tokens():
     assert type(mae_vit_micro_patch16()).predict_loss is published
 
 
-def test_runs_of_another_budget_have_folders_of_their_own(tmp_path):
+def test_runs_of_another_budget_have_folders_of_their_own():
     """They would go on from each other's checkpoints."""
     parse = study.get_args_parser().parse_args
     given = [[], ["--epochs", "3"], ["--data_path", "a.tar"], ["--data_path", "b.tar"]]
@@ -99,6 +99,14 @@ def test_a_subset_has_as_many_images_of_each_class(tmp_path):
         study.subset(str(whole), {"train": 9999, "val": None}, tmp_path / "work")
 
 
+def test_limits():
+    rows = [row("mae_norm", 0, 50.0, val_images=2500), row("mae_norm", 1, 44.0, val_images=2500, data_wait=0.1)]
+    assert study_report.limits(rows) == (
+        "Waiting for data: 5.0 to 10.0 % of a run's pre-training. Standard error of a figure from 2500 images: "
+        "0.99 to 1.00."
+    )
+
+
 def test_tables(tmp_path, capsys):
     rows = [row("mae_norm", seed, 41.0 + seed) for seed in range(3)]
     rows += [row("hpm_norm", seed, 42.0 + 2 * seed, rank_acc=[0.5, 0.7]) for seed in range(3)]
@@ -109,5 +117,8 @@ def test_tables(tmp_path, capsys):
     assert "42.00 ± 1.00" in first  # MAE: 41, 42, 43
     assert "44.00 ± 2.00" in first  # HPM: 42, 44, 46
     assert "+2.00 ± 1.00 (3 of 3)" in first  # 1, 2, 3
+    assert "1.0 ± 0.0 |     1.0 |" in first  # 60, 61 and 62 seconds
+    assert "Waiting for data: 5.0 to 5.0 %" in first
+    assert "Standard error" not in first  # of how many images is not known
     assert "99.00 (one run)" in second
     assert "99.00" not in first
