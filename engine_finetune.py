@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.distributed import all_reduce_sum, gradient_exchange
-from util.logger import Progress
 from util.metrics import MeanMeter
-from util.precision import Precision
+from util.run.amp import Precision
+from util.run.distributed import all_reduce_sum, gradient_exchange
+from util.run.logger import Progress
 
 
 def train_one_epoch(

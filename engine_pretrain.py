@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from util.distributed import all_reduce_sum, gradient_exchange
 from util.ema import EMATeacher
-from util.logger import Progress
 from util.metrics import MeanMeter, rank_accuracy
-from util.precision import Precision
+from util.run.amp import Precision
+from util.run.distributed import all_reduce_sum, gradient_exchange
+from util.run.logger import Progress
 
 # What the teachers say of images (B, C, H, W): predicted loss (B, L), feature target (B, L, D); None where not asked.
 Look = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]

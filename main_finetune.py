@@ -21,12 +21,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, distributed, launch, options, rng, transforms
-from util.datasets import ImageDataset, build_source, count_classes
-from util.loader import EpochSampler, ShardSampler, build_loader
-from util.logger import cpu_threads, log
+from util import rng
+from util.data import transforms
+from util.data.datasets import ImageDataset, build_source, count_classes
+from util.data.loader import EpochSampler, ShardSampler, build_loader
 from util.lr_decay import param_groups_lrd
-from util.training import TrainingLoop
+from util.run import checkpoint, distributed, launch, options
+from util.run.logger import cpu_threads, log
+from util.run.loop import TrainingLoop
 
 SCRIPT = "main_finetune"
 

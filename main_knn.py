@@ -3,7 +3,7 @@
     python main_knn.py --finetune output_dir/checkpoint-last.pth
     torchrun --nproc_per_node=8 main_knn.py --finetune mae_pretrain_vit_base.pth --data_path /imagenet
 
-Exact, and the same from any number of processes. EVAL.md has the commands for real.
+Exact, and the same from any number of processes. docs/eval.md has the commands for real.
 """
 
 import argparse
@@ -18,12 +18,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_vit
 from engine_finetune import extract_features
-from util import checkpoint, distributed, launch, options, rng, transforms
-from util.datasets import ImageDataset, Source, build_source, count_classes
+from util import rng
+from util.data import transforms
+from util.data.datasets import ImageDataset, Source, build_source, count_classes
+from util.data.loader import ShardSampler, build_loader
 from util.knn import knn_correct
-from util.loader import ShardSampler, build_loader
-from util.logger import cpu_threads, log, track
-from util.precision import Precision
+from util.run import checkpoint, distributed, launch, options
+from util.run.amp import Precision
+from util.run.logger import cpu_threads, log, track
 
 # Files of --dump_features, as DINO names them.
 FEATURES, LABELS = "{}feat.pth", "{}labels.pth"

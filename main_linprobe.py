@@ -3,7 +3,7 @@
     python main_linprobe.py --finetune output_dir/checkpoint-last.pth --blr 0.01 0.1 1
     torchrun --nproc_per_node=8 main_linprobe.py --finetune mae_pretrain_vit_base.pth --optimizer lars
 
-Each --blr trains a head of its own, all in one pass over the features. EVAL.md has the commands for real.
+Each --blr trains a head of its own, all in one pass over the features. docs/eval.md has the commands for real.
 """
 
 import argparse
@@ -18,12 +18,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, distributed, launch, options, rng, transforms
-from util.datasets import ImageDataset, build_source, count_classes
+from util import rng
+from util.data import transforms
+from util.data.datasets import ImageDataset, build_source, count_classes
+from util.data.loader import EpochSampler, ShardSampler, build_loader
 from util.lars import LARS
-from util.loader import EpochSampler, ShardSampler, build_loader
-from util.logger import cpu_threads, log
-from util.training import TrainingLoop
+from util.run import checkpoint, distributed, launch, options
+from util.run.logger import cpu_threads, log
+from util.run.loop import TrainingLoop
 
 SCRIPT = "main_linprobe"
 

@@ -21,14 +21,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import models_hpm
 import models_teacher
 from engine_pretrain import Look, train_one_epoch
-from engine_visualize import panel
-from util import checkpoint, distributed, launch, masking, options, pictures, rng
-from util.datasets import ImageDataset, Source, build_source, compressed_archive
+from util import masking, rng
+from util.data.datasets import ImageDataset, Source, build_source, compressed_archive
+from util.data.loader import EpochSampler, build_loader
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, ToModelInput
 from util.ema import EMATeacher, ema_decay_at
-from util.loader import EpochSampler, build_loader
-from util.logger import RunLogger, cpu_threads, log
-from util.training import TrainingLoop
-from util.transforms import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, ToModelInput
+from util.run import checkpoint, distributed, launch, options
+from util.run.logger import RunLogger, cpu_threads, log
+from util.run.loop import TrainingLoop
+from visualize import draw as pictures
+from visualize.panel import panel
 
 SCRIPT = "main_pretrain"
 TARGETS = ["pixel", "norm_pixel", "ema", "dino", "clip"]

@@ -13,8 +13,8 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from util.checkpoint import load_into
-from util.foreign import read_file, strip_wrappers
+from util.run.checkpoint import load_into
+from util.weights.read import read_file, strip_wrappers
 
 IMAGE_SIZE, PATCH_SIZE = 224, 16
 

@@ -12,8 +12,8 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from util.distributed import all_reduce_sum
-from util.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from util.run.distributed import all_reduce_sum
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
@@ -145,7 +145,7 @@ def classifier_name(pretrained: str) -> str:
 
 
 def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """Model, sizes, mean and std that a checkpoint says it has (util/checkpoint.read_meta); {} if it says nothing."""
+    """Model, sizes, mean and std that a checkpoint says it has (read_meta); {} if it says nothing."""
     if not meta:
         return {}
     sizes = {name: meta["options"][name] for name in ("input_size", "patch_size")}

@@ -30,12 +30,13 @@ from torchvision import transforms as tv
 
 from benchmarks.report import ratio, table, with_range
 from benchmarks.step import ALONE, Case, Trainer
-from util import decode, distributed, options
-from util.datasets import ImageDataset, ImageFiles, find_images
-from util.loader import EpochSampler, build_loader
-from util.logger import Progress, RunLogger, log, setup_logging
-from util.precision import default_precision
-from util.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
+from util.data import decode
+from util.data.datasets import ImageDataset, ImageFiles, find_images
+from util.data.loader import EpochSampler, build_loader
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
+from util.run import distributed, options
+from util.run.amp import default_precision
+from util.run.logger import Progress, RunLogger, log, setup_logging
 
 
 class OfficialDataset(Dataset):

@@ -27,12 +27,13 @@ import models_hpm
 from benchmarks.arithmetic import step_flops
 from benchmarks.report import ratio, table, with_range
 from engine_pretrain import train_one_epoch
-from util import distributed, masking, options, rng
+from util import masking, rng
+from util.data.transforms import ToModelInput
 from util.ema import EMATeacher
-from util.logger import Progress, RunLogger, cpu_threads, log, setup_logging
 from util.metrics import MeanMeter
-from util.precision import Precision, default_precision
-from util.transforms import ToModelInput
+from util.run import distributed, options
+from util.run.amp import Precision, default_precision
+from util.run.logger import Progress, RunLogger, cpu_threads, log, setup_logging
 
 ALONE = distributed.World(rank=0, size=1, local_rank=0, local_size=1)
 PARTS = ("data", "teacher", "student", "encoder", "decoders", "losses", "optimizer", "EMA", "rest")

@@ -1,7 +1,7 @@
 """Does hard-patch mining help? Train a grid of variants under one budget, evaluate each, and keep a line of results.
 
     python -m benchmarks.study --data_path cifar10_images.tar.gz --patch_size 4 --input_size 32 --jobs 2
-    python -m benchmarks.study_report results/study.jsonl
+    python -m benchmarks.study_report docs/study/study.jsonl
 
 A run is one variant with one seed: pre-training, then k-NN, linear probe and fine-tuning of its encoder, and how well
 the predicted loss of patches orders their true one. Every stage is one of the scripts, in a process of the run's own. A
@@ -36,12 +36,13 @@ import main_linprobe
 import main_pretrain
 import models_hpm
 from benchmarks.step import ALONE
-from util import checkpoint, distributed, masking, options
-from util.curves import read_log
-from util.datasets import ImageDataset, build_source, find_images
-from util.logger import cpu_threads, log, setup_logging
+from util import masking
+from util.data.datasets import ImageDataset, build_source, find_images
+from util.data.transforms import CenterCrop, ToModelInput
 from util.rng import generator
-from util.transforms import CenterCrop, ToModelInput
+from util.run import checkpoint, distributed, options
+from util.run.logger import cpu_threads, log, setup_logging
+from visualize.curves import read_log
 
 PIXEL, NORM = ["--target", "pixel"], ["--target", "norm_pixel"]
 MAE, PREDICTOR = ["--no-learning_loss"], ["--mask_strategy", "random"]
@@ -82,7 +83,7 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument(
         "--seeds", nargs="+", type=options.SEED, default=[0, 1, 2], help="a run of each variant for each"
     )
-    group.add_argument("--results", default="results/study.jsonl", help="file of one line a finished run")
+    group.add_argument("--results", default="docs/study/study.jsonl", help="file of one line a finished run")
     group.add_argument("--work_dir", default="study_runs", help="folder of checkpoints and logs; needed to go on only")
     group.add_argument("--jobs", type=options.COUNT, default=1, help="runs at a time; they share out the CPU's cores")
     group.add_argument("--device", help="cuda or cpu; default: cuda where there is one")

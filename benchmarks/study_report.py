@@ -1,6 +1,6 @@
 """Tables and plots of benchmarks/study.py's results, each figure with its spread over the seeds.
 
-    python -m benchmarks.study_report results/study.jsonl --plots docs/study
+    python -m benchmarks.study_report docs/study/study.jsonl --plots docs/study
 
 The tables go to standard output, in Markdown; runs of different data or budgets are never mixed. ± is the standard
 deviation over seeds (n - 1). Plots need matplotlib.
@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.report import table
 from benchmarks.study import BUDGET, VARIANTS, read_results
-from util import options
-from util.logger import setup_logging
+from util.run import options
+from util.run.logger import setup_logging
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ RANKING: dict[str, Callable[[Row], float | None]] = {
 
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser(__doc__.split("\n")[0])
-    parser.add_argument("results", nargs="?", default="results/study.jsonl", help="what benchmarks.study wrote")
+    parser.add_argument("results", nargs="?", default="docs/study/study.jsonl", help="what benchmarks.study wrote")
     parser.add_argument("--plots", help="folder for the plots; left out: tables only")
     return parser
 

@@ -13,7 +13,7 @@
 #   DATA=/imagenet sbatch --nodes 4 recipes/slurm.sh recipes/pretrain_hpm_base_800.sh [OPTIONS...]
 # Ten minutes before the time limit SLURM tells this script (--signal, B: this shell alone), and this script tells the
 # job's steps. The training scripts save inside the epoch and end; what they saved then says whether to requeue:
-# main_status.py answers 75 if a signal ended a run that is not done. A run that fails otherwise stays ended.
+# util/run/status.py answers 75 if a signal ended a run that is not done. A run that fails otherwise stays ended.
 #   GRACE   seconds that torchrun gives its processes to save (default 300; --signal must leave more than that)
 set -uo pipefail
 
@@ -60,12 +60,12 @@ mapfile -t folders < <(DRY=1 NNODES=1 bash "$@" | awk '{
     folder = name = ""
     for (i = 1; i < NF; i++) { if ($i == "--output_dir") folder = $(i + 1); if ($i == "--experiment") name = "/" $(i + 1) }
     if (folder != "") print folder name }')
-"$python" "$root/main_status.py" "${folders[@]}"
+PYTHONPATH="$root" "$python" -m util.run.status "${folders[@]}"
 left=$?
 if [ "$left" = 75 ] || { [ "$left" = 1 ] && [ -n "$told" ]; }; then
     echo "slurm.sh: requeued, to go on where it stopped"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi
-echo "slurm.sh: ended with status $status, not requeued (main_status.py: $left)"
+echo "slurm.sh: ended with status $status, not requeued (util/run/status.py: $left)"
 exit "$status"

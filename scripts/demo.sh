@@ -18,6 +18,6 @@ $python main_pretrain.py --model mae_vit_$model $size --target norm_pixel --epoc
 echo; echo "== 3/4  k-NN on the features of the pre-trained encoder"
 $python main_knn.py --finetune "$out/checkpoint-last.pth" $knn
 echo; echo "== 4/4  a picture of what it sees"
-$python visualize.py --checkpoint "$out/checkpoint-last.pth" --num_images 6 --output "$out/demo.png"
+$python -m visualize --checkpoint "$out/checkpoint-last.pth" --num_images 6 --output "$out/demo.png"
 echo
 echo "The picture is $out/demo.png; the run (checkpoints, log.jsonl, TensorBoard events) is in $out."

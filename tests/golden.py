@@ -10,9 +10,9 @@ from timm.optim import param_groups_weight_decay
 from engine_pretrain import train_one_epoch
 from models_hpm import MaskedAutoencoderViT
 from models_vit import VisionTransformer
-from util.logger import Progress, RunLogger
 from util.metrics import MeanMeter
-from util.precision import Precision
+from util.run.amp import Precision
+from util.run.logger import Progress, RunLogger
 
 FOLDER = Path(__file__).parent / "golden"
 

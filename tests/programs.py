@@ -43,16 +43,24 @@ def run(script, *options):
 
     log.addHandler = add_both  # the script clears the handlers when it starts
     try:
-        importlib.import_module(script).main([str(option) for option in options])
+        module_of(script).main([str(option) for option in options])
     finally:
         del log.addHandler
         log.handlers.clear()
     return "\n".join(lines)
 
 
+def module_of(script):
+    """The module of a script, or of a package that runs as one (`python -m export`)."""
+    package = (ROOT / script.replace(".", "/")).is_dir()
+    return importlib.import_module(f"{script}.__main__" if package else script)
+
+
 def command(script, options, processes=1):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *launcher, str(ROOT / f"{script}.py"), *map(str, options)]
+    path = ROOT / f"{script}.py"
+    program = [str(path)] if path.exists() else ["-m", script]
+    return [sys.executable, *launcher, *program, *map(str, options)]
 
 
 def launch(script, *options, processes=1, check=True, env=None, cwd=ROOT, timeout=400):

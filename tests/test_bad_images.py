@@ -9,11 +9,11 @@ from images import encode, members, picture, write_tree
 from PIL import Image
 from programs import PRETRAIN, assert_same_training, log_lines, run
 
-from util import decode
-from util.bad_images import BadImages, TooManyBadImages
-from util.datasets import ImageDataset, build_dataset, build_source
-from util.loader import EpochSampler, build_loader
-from util.transforms import CenterCrop, RandomCrop
+from util.data import decode
+from util.data.datasets import ImageDataset, build_dataset, build_source
+from util.data.loader import EpochSampler, build_loader
+from util.data.transforms import CenterCrop, RandomCrop
+from util.run.bad_images import BadImages, TooManyBadImages
 
 JPEG = encode(picture(), quality=90)
 LOADS = {

@@ -10,12 +10,12 @@ from test_distributed import run_two
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from util.bad_steps import NonFinite, step_unless
 from util.ema import EMATeacher
 from util.lars import LARS
 from util.losses import absolute_loss, feature_loss, relative_loss
 from util.metrics import MeanMeter
-from util.precision import Precision
+from util.run.amp import Precision
+from util.run.bad_steps import NonFinite, step_unless
 
 CPU = torch.device("cpu")
 OPTIMIZERS = {
@@ -243,7 +243,7 @@ def test_ranks_skip_alike_when_one_of_them_sees_the_fault(tmp_path):
     """A loss of NaN, and one of inf with a finite gradient, on rank 1 alone: the reduced gradient tells both."""
     out = run_two(
         """
-        from util.precision import Precision
+        from util.run.amp import Precision
         model = distributed.wrap(torch.nn.Linear(4, 1), torch.device("cpu"))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         precision, before = Precision("fp32", torch.device("cpu")), model.module.weight.clone()

@@ -10,7 +10,7 @@ from golden import build_hpm, load
 from torch import nn
 
 from models_hpm import MaskedAutoencoderViT
-from util import checkpoint
+from util.run import checkpoint
 
 SMALL = {
     **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},

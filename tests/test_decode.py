@@ -8,8 +8,8 @@ import pytest
 from images import encode, picture
 from PIL import Image
 
-from util import decode
-from util.decode import decode_rgb
+from util.data import decode
+from util.data.decode import decode_rgb
 
 
 def with_pillow(data):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from programs import launch
 
-from util import distributed
+from util.run import distributed
 
 FULL = {
     **{"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},

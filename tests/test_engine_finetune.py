@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine_finetune import evaluate, extract_features
-from util.datasets import ImageDataset, ShapesSource
-from util.loader import ShardSampler, build_loader
-from util.precision import Precision
-from util.transforms import CenterCrop, ToModelInput
+from util.data.datasets import ImageDataset, ShapesSource
+from util.data.loader import ShardSampler, build_loader
+from util.data.transforms import CenterCrop, ToModelInput
+from util.run.amp import Precision
 
 CPU = torch.device("cpu")
 TO_INPUT = ToModelInput((0.5,) * 3, (0.2,) * 3, CPU, flip=False)

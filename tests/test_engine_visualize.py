@@ -5,14 +5,14 @@ import pytest
 import torch
 
 import main_pretrain
-from engine_visualize import examine, mask_note, panel, reconstruct, whose_masks
 from models_hpm import MaskedAutoencoderViT
 from util import rng
-from util.distributed import World
+from util.data.transforms import ToModelInput
 from util.losses import relative_loss
 from util.masking import STRATEGIES, MaskPlan
 from util.metrics import rank_accuracy
-from util.transforms import ToModelInput
+from util.run.distributed import World
+from visualize.panel import examine, mask_note, panel, reconstruct, whose_masks
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SIDE, PATCH, GRID, EPOCHS = 24, 4, (6, 6), 10

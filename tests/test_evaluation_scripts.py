@@ -376,7 +376,7 @@ RATES = {"main_finetune": (8, 7.5e-4), "main_linprobe": (4, [8e-3]), "main_knn":
 def test_the_official_commands_resolve(script, tmp_path):
     import importlib
 
-    from util.distributed import World
+    from util.run.distributed import World
 
     torch.save({"model": {"cls_token": torch.zeros(1, 1, 768)}}, tmp_path / "CKPT")
     module = importlib.import_module(script)

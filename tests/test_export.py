@@ -14,13 +14,14 @@ from PIL import Image
 from programs import PRETRAIN, ROOT, checkpoint, log_lines, run
 from safetensors.torch import load_file, save_file
 
-import engine_export
-import export
 import models_hpm
 import models_vit
-from util import foreign, publish
-from util.checkpoint import load_into, load_pretrained
-from util.model_card import read_log
+from export import __main__ as export
+from export import formats as engine_export
+from export import publish
+from export.card import read_log
+from util.run.checkpoint import load_into, load_pretrained
+from util.weights import read as foreign
 
 SIZES = {"img_size": 16, "patch_size": 4}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -70,7 +71,7 @@ def refused(capsys, *options, status=2):
     """The script ends with a message, and what it says."""
     with pytest.raises(SystemExit) as stop:
         run("export", *options)
-    assert stop.value.code == status if status == 2 else str(stop.value.code).startswith("export.py: error")
+    assert stop.value.code == status if status == 2 else str(stop.value.code).startswith("export: error")
     return capsys.readouterr().err if status == 2 else str(stop.value.code)
 
 

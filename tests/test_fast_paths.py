@@ -13,11 +13,11 @@ import main_pretrain
 from engine_pretrain import train_one_epoch
 from models_hpm import MaskedAutoencoderViT
 from util import rng
+from util.data.transforms import ToModelInput
 from util.ema import EMATeacher
 from util.masking import hard_mask
 from util.metrics import MeanMeter
-from util.precision import Precision
-from util.transforms import ToModelInput
+from util.run.amp import Precision
 
 SMALL = {
     **{"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2},

@@ -10,7 +10,7 @@ import sys
 import pytest
 from programs import PRETRAIN, ROOT, checkpoint, command, descendants, launch, run
 
-from util import checkpoint as module
+from util.run import checkpoint as module
 
 
 def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp_path, capsys):
@@ -109,7 +109,7 @@ FAILING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import main_pretrain
-from util import preemption
+from util.run import preemption
 agree, calls = preemption.Preemption.agree, []
 def fail(self):
     calls.append(1)

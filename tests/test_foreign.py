@@ -11,8 +11,8 @@ from torch import nn
 
 import models_hpm
 import models_vit
-from util import foreign
-from util.checkpoint import load_pretrained
+from util.run.checkpoint import load_pretrained
+from util.weights import read as foreign
 
 
 class Dangerous:

@@ -4,9 +4,9 @@ import subprocess
 import pytest
 import torch
 
-from util.datasets import ImageDataset, ShapesSource
-from util.loader import EpochSampler, ShardSampler, build_loader
-from util.transforms import RandomCrop
+from util.data.datasets import ImageDataset, ShapesSource
+from util.data.loader import EpochSampler, ShardSampler, build_loader
+from util.data.transforms import RandomCrop
 
 
 def epoch(sampler, number, first_batch=0):

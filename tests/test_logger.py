@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util import logger as logs
+from util.run import logger as logs
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden import VIT_FILES, load
 
-from util.lr_sched import adjust_learning_rate
+from util.schedules import adjust_learning_rate
 
 
 @pytest.mark.parametrize("name", VIT_FILES)

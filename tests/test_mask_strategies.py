@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import main_pretrain
-from util.distributed import World
+from util.run.distributed import World
 
 GRID, MASKED, EPOCHS = (8, 8), 48, 10
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-import export
 import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
-import visualize
-from util import distributed, options, training
+from export import __main__ as export
+from util.run import distributed, options
+from util.run import loop as training
+from visualize import __main__ as visualize
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [main_pretrain, main_finetune, main_linprobe, main_knn, visualize, export]

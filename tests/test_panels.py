@@ -12,8 +12,8 @@ from programs import PRETRAIN, assert_same_training, ranks, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
-from util import pictures
-from util.distributed import World
+from util.run.distributed import World
+from visualize import draw as pictures
 
 DATA = ["--batch_size", 4]  # the sets of tests/images.py have 12 images
 

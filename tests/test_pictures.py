@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from util import pictures
+from visualize import draw as pictures
 
 
 def image(side=8, seed=0):

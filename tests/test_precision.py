@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from util.precision import Precision, default_precision
+from util.run.amp import Precision, default_precision
 
 CPU = torch.device("cpu")
 

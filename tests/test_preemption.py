@@ -20,7 +20,7 @@ from programs import (
     run,
 )
 
-from util.preemption import EXIT_STATUS, Preempted, Preemption
+from util.run.preemption import EXIT_STATUS, Preempted, Preemption
 
 FINETUNE = [
     *["--model", "vit_micro_patch16", "--input_size", "16", "--patch_size", "4", "--shapes_train", "96"],
@@ -127,9 +127,9 @@ def test_two_ranks_stop_together_and_go_on_bitwise(tmp_path):
 
 
 def run_status(*folders):
-    import main_status
+    from util.run import status
 
-    return main_status.main([str(folder) for folder in folders])
+    return status.main([str(folder) for folder in folders])
 
 
 def test_status_of_runs(tmp_path):
@@ -138,7 +138,7 @@ def test_status_of_runs(tmp_path):
     state = checkpoint(tmp_path / "b")
     assert run_status(tmp_path / "a", tmp_path / "b") == 0  # as far as --max_steps asked
     state["options"]["max_steps"] = None
-    from util.checkpoint import save_run
+    from util.run.checkpoint import save_run
 
     save_run(tmp_path / "b", state)
     assert run_status(tmp_path / "a", tmp_path / "b") == 1
@@ -152,12 +152,12 @@ def test_status_of_runs(tmp_path):
 
 def test_timed_saves_inside_an_epoch(tmp_path, monkeypatch):
     """By a clock that moves on a minute at each look."""
-    from util import checkpoint as module
+    from util.run import checkpoint as module
 
     saved, save_run = [], module.save_run
     monkeypatch.setattr(module, "save_run", lambda f, state, also: saved.append(state) or save_run(f, state, also))
     clock = SimpleNamespace(monotonic=iter(range(0, 10**6, 60)).__next__)
-    monkeypatch.setattr("util.preemption.time", clock)
+    monkeypatch.setattr("util.run.preemption.time", clock)
     run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path, "--save_every_minutes", 3, "--epochs", 1)
     steps = [(state["epoch"], state["step"]) for state in saved]
     assert steps[-1] == (1, 0)

@@ -15,7 +15,7 @@ from programs import ROOT
 
 import models_vit
 from models_teacher import KINDS
-from util.distributed import World
+from util.run.distributed import World
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if path.name not in ("_run.sh", "slurm.sh"))
 KEYS = {"model", "batch", "rate", "published", "disagrees"}
@@ -49,7 +49,7 @@ def resolve(script, options, monkeypatch, processes=8):
     module = importlib.import_module(script.removesuffix(".py"))
     parser = module.get_args_parser()
     # The weights that an earlier recipe will leave are not there yet.
-    monkeypatch.setattr("util.checkpoint.read_meta", lambda path: {})
+    monkeypatch.setattr("util.run.checkpoint.read_meta", lambda path: {})
     return module.resolve_options(parser.parse_args(options), World(0, processes, 0, processes))
 
 

@@ -3,7 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from util import shapes
+from util.data import shapes
 
 
 def test_images_are_the_same_on_every_machine():

@@ -103,7 +103,7 @@ def test_a_recipe_that_ends_well_is_not_requeued(slurm, tmp_path):
 @pytest.mark.parametrize(("stopped", "status", "requeued"), [("SIGUSR1", 0, True), ("", 3, False)])
 def test_what_the_checkpoint_says_decides(slurm, tmp_path, stopped, status, requeued):
     """A recipe that ends with an error, of a run that a signal ended, and of one that failed."""
-    from util.checkpoint import save_run
+    from util.run.checkpoint import save_run
 
     options = {"epochs": 2, "steps_per_epoch": 6, "max_steps": None}
     for name, epoch in (("pretrain", 2), ("finetune/x", 1)):

@@ -6,7 +6,7 @@ import torch
 from images import picture
 from torchvision import transforms as tv
 
-from util.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentedCrop, CenterCrop, RandomCrop, ToModelInput
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentedCrop, CenterCrop, RandomCrop, ToModelInput
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (64, 64), (97, 106)])

@@ -11,9 +11,11 @@ from PIL import Image
 from programs import run
 
 import main_pretrain
-import visualize
-from util import checkpoint, curves, pictures
-from util.distributed import World
+from util.run import checkpoint
+from util.run.distributed import World
+from visualize import __main__ as visualize
+from visualize import curves
+from visualize import draw as pictures
 
 SMALL = "--model mae_vit_micro_patch16 --input_size 16 --patch_size 4 --decoder_depth 1 --epochs 4"
 SEEN = ["image", "predicted hardness", "mask at the start", "mask at the end", "reconstruction", "true error"]

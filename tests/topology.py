@@ -5,11 +5,11 @@ from golden import silent_progress
 
 import engine_pretrain
 from models_hpm import MaskedAutoencoderViT
-from util import distributed
 from util.ema import EMATeacher
 from util.masking import random_mask
 from util.metrics import MeanMeter
-from util.precision import Precision
+from util.run import distributed
+from util.run.amp import Precision
 
 STEPS, IMAGES = 20, 8
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def main(argv):
     images, masks = torch.randn(STEPS * IMAGES, 3, 16, 16), random_mask(STEPS * IMAGES, 16, 12)
 
     def mine(tensor):
-        """What this rank gets of the images or masks, by micro-step, as util/loader.EpochSampler deals them out."""
+        """What this rank gets of the images or masks, by micro-step, as EpochSampler deals them out."""
         return tensor.view(STEPS * micro_steps, world.size, per_rank, *tensor.shape[1:])[:, world.rank]
 
     student = distributed.wrap(model, CPU)

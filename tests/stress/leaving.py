@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from util import distributed
+from util.run import distributed
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from programs import descendants  # noqa: E402
 
 import main_pretrain  # noqa: E402
-from util.preemption import Preemption  # noqa: E402
+from util.run.preemption import Preemption  # noqa: E402
 
 torch.set_num_threads(1)
 OPTIONS = [

@@ -24,7 +24,8 @@ class Refused(SystemExit):
         super().__init__(2)
         self.message = message
         if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {message}\n")
+            program = sys.argv[0].removesuffix("/__main__.py")  # of python -m export
+            sys.stderr.write(f"{os.path.basename(program)}: error: {message}\n")
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -34,8 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util.foreign import from_hugging_face, is_hugging_face, read_file, strip_wrappers
 from util.pos_embed import interpolate_pos_embed
+from util.weights.read import from_hugging_face, is_hugging_face, read_file, strip_wrappers
 
 log = logging.getLogger("hpm")
 
@@ -254,7 +254,7 @@ class Run:
     Args:
         folder: made if it is missing, and locked by rank 0 until `close`.
         script: name of the script; a folder of another one is refused.
-        share: runs a function on rank 0 and gives its result, or its error, to all (util/distributed.from_rank_zero).
+        share: runs a function on rank 0 and gives its result, or its error, to all (from_rank_zero).
 
     Raises:
         OSError: the folder cannot be made or written to.

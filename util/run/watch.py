@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
-from util.bad_images import BadImages
-from util.bad_steps import BadSteps, NonFinite
-from util.datasets import Source
-from util.distributed import Hearsay, from_rank_zero, gather
-from util.loader import EpochSampler
-from util.preemption import Preempted, Preemption
+from util.data.datasets import Source
+from util.data.loader import EpochSampler
+from util.run.bad_images import BadImages
+from util.run.bad_steps import BadSteps, NonFinite
+from util.run.distributed import Hearsay, from_rank_zero, gather
+from util.run.preemption import Preempted, Preemption
 
 log = logging.getLogger("hpm")
 

@@ -1,10 +1,10 @@
 """Draw what a pre-trained model sees, or plot the logs of runs.
 
-    python visualize.py --checkpoint output_dir/checkpoint-last.pth --images photos/
-    python visualize.py --runs output_dir/hpm output_dir/mae
+    python -m visualize --checkpoint output_dir/checkpoint-last.pth --images photos/
+    python -m visualize --runs output_dir/hpm output_dir/mae
 
 Without --images it takes Shapes. One row an image: the image, the predicted hardness of its patches, the masks at the
-start and at the end of training, the reconstruction, and the true error. VISUALIZE.md says how to read it.
+start and at the end of training, the reconstruction, and the true error. docs/visualize.md says how to read it.
 """
 
 import argparse
@@ -15,11 +15,15 @@ import numpy as np
 import torch
 
 import models_hpm
-from engine_visualize import PATCH_STATS, panel
-from util import checkpoint, curves, distributed, masking, options, pictures, transforms
-from util.datasets import ImageDataset, ImageFiles, ShapesSource, find_images
-from util.logger import log, setup_logging
+from util import masking
+from util.data import transforms
+from util.data.datasets import ImageDataset, ImageFiles, ShapesSource, find_images
 from util.pos_embed import interpolate_pos_embed
+from util.run import checkpoint, distributed, options
+from util.run.logger import log, setup_logging
+from visualize import curves
+from visualize import draw as pictures
+from visualize.panel import PATCH_STATS, panel
 
 SCRIPT = "main_pretrain"  # whose checkpoints these are
 TARGETS = ["pixel", "norm_pixel", "ema", "dino", "clip"]

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from util import shapes
-from util.decode import decode_rgb
+from util.data import shapes
+from util.data.decode import decode_rgb
 from util.rng import seed_all, stable_hash
 
 log = logging.getLogger("hpm")
@@ -122,7 +122,7 @@ class ImageDataset(Dataset):
 
 
 class ShapesSource:
-    """The built-in images (util/shapes.py), drawn when asked for."""
+    """The built-in images (util/data/shapes.py), drawn when asked for."""
 
     classes = shapes.CLASSES
 
@@ -400,7 +400,7 @@ def build_source(
     """The images of a split ("train" or "val"); `data_path` None draws Shapes.
 
     Args:
-        share: runs the listing on one process and gives the result to all (util/distributed.from_rank_zero).
+        share: runs the listing on one process and gives the result to all (util/run/distributed.from_rank_zero).
 
     Raises:
         ValueError: there are no such images.

@@ -1,6 +1,6 @@
 """How far a run is, and by its exit status whether to start it again; for job scripts (recipes/slurm.sh).
 
-    python main_status.py output_dir/pretrain_hpm_base_200 output_dir/finetune_hpm_base_200
+    python -m util.run.status output_dir/pretrain_hpm_base_200 output_dir/finetune_hpm_base_200
 
 Of several folders, which one job fills one after the other, the first that is not finished decides:
 
@@ -14,9 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from util import checkpoint, options
-from util.logger import log, setup_logging
-from util.preemption import EXIT_STATUS
+from util.run import checkpoint, options
+from util.run.logger import log, setup_logging
+from util.run.preemption import EXIT_STATUS
 
 
 def get_args_parser() -> options.OptionParser:

@@ -1,4 +1,4 @@
-"""Learning-rate schedule (MAE, util/lr_sched.py)."""
+"""Learning-rate schedule (MAE, util/schedules.py)."""
 
 import math
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from models_hpm import MaskedAutoencoderViT
 from models_vit import VisionTransformer
-from util import foreign, layouts, masking
-from util.checkpoint import load_pretrained, write_file
+from util import masking
+from util.run.checkpoint import load_pretrained, write_file
+from util.weights import hugging_face as layouts
+from util.weights import read as foreign
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 

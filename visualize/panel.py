@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from models_hpm import MaskedAutoencoderViT, gather_tokens, split_mask
+from util.data.transforms import ToModelInput
 from util.masking import MaskPlan
 from util.metrics import rank_accuracy
-from util.pictures import SCALES, Panel, heat_map, hide, to_image
 from util.rng import generator
-from util.transforms import ToModelInput
+from visualize.draw import SCALES, Panel, heat_map, hide, to_image
 
 # What is known of images (B, C, H, W): predicted loss (B, L), feature targets (B, L, D); None where there are none.
 Look = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
@@ -136,7 +136,7 @@ def panel(
 
     Args:
         names: of the images, for the captions.
-        scale: how numbers become colours, a name in util/pictures.SCALES.
+        scale: how numbers become colours, a name in visualize/draw.SCALES.
         mean, std: of the images the model was trained on.
 
     The others are those of `examine`.

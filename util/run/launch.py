@@ -2,9 +2,9 @@
 
 import torch
 
-from util import distributed
-from util.logger import setup_logging
-from util.precision import Precision, default_precision
+from util.run import distributed
+from util.run.amp import Precision, default_precision
+from util.run.logger import setup_logging
 
 
 def begin(

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from util import checkpoint, distributed, rng
-from util.datasets import Source
-from util.loader import EpochSampler
-from util.logger import Progress, RunLogger, describe_environment
-from util.lr_sched import adjust_learning_rate
+from util import rng
+from util.data.datasets import Source
+from util.data.loader import EpochSampler
 from util.metrics import MeanMeter
-from util.precision import Precision
-from util.supervision import Supervisor
+from util.run import checkpoint, distributed
+from util.run.amp import Precision
+from util.run.logger import Progress, RunLogger, describe_environment
+from util.run.watch import Supervisor
+from util.schedules import adjust_learning_rate
 
 log = logging.getLogger("hpm")
 

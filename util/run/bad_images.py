@@ -1,6 +1,6 @@
 """Training images that cannot be read: listed once, counted, and not too many.
 
-Whoever loads a sample replaces such an image (util/datasets.ImageDataset) and says so in the sample itself, which is
+Whoever loads a sample replaces such an image (ImageDataset) and says so in the sample itself, which is
 how it gets from a worker process to here.
 """
 
@@ -25,7 +25,7 @@ class BadImages:
         folder: the run's.
         most: images that may be unreadable before the run ends.
         name: index -> path.
-        share: runs a function on rank 0 and gives its result, or its error, to all (util/distributed.from_rank_zero).
+        share: runs a function on rank 0 and gives its result, or its error, to all (from_rank_zero).
         gather: this rank's object -> those of all ranks.
     """
 

@@ -1,10 +1,10 @@
 """Write a checkpoint's weights for another library, with a model card, and check that they are the same there.
 
-    python export.py --checkpoint output_dir/checkpoint-last.pth --format timm
-    python export.py --checkpoint mae_visualize_vit_base.pth --format hf_mae --output vit-mae-base
+    python -m export --checkpoint output_dir/checkpoint-last.pth --format timm
+    python -m export --checkpoint mae_visualize_vit_base.pth --format hf_mae --output vit-mae-base
 
 It reads this project's checkpoints and everybody's who uses MAE's names, timm's or those of transformers. What is
-written is opened in the library it is for and compared before it is there. EXPORT.md has the formats.
+written is opened in the library it is for and compared before it is there. docs/export.md has the formats.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from torch import Tensor
 
 import models_hpm
 import models_vit
-from engine_export import FOLDER_CONTENTS, FORMATS, Format, Mismatch, Source, verify
-from util import checkpoint, options
-from util.logger import describe_environment, log, setup_logging
-from util.model_card import model_card, read_environment, read_log, without_folders
-from util.publish import check_target, publish
+from export.card import model_card, read_environment, read_log, without_folders
+from export.formats import FOLDER_CONTENTS, FORMATS, Format, Mismatch, Source, verify
+from export.publish import check_target, publish
+from util.run import checkpoint, options
+from util.run.logger import describe_environment, log, setup_logging
 
 
 def get_args_parser() -> options.OptionParser:

@@ -2,7 +2,7 @@
 
 A scheduler that wants the machine back, or whose time limit is near, sends SIGTERM or SIGUSR1; here that is only noted.
 At each step boundary the ranks tell each other what they have noted and read what was told at the boundary before
-(`tell`, util/distributed.Hearsay): the answer is there by then, so no device and hardly a host is waited for, and all
+(`tell`, distributed.Hearsay): the answer is there by then, so no device and hardly a host is waited for, and all
 ranks stop at the same step, one after the signal was noted.
 """
 

@@ -1,0 +1,1 @@
+"""Write a checkpoint for another library: python -m export."""

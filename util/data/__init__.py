@@ -1,0 +1,1 @@
+"""From a path to a batch: files, archives, decoding, transforms, loader."""
