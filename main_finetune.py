@@ -29,6 +29,7 @@ from util.lr_decay import param_groups_lrd
 from util.run import checkpoint, distributed, launch, options
 from util.run.logger import cpu_threads, log
 from util.run.loop import TrainingLoop
+from util.weights.load import DECODERS, load_into, load_pretrained, read_meta
 
 SCRIPT = "main_finetune"
 
@@ -97,7 +98,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     args.weights = args.finetune
     if args.eval:
         args.weights = args.resume or args.finetune or newest_of(Path(args.output_dir, args.experiment))
-    meta = checkpoint.read_meta(args.weights) if args.weights else {}
+    meta = read_meta(args.weights) if args.weights else {}
     options.fill_in(args, models_vit.defaults_of(meta))
     if args.eval and meta.get("script") == SCRIPT:
         args.global_pool = meta["options"]["global_pool"]
@@ -179,7 +180,7 @@ def load_weights(args: argparse.Namespace, model: nn.Module, weights: dict[str, 
         return
     fresh = [] if args.eval else ["head.", "fc_norm."]
     with options.user_mistakes():
-        report = checkpoint.load_into(model, weights, fresh, left_out=(*checkpoint.DECODERS, "norm.", "fc_norm."))
+        report = load_into(model, weights, fresh, left_out=(*DECODERS, "norm.", "fc_norm."))
     log.info("weights of %s\n%s", args.weights, report)
 
 
@@ -219,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             for split, count in (("train", args.shapes_train), ("val", args.shapes_val))
         )
-        weights = checkpoint.load_pretrained(args.weights, args.which) if args.weights else None
+        weights = load_pretrained(args.weights, args.which) if args.weights else None
         if args.eval and args.nb_classes is None and "head.weight" in (weights or {}):
             args.nb_classes = len(weights["head.weight"])
         args.nb_classes = count_classes(train, val, args.nb_classes)

@@ -26,6 +26,8 @@ from util.knn import knn_correct
 from util.run import checkpoint, distributed, launch, options
 from util.run.amp import Precision
 from util.run.logger import cpu_threads, log, track
+from util.weights.load import DECODERS, load_into, load_pretrained, read_meta
+from util.weights.read import read_file
 
 # Files of --dump_features, as DINO names them.
 FEATURES, LABELS = "{}feat.pth", "{}labels.pth"
@@ -67,7 +69,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     args.which = options.resolve_which(args.which, args.teacher)
     if args.load_features and (args.dump_features or args.finetune):
         raise ValueError("--load_features takes stored features: drop --dump_features and --finetune")
-    meta = checkpoint.read_meta(args.finetune) if args.finetune else {}
+    meta = read_meta(args.finetune) if args.finetune else {}
     options.fill_in(args, models_vit.defaults_of(meta))
     args.num_workers = options.worker_count(args.num_workers, 4, world.local_size)
     with torch.device("meta"):  # every check of the model's sizes, at no cost
@@ -98,7 +100,7 @@ def read_features(folder: str) -> dict[str, tuple[Tensor, Tensor]]:
     """
     stored = {}
     for split in SPLITS:
-        parts = [checkpoint.read_file(Path(folder, name.format(split)))["tensor"] for name in (FEATURES, LABELS)]
+        parts = [read_file(Path(folder, name.format(split)))["tensor"] for name in (FEATURES, LABELS)]
         if len(parts[0]) != len(parts[1]):
             raise ValueError(
                 f"{folder}: {len(parts[0])} {split} features and {len(parts[1])} labels do not go together"
@@ -133,7 +135,7 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
                 settings = {"shapes_count": counts[name], "cache_dir": args.cache_dir}
                 sources[name] = build_source(args.data_path, split, **settings, share=distributed.from_rank_zero)
             args.nb_classes = count_classes(sources["train"], sources["test"], args.nb_classes)
-            weights = checkpoint.load_pretrained(args.finetune, args.which) if args.finetune else None
+            weights = load_pretrained(args.finetune, args.which) if args.finetune else None
         num_train = len(features["train"][1] if features else sources["train"])
         if max(args.nb_knn) > num_train:
             raise ValueError(f"--nb_knn {max(args.nb_knn)} of {num_train:,} training images: choose fewer neighbours")
@@ -186,7 +188,7 @@ def extract_all(
         log.info("no --finetune: features of random weights")
     else:
         with options.user_mistakes():
-            loaded = checkpoint.load_into(encoder, weights, left_out=(*checkpoint.DECODERS, "head."))
+            loaded = load_into(encoder, weights, left_out=(*DECODERS, "head."))
         log.info("weights of %s\n%s", args.finetune, loaded)
     if args.compile:
         encoder.compile()

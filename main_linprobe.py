@@ -26,6 +26,7 @@ from util.lars import LARS
 from util.run import checkpoint, distributed, launch, options
 from util.run.logger import cpu_threads, log
 from util.run.loop import TrainingLoop
+from util.weights.load import DECODERS, digest, load_into, load_pretrained, read_meta
 
 SCRIPT = "main_linprobe"
 
@@ -73,7 +74,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     """
     args = copy.copy(args)
     args.which = options.resolve_which(args.which, args.teacher)
-    meta = checkpoint.read_meta(args.finetune) if args.finetune else {}
+    meta = read_meta(args.finetune) if args.finetune else {}
     options.fill_in(args, models_vit.defaults_of(meta))
     args.accum_iter, args.global_batch = options.effective_batch(
         args.batch_size, args.accum_iter, args.global_batch, world.size
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         args.nb_classes = count_classes(train, val, args.nb_classes)
         sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
         args.steps_per_epoch = len(sampler) // args.accum_iter
-        weights = checkpoint.load_pretrained(args.finetune, args.which) if args.finetune else None
+        weights = load_pretrained(args.finetune, args.which) if args.finetune else None
 
     # Frozen encoder, heads, optimizer
     rng.seed_all(args.seed)
@@ -176,10 +177,10 @@ def main(argv: list[str] | None = None) -> None:
         if weights is None:
             log.info("no --finetune: features of random weights")
         else:
-            left_out = (*checkpoint.DECODERS, "head.", "norm.", "fc_norm.")
+            left_out = (*DECODERS, "head.", "norm.", "fc_norm.")
             fresh = ["fc_norm."] if args.global_pool else []
-            log.info("weights of %s\n%s", args.finetune, checkpoint.load_into(encoder, weights, fresh, left_out))
-        args.encoder = checkpoint.digest(encoder)
+            log.info("weights of %s\n%s", args.finetune, load_into(encoder, weights, fresh, left_out))
+        args.encoder = digest(encoder)
         run.check(vars(args), [*FIXED, "encoder"], report=not args.eval)
     probe = models_vit.LinearProbe(encoder, len(args.lr), args.nb_classes).to(device)
     precision.choose_attention(probe)

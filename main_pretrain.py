@@ -29,6 +29,7 @@ from util.ema import EMATeacher, ema_decay_at
 from util.run import checkpoint, distributed, launch, options
 from util.run.logger import RunLogger, cpu_threads, log
 from util.run.loop import TrainingLoop
+from util.weights.load import load_into, load_pretrained
 from visualize import draw as pictures
 from visualize.panel import panel
 
@@ -394,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
         sampler = EpochSampler(len(source), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
         args.steps_per_epoch = len(sampler) // args.accum_iter
         run.check(vars(args), FIXED)
-        weights = checkpoint.load_pretrained(args.load_from) if args.load_from and not run.found else None
+        weights = load_pretrained(args.load_from) if args.load_from and not run.found else None
         frozen = None
         if args.target in models_teacher.KINDS:
             teacher_weights = models_teacher.read_teacher(args.teacher_path)
@@ -410,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
     describe(args, world, len(source), model)
     if weights is not None:
         with options.user_mistakes():
-            report = checkpoint.load_into(model, weights, fresh=DECODERS, left_out=("head.", "fc_norm."))
+            report = load_into(model, weights, fresh=DECODERS, left_out=("head.", "fc_norm."))
         log.info("weights of %s\n%s", args.load_from, report)
     student = distributed.wrap(model, device)  # from here on, all ranks hold the same weights
     teacher = EMATeacher(model) if args.learning_loss or args.target == "ema" else None

@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from util.run.checkpoint import load_into
+from util.weights.load import load_into
 from util.weights.read import read_file, strip_wrappers
 
 IMAGE_SIZE, PATCH_SIZE = 224, 16

@@ -24,8 +24,9 @@ import models_vit
 from export.card import model_card, read_environment, read_log, without_folders
 from export.formats import FOLDER_CONTENTS, FORMATS, Format, Mismatch, Source, verify
 from export.publish import check_target, publish
-from util.run import checkpoint, options
+from util.run import options
 from util.run.logger import describe_environment, log, setup_logging
+from util.weights.load import DECODERS, digest, load_into, load_pretrained, read_meta, summarize_names
 
 
 def get_args_parser() -> options.OptionParser:
@@ -75,7 +76,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(f"--output {args.output} is the checkpoint itself: choose another name")
     check_target(args.output, None if form.suffixes else FOLDER_CONTENTS, args.overwrite)
 
-    args.meta = meta = checkpoint.read_meta(args.checkpoint)
+    args.meta = meta = read_meta(args.checkpoint)
     trained = meta.get("options", {})
     said = {**models_vit.defaults_of(meta), "model": models_vit.settings_of(meta).get("model")}
     options.fill_in(args, {name: said[name] for name in ("model", "mean", "std")})
@@ -111,7 +112,7 @@ def open_source(args: argparse.Namespace) -> Source:
     if args.meta.get("script") == "main_linprobe":
         weights = join_probe(args)
     else:
-        weights = checkpoint.load_pretrained(args.checkpoint, args.which)
+        weights = load_pretrained(args.checkpoint, args.which)
     weights = {name: tensor.float() for name, tensor in weights.items() if tensor.is_floating_point()}
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
         if name not in weights:
@@ -135,7 +136,7 @@ def open_source(args: argparse.Namespace) -> Source:
     shape = {"img_size": size, "patch_size": patch, "in_chans": channels}
     classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     model = models_vit.MODELS[name](**shape, num_classes=classes, global_pool="fc_norm.weight" in weights)
-    checkpoint.load_into(model, weights)
+    load_into(model, weights)
     autoencoder = build_autoencoder(args, name, size, weights) if has_decoder else None
     return Source(name, weights, model.eval(), autoencoder, list(args.mean), list(args.std), args.mask_ratio)
 
@@ -154,7 +155,7 @@ def build_autoencoder(
     model = models_hpm.build_for(f"mae_{name}", weights, **settings)
     if model.target_dim is not None or model.decoder_pos_embed.shape != weights["decoder_pos_embed"].shape:
         return None
-    checkpoint.load_into(model, weights, left_out=["head.", "fc_norm."])
+    load_into(model, weights, left_out=["head.", "fc_norm."])
     return model.eval()
 
 
@@ -175,11 +176,11 @@ def join_probe(args: argparse.Namespace) -> dict[str, Tensor]:
         global_pool=trained["global_pool"],
     )
     fresh = ["fc_norm."] if trained["global_pool"] else []
-    left_out = (*checkpoint.DECODERS, "head.", "norm.", "fc_norm.")
-    checkpoint.load_into(encoder, checkpoint.load_pretrained(path, trained["which"]), fresh, left_out)
-    if checkpoint.digest(encoder) != trained["encoder"]:
+    left_out = (*DECODERS, "head.", "norm.", "fc_norm.")
+    load_into(encoder, load_pretrained(path, trained["which"]), fresh, left_out)
+    if digest(encoder) != trained["encoder"]:
         raise ValueError(f"{path} is not the encoder that {args.checkpoint} was trained on: give it with --encoder")
-    state = checkpoint.load_pretrained(args.checkpoint)
+    state = load_pretrained(args.checkpoint)
     chosen = args.head or best_head(args)
     if f"heads.{chosen - 1}.weight" not in state:
         raise ValueError(f"--head {chosen}: {args.checkpoint} has {len(trained['lr'])} heads")
@@ -273,7 +274,7 @@ def card(args: argparse.Namespace, form: Format, source: Source, path: Path) -> 
         notes=[form.note(source), f"Images are RGB, normalised with mean {source.mean} and std {source.std}."],
         training=describe_training(meta),
         figures=read_log(original, meta["epoch"]) if meta else {},
-        left_out=checkpoint.summarize_names([name for name in source.weights if name not in kept]),
+        left_out=summarize_names([name for name in source.weights if name not in kept]),
         check=check,
         versions={
             "of the training": read_environment(original) if meta else {},

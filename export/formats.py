@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from export import layouts
 from models_hpm import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util import masking
-from util.run.checkpoint import load_pretrained, write_file
-from util.weights import hugging_face as layouts
-from util.weights import read as foreign
+from util.run.checkpoint import write_file
+from util.weights.hugging_face import to_hugging_face
+from util.weights.load import load_pretrained
+from util.weights.read import read_file
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
@@ -347,7 +349,7 @@ def write_hf_vit(source: Source, folder: Path) -> None:
         labels = {str(number): f"LABEL_{number}" for number in range(source.classes)}
         config |= {"id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}
     _write_json(folder / "config.json", config)
-    renamed = foreign.to_hugging_face(source.model.state_dict(), prefix="vit." if source.classes else "")
+    renamed = to_hugging_face(source.model.state_dict(), prefix="vit." if source.classes else "")
     save_file(_for_file(renamed), folder / "model.safetensors", metadata={"format": "pt"})
     write_preprocessor(source, folder)
 
@@ -401,7 +403,7 @@ def write_hf_mae(source: Source, folder: Path) -> None:
     }
     _write_json(folder / "config.json", config)
     weights = model.state_dict()
-    renamed = foreign.to_hugging_face({name: weights[name] for name in mae_keeps(source)})
+    renamed = to_hugging_face({name: weights[name] for name in mae_keeps(source)})
     save_file(_for_file(renamed), folder / "model.safetensors", metadata={"format": "pt"})
     write_preprocessor(source, folder)
 
@@ -461,7 +463,7 @@ def write_detectron2(source: Source, path: Path) -> None:
 
 
 def check_detectron2(source: Source, path: Path, images: Tensor) -> Pairs:
-    return _check_layout(layouts.DETECTRON2, foreign.read_file(path)["model"], source, images)
+    return _check_layout(layouts.DETECTRON2, read_file(path)["model"], source, images)
 
 
 def use_detectron2(source: Source, path: str) -> str:
@@ -483,7 +485,7 @@ def write_mmseg(source: Source, path: Path) -> None:
 
 
 def check_mmseg(source: Source, path: Path, images: Tensor) -> Pairs:
-    return _check_layout(layouts.MMSEG, foreign.read_file(path), source, images)
+    return _check_layout(layouts.MMSEG, read_file(path), source, images)
 
 
 def use_mmseg(source: Source, path: str) -> str:

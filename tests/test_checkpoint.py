@@ -11,6 +11,7 @@ from torch import nn
 
 from models_hpm import MaskedAutoencoderViT
 from util.run import checkpoint
+from util.weights.load import load_into, load_pretrained, read_meta
 
 SMALL = {
     **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
@@ -133,10 +134,10 @@ def test_other_peoples_files_are_no_runs(tmp_path):
 
 def test_meta(tmp_path):
     checkpoint.write_file(tmp_path / "ours.pth", state(5))
-    meta = checkpoint.read_meta(tmp_path / "ours.pth")
+    meta = read_meta(tmp_path / "ours.pth")
     assert (meta["epoch"], meta["options"]["lr"], meta["image"]["mean"]) == (5, 0.1, [0.5])
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "mae.pth")
-    assert checkpoint.read_meta(tmp_path / "mae.pth") == {}
+    assert read_meta(tmp_path / "mae.pth") == {}
 
 
 def model(**kwargs):
@@ -145,7 +146,7 @@ def model(**kwargs):
 
 def test_every_tensor_is_accounted_for():
     source, target = model(), model(learning_loss=False)
-    report = checkpoint.load_into(target, source.state_dict())
+    report = load_into(target, source.state_dict())
     assert set(report.loaded) == set(target.state_dict())
     assert all("losspred" in name for name in report.left_out)
     assert report.fresh == []
@@ -157,22 +158,22 @@ def test_every_tensor_is_accounted_for():
 def test_what_is_missing_unexpected_or_misshaped_is_named():
     weights = model().state_dict()
     with pytest.raises(ValueError, match=r"missing: blocks.2.norm1.weight, .* and \d+ more"):
-        checkpoint.load_into(model(depth=3), weights)
+        load_into(model(depth=3), weights)
     with pytest.raises(ValueError, match="unexpected: blocks.1.norm1.weight"):
-        checkpoint.load_into(model(depth=1), weights)
+        load_into(model(depth=1), weights)
     with pytest.raises(ValueError, match=r"of another shape: cls_token \(1, 1, 32\) in the file, \(1, 1, 64\)"):
-        checkpoint.load_into(model(embed_dim=64), weights)
+        load_into(model(embed_dim=64), weights)
     with pytest.raises(ValueError, match=r"unexpected: surprise"):
-        checkpoint.load_into(model(), {**weights, "surprise": torch.ones(1)})
+        load_into(model(), {**weights, "surprise": torch.ones(1)})
     with pytest.raises(ValueError, match="missing: decoder_pos_embed, decoder_embed.weight"):
-        checkpoint.load_into(model(), {k: v for k, v in weights.items() if not k.startswith("decoder_")})
+        load_into(model(), {k: v for k, v in weights.items() if not k.startswith("decoder_")})
 
 
 def test_a_failed_load_changes_nothing():
     target = model(depth=3)
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(ValueError, match="missing"):
-        checkpoint.load_into(target, model().state_dict())
+        load_into(target, model().state_dict())
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
 
 
@@ -180,7 +181,7 @@ def test_what_may_be_fresh_keeps_its_initial_values():
     source = {k: v for k, v in model().state_dict().items() if "losspred" not in k}
     target = model()
     before = target.decoder_pred_losspred.weight.clone()
-    report = checkpoint.load_into(target, source, fresh=("decoder_",))
+    report = load_into(target, source, fresh=("decoder_",))
     assert torch.equal(target.decoder_pred_losspred.weight, before)
     assert all("losspred" in name for name in report.fresh)
 
@@ -191,7 +192,7 @@ def test_position_embeddings_are_fitted():
     target.pos_embed = nn.Parameter(torch.zeros(1, 1 + 36, 32))
     target.patch_embed = nn.Module()
     target.patch_embed.grid_size = (6, 6)
-    checkpoint.load_into(target, {"pos_embed": weights["pos_embed"]})
+    load_into(target, {"pos_embed": weights["pos_embed"]})
     assert target.pos_embed.abs().sum() > 0
 
 
@@ -204,9 +205,9 @@ def test_official_and_mae_files(tmp_path, wrap):
     torch.save({"epoch": 3, "model": "mae_vit", "state_dict": weights, "ema_state_dict": ema}, tmp_path / "hpm.pth")
     torch.save({"model": weights, "epoch": 3, "optimizer": {}}, tmp_path / "mae.pth")
     for name in ("hpm.pth", "mae.pth"):
-        loaded = checkpoint.load_pretrained(tmp_path / name)
+        loaded = load_pretrained(tmp_path / name)
         build_hpm(golden, meta).load_state_dict(loaded, strict=True)
-    ema = checkpoint.load_pretrained(tmp_path / "hpm.pth", which="ema")
+    ema = load_pretrained(tmp_path / "hpm.pth", which="ema")
     assert torch.equal(ema["cls_token"], loaded["cls_token"] + 1)
     with pytest.raises(ValueError, match="holds no EMA teacher"):
-        checkpoint.load_pretrained(tmp_path / "mae.pth", which="ema")
+        load_pretrained(tmp_path / "mae.pth", which="ema")

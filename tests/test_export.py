@@ -20,8 +20,9 @@ from export import __main__ as export
 from export import formats as engine_export
 from export import publish
 from export.card import read_log
-from util.run.checkpoint import load_into, load_pretrained
 from util.weights import read as foreign
+from util.weights.hugging_face import to_hugging_face
+from util.weights.load import load_into, load_pretrained
 
 SIZES = {"img_size": 16, "patch_size": 4}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -438,7 +439,7 @@ def official_files(folder, pretrained):
         torch.save(content, folder / f"{name}.pth")
         yield folder / f"{name}.pth"
     (folder / "hf").mkdir()
-    weights = {name: tensor.contiguous() for name, tensor in foreign.to_hugging_face(encoder, prefix="").items()}
+    weights = {name: tensor.contiguous() for name, tensor in to_hugging_face(encoder, prefix="").items()}
     save_file(weights, folder / "hf/model.safetensors")
     yield folder / "hf"
 

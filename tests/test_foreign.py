@@ -11,8 +11,9 @@ from torch import nn
 
 import models_hpm
 import models_vit
-from util.run.checkpoint import load_pretrained
-from util.weights import read as foreign
+from util.weights.hugging_face import from_hugging_face, is_hugging_face, to_hugging_face
+from util.weights.load import load_pretrained
+from util.weights.read import read_file
 
 
 class Dangerous:
@@ -29,18 +30,18 @@ def test_pickled_code_is_refused_with_a_way_out(tmp_path):
     path = tmp_path / "bad.pth"
     torch.save({"model": {"w": torch.ones(2)}, "x": Dangerous()}, path)
     with pytest.raises(ValueError, match=r"holds pickled objects beyond tensors.*eval.*Convert it once"):
-        foreign.read_file(path)
+        read_file(path)
     with open(path, "wb") as file:
         pickle.dump(Dangerous(), file)
     with pytest.raises(ValueError, match=r"pickled objects|not a checkpoint"):
-        foreign.read_file(path)
+        read_file(path)
 
 
 def test_a_torchscript_archive_is_refused_with_its_conversion(tmp_path):
     path = tmp_path / "clip.pt"
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), str(path))
     with pytest.raises(ValueError, match=r"TorchScript archive.*\n  import torch\n  model = torch.jit.load"):
-        foreign.read_file(path)
+        read_file(path)
 
 
 def test_safetensors(tmp_path):
@@ -49,21 +50,21 @@ def test_safetensors(tmp_path):
     data = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(data[:-4])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
-        foreign.read_file(tmp_path / "a.safetensors")
+        read_file(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and then nothing", pickle.dumps([1, 2])])
 def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.pth"):
-        foreign.read_file(tmp_path / "a.pth")
+        read_file(tmp_path / "a.pth")
 
 
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(ValueError, match="there is no checkpoint"):
-        foreign.read_file(tmp_path / "nowhere.pth")
+        read_file(tmp_path / "nowhere.pth")
     with pytest.raises(ValueError, match="folder without model.safetensors or pytorch_model.bin"):
-        foreign.read_file(tmp_path)
+        read_file(tmp_path)
 
 
 def test_the_old_format_of_torch_is_read(tmp_path):
@@ -80,7 +81,7 @@ def test_a_flipped_byte_is_noticed(tmp_path):
     data[info.header_offset + 2000] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
-        foreign.read_file(path)
+        read_file(path)
 
 
 def hugging_face(prefix="vit.", decoder="decoder.decoder_layers.0"):
@@ -101,8 +102,8 @@ def hugging_face(prefix="vit.", decoder="decoder.decoder_layers.0"):
 def test_hugging_face_names_become_maes(decoder):
     """Of released files, and of those that newer versions of transformers write."""
     source = hugging_face(decoder=decoder)
-    assert foreign.is_hugging_face(source)
-    ours = foreign.from_hugging_face(source)
+    assert is_hugging_face(source)
+    ours = from_hugging_face(source)
     assert ours["pos_embed"][0] == source["vit.embeddings.position_embeddings"][0]
     query, key, value = (
         source[f"vit.encoder.layer.0.attention.attention.{n}.weight"] for n in ("query", "key", "value")
@@ -111,7 +112,7 @@ def test_hugging_face_names_become_maes(decoder):
     assert torch.equal(ours["decoder_blocks.0.mlp.fc2.bias"], source[f"{decoder}.output.dense.bias"])
     assert torch.equal(ours["decoder_pred.bias"], source["decoder.decoder_pred.bias"])
     assert len(ours) == len(source) - 8  # query, key and value joined, weight and bias, in two blocks
-    assert not foreign.is_hugging_face(ours)
+    assert not is_hugging_face(ours)
 
 
 @pytest.mark.parametrize("prefix", ["vit.", ""])
@@ -120,23 +121,23 @@ def test_maes_names_become_hugging_faces_and_back(prefix):
     source = {name: torch.randn(3, 2) for name in hugging_face() if prefix or not name.startswith("decoder.")}
     if not prefix:
         source = {name.removeprefix("vit."): tensor for name, tensor in source.items()}
-    there = foreign.to_hugging_face(foreign.from_hugging_face(source), prefix)
+    there = to_hugging_face(from_hugging_face(source), prefix)
     assert there.keys() == source.keys()
     assert all(torch.equal(there[name], source[name]) for name in source)
-    head = foreign.to_hugging_face({"head.weight": torch.ones(1), "cls_token": torch.ones(1)}, prefix)
+    head = to_hugging_face({"head.weight": torch.ones(1), "cls_token": torch.ones(1)}, prefix)
     assert set(head) == {"classifier.weight", f"{prefix}embeddings.cls_token"}
     for name in ("fc_norm.weight", "blocks.0.ls1.weight", "decoder_norm_losspred.bias", "vis_mask_token"):
         with pytest.raises(ValueError, match=f"there is no place for {name}"):
-            foreign.to_hugging_face({name: torch.ones(1)})
+            to_hugging_face({name: torch.ones(1)})
 
 
 def test_unknown_hugging_face_names_are_an_error():
     with pytest.raises(ValueError, match=r"unknown tensor vit.encoder.layer.0.lora.weight"):
-        foreign.from_hugging_face({**hugging_face(), "vit.encoder.layer.0.lora.weight": torch.ones(1)})
+        from_hugging_face({**hugging_face(), "vit.encoder.layer.0.lora.weight": torch.ones(1)})
     incomplete = hugging_face()
     del incomplete["vit.encoder.layer.0.attention.attention.key.bias"]
     with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.bias.*query"):
-        foreign.from_hugging_face(incomplete)
+        from_hugging_face(incomplete)
 
 
 def test_what_transformers_itself_writes(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden import VIT_FILES, build_vit, load, params
 
-from util.run.checkpoint import load_into
+from util.weights.load import load_into
 
 
 @pytest.mark.parametrize("name", VIT_FILES)

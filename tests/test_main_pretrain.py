@@ -8,7 +8,7 @@ from images import members, write_tar, write_tree
 from programs import PRETRAIN, assert_same_training, checkpoint, launch, log_lines, ranks, run, start_and_kill
 
 import models_hpm
-from util.run.checkpoint import load_into, load_pretrained, read_meta
+from util.weights.load import load_into, load_pretrained, read_meta
 
 
 def pretrain(folder, *more):

@@ -4,7 +4,7 @@ import torch
 import models_hpm
 import models_vit
 from models_vit import FeatureNorm, LinearProbe, VisionTransformer
-from util.run.checkpoint import load_into
+from util.weights.load import load_into
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

@@ -13,6 +13,7 @@ from programs import run
 import main_pretrain
 from util.run import checkpoint
 from util.run.distributed import World
+from util.weights.load import load_pretrained
 from visualize import __main__ as visualize
 from visualize import curves
 from visualize import draw as pictures
@@ -84,7 +85,7 @@ def test_a_checkpoint_and_nothing_else(hpm, drawn, tmp_path, monkeypatch):
     plan = given["plan"]
     assert (plan.strategy, plan.alphas, plan.epochs, plan.mask_ratio) == ("easy_to_hard", (0.0, 0.5), 4, 0.75)
     assert titles(panel) == SEEN
-    assert torch.equal(model.state_dict()["mask_token"], checkpoint.load_pretrained(hpm)["mask_token"])
+    assert torch.equal(model.state_dict()["mask_token"], load_pretrained(hpm)["mask_token"])
     written = np.asarray(Image.open(tmp_path / "visualization.png"))
     heading = f"{hpm.parent.name}/hpm.pth, mae_vit_micro_patch16, student, 3 of 4 epochs"
     assert (written == np.asarray(pictures.draw_grid(panel, heading))).all()
@@ -95,7 +96,7 @@ def test_every_option_does_what_it_says(hpm, drawn, tmp_path):
     output = ["--checkpoint", hpm]
     plain = draw(drawn, tmp_path / "a.png", *output)
     model, given, panel = draw(drawn, tmp_path / "b.png", *output, "--which", "ema", "--epoch", 1, "--seed", 5)
-    ema = checkpoint.load_pretrained(hpm, "ema")
+    ema = load_pretrained(hpm, "ema")
     assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())
     assert (given["epoch"], given["seed"]) == (1, 5)
     assert titles(panel) == [*SEEN[:3], "mask of epoch 1", *SEEN[3:]]

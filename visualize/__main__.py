@@ -19,8 +19,9 @@ from util import masking
 from util.data import transforms
 from util.data.datasets import ImageDataset, ImageFiles, ShapesSource, find_images
 from util.pos_embed import interpolate_pos_embed
-from util.run import checkpoint, distributed, options
+from util.run import distributed, options
 from util.run.logger import log, setup_logging
+from util.weights.load import load_into, load_pretrained, read_meta
 from visualize import curves
 from visualize import draw as pictures
 from visualize.panel import PATCH_STATS, panel
@@ -108,7 +109,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
         if args.target not in (None, said):
             raise ValueError(f"--target {args.target} and --norm_pix_loss {args.norm_pix_loss}: give one of the two")
         args.target = said
-    meta = checkpoint.read_meta(args.checkpoint)
+    meta = read_meta(args.checkpoint)
     if meta and meta["script"] != SCRIPT:
         raise ValueError(f"{args.checkpoint} is of {meta['script']}: pictures need a pre-training checkpoint")
     trained = meta.get("options", {})
@@ -134,7 +135,7 @@ def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
     Raises:
         ValueError: the checkpoint has no decoder, or does not fit the model.
     """
-    weights = checkpoint.load_pretrained(args.checkpoint, args.which)
+    weights = load_pretrained(args.checkpoint, args.which)
     settings = {"img_size": args.input_size, "norm_pix_loss": args.target == "norm_pixel", "relative": args.relative}
     if args.trained.get("decoder_num_heads"):  # no tensor's shape tells it
         settings["decoder_num_heads"] = args.trained["decoder_num_heads"]
@@ -144,7 +145,7 @@ def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
         settings["target_dim"] = len(weights["decoder_pred.weight"])
     model = models_hpm.build_for(args.model, weights, **settings)
     interpolate_pos_embed(model, weights, "decoder_pos_embed")
-    checkpoint.load_into(model, weights)
+    load_into(model, weights)
     return model.to(distributed.pick_device(args.device, distributed.World(0, 1, 0, 1)))
 
 

@@ -1,1 +1,5 @@
 """Weight files, this project's and other people's: reading, key names, loading."""
+
+from util.weights.load import load_into, load_pretrained, read_meta
+
+__all__ = ["load_into", "load_pretrained", "read_meta"]

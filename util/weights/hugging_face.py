@@ -1,57 +1,97 @@
-"""Names that other libraries' ViT backbones give to an encoder's tensors. The tensors themselves are the same."""
+"""Hugging Face's names of a ViT's tensors, and MAE's: both ways."""
 
-from dataclasses import dataclass
+import re
 
-from torch import Tensor
+import torch
+
+_BLOCK_PARTS = {
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.output.dense": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+_WHOLE = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+    "classifier": "head",
+    "decoder.mask_token": "mask_token",
+    "decoder.decoder_pos_embed": "decoder_pos_embed",
+    "decoder.decoder_embed": "decoder_embed",
+    "decoder.decoder_norm": "decoder_norm",
+    "decoder.decoder_pred": "decoder_pred",
+}
+# The released ViTMAE files say decoder_layers, as `to_hugging_face` does; some versions write decoder_encoder.layer.
+_BLOCK = re.compile(r"(encoder\.layer|decoder\.decoder_(?:layers|encoder\.layer))\.(\d+)\.(.+)\.(weight|bias)")
+
+_OUR_BLOCK = re.compile(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a library names the tensors of a ViT backbone.
+def is_hugging_face(state_dict: dict[str, torch.Tensor]) -> bool:
+    return any(name.removeprefix("vit.").startswith("embeddings.patch_embeddings.") for name in state_dict)
+
+
+def from_hugging_face(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """ViTMAE, ViTModel and ViTForImageClassification -> MAE's names, query, key and value joined.
+
+    Raises:
+        ValueError: a tensor of unknown name.
+    """
+    renamed, separate = {}, {}
+    for name, tensor in state_dict.items():
+        bare = name.removeprefix("vit.")
+        stem, _, kind = bare.rpartition(".")
+        if match := _BLOCK.fullmatch(bare):
+            where, number, part, kind = match.groups()
+            block = f"{'blocks' if where.startswith('encoder') else 'decoder_blocks'}.{number}"
+            if part in _BLOCK_PARTS:
+                renamed[f"{block}.{_BLOCK_PARTS[part]}.{kind}"] = tensor
+            elif part.startswith("attention.attention."):
+                separate.setdefault(f"{block}.attn.qkv.{kind}", {})[part.rsplit(".", 1)[1]] = tensor
+            else:
+                raise ValueError(f"unknown tensor {name} in a Hugging Face checkpoint")
+        elif bare in _WHOLE:
+            renamed[_WHOLE[bare]] = tensor
+        elif stem in _WHOLE:
+            renamed[f"{_WHOLE[stem]}.{kind}"] = tensor
+        elif not bare.startswith("pooler."):  # ViTModel's pooler belongs to no MAE
+            raise ValueError(f"unknown tensor {name} in a Hugging Face checkpoint")
+    for name, parts in separate.items():
+        if set(parts) != {"query", "key", "value"}:
+            raise ValueError(f"{name}: a Hugging Face checkpoint has query, key and value, this one {sorted(parts)}")
+        renamed[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
+    return renamed
+
+
+def to_hugging_face(state_dict: dict[str, torch.Tensor], prefix: str = "vit.") -> dict[str, torch.Tensor]:
+    """MAE's names -> those of released files, which every version of transformers reads; qkv in three.
 
     Args:
-        whole: MAE's names of parameters outside the blocks -> theirs.
-        blocks: their name of a block, with {} for its number.
-        parts: MAE's names of layers within a block -> theirs.
+        prefix: of the encoder's tensors: "vit." in ViTMAEForPreTraining and ViTForImageClassification, "" in ViTModel.
+
+    Raises:
+        ValueError: a tensor that these models have no place for.
     """
-
-    whole: dict[str, str]
-    blocks: str
-    parts: dict[str, str]
-
-    def names(self, depth: int) -> dict[str, str]:
-        """MAE's names -> theirs, for an encoder of `depth` blocks. What is not in there has no place in the library."""
-        inside = {
-            f"blocks.{number}.{ours}.{kind}": f"{self.blocks.format(number)}.{theirs}.{kind}"
-            for number in range(depth)
-            for ours, theirs in self.parts.items()
-            for kind in ("weight", "bias")
-        }
-        return self.whole | inside
-
-    def convert(self, state_dict: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-        return {theirs: state_dict[ours] for ours, theirs in self.names(depth).items()}
-
-
-_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-
-# Detectron2's ViT inside SimpleFeaturePyramid (detectron2/modeling/backbone/vit.py). It has neither class token nor
-# final norm; the row of the class token in pos_embed is expected, and skipped there (pretrain_use_cls_token).
-DETECTRON2 = Layout(
-    whole={name: f"backbone.net.{name}" for name in ("pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")},
-    blocks="backbone.net.blocks.{}",
-    parts={name: name for name in _PARTS},
-)
-
-# MMSegmentation's MAE backbone (mmseg/models/backbones/mae.py), which reads `pretrained` without a prefix and, by
-# default, has no final norm.
-MMSEG = Layout(
-    whole={
-        "cls_token": "cls_token",
-        "pos_embed": "pos_embed",
-        "patch_embed.proj.weight": "patch_embed.projection.weight",
-        "patch_embed.proj.bias": "patch_embed.projection.bias",
-    },
-    blocks="layers.{}",
-    parts=dict(zip(_PARTS, ("ln1", "attn.qkv", "attn.proj", "ln2", "ffn.layers.0.0", "ffn.layers.1"), strict=True)),
-)
+    parts, whole = ({ours: theirs for theirs, ours in names.items()} for names in (_BLOCK_PARTS, _WHOLE))
+    renamed = {}
+    for name, tensor in state_dict.items():
+        stem, _, kind = name.rpartition(".")
+        if match := _OUR_BLOCK.fullmatch(name):
+            decoder, number, part, kind = match.groups()
+            block = f"decoder.decoder_layers.{number}" if decoder else f"{prefix}encoder.layer.{number}"
+            if part == "attn.qkv":
+                thirds = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+                renamed |= {f"{block}.attention.attention.{which}.{kind}": third for which, third in thirds}
+                continue
+            theirs = f"{block}.{parts[part]}.{kind}" if part in parts else None
+        elif name in whole or stem in whole:
+            theirs = whole.get(name) or f"{whole[stem]}.{kind}"
+            theirs = theirs if theirs.startswith(("decoder.", "classifier.")) else prefix + theirs
+        else:
+            theirs = None
+        if theirs is None:
+            raise ValueError(f"there is no place for {name} in a Hugging Face checkpoint")
+        renamed[theirs] = tensor
+    return renamed
