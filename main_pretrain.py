@@ -160,7 +160,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     with torch.device("meta"):  # every check of the model's sizes, at no cost
         model = build_model(args)
     args.patch_size = model.patch_embed.patch_size[0]
-    grid, num_patches = model.patch_embed.grid_size, model.patch_embed.num_patches
+    grid = model.patch_embed.grid_size
     if args.token_size not in (None, grid[0]):
         raise ValueError(
             f"--token_size {args.token_size}: images of {args.input_size} in patches of {args.patch_size} have "
@@ -173,10 +173,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
             f"--target {args.target} is a network of patch {size[1]} at {size[0]} pixels: give --input_size {size[0]} "
             f"--patch_size {size[1]}"
         )
-    masked = masking.count_masked(num_patches, args.mask_ratio)
-    if not 0 < masked < num_patches:
-        raise ValueError(f"--mask_ratio {args.mask_ratio} masks {masked} of {num_patches} patches: leave some of each")
-    resolve_mask_strategy(args, grid)
+    resolve_mask_strategy(args)
+    masking.MaskSampler.from_options(vars(args), grid)  # raises what the ratio, the pattern and the grid cannot be
     return args
 
 
@@ -199,7 +197,7 @@ def resolve_target(args: argparse.Namespace) -> None:
     args.teacher_path = "" if paths.get(args.target) == "none" else paths.get(args.target, "")
 
 
-def resolve_mask_strategy(args: argparse.Namespace, grid: tuple[int, int]) -> None:
+def resolve_mask_strategy(args: argparse.Namespace) -> None:
     """Settle where the masks come from, in place.
 
     Raises:
@@ -208,12 +206,8 @@ def resolve_mask_strategy(args: argparse.Namespace, grid: tuple[int, int]) -> No
     patterns = [option for option in PATTERNS if getattr(args, option)]
     if len(patterns) == 2:
         raise ValueError("--mask_block and --mask_regular are two masks: give one")
-    if patterns:
-        if args.mask_ratio != 0.75:
-            raise ValueError(f"--{patterns[0]} is made for --mask_ratio 0.75, not {args.mask_ratio}")
-        if args.mask_strategy not in (None, "random"):
-            raise ValueError(f"--{patterns[0]} chooses the masks, --mask_strategy {args.mask_strategy} would too")
-        masking.PATTERNS[PATTERNS[patterns[0]]](1, grid)  # refuses a grid that it does not fit
+    if patterns and args.mask_strategy not in (None, "random"):
+        raise ValueError(f"--{patterns[0]} chooses the masks, --mask_strategy {args.mask_strategy} would too")
     if args.mask_strategy is None:
         args.mask_strategy = "easy_to_hard" if args.learning_loss and not patterns else "random"
     if args.mask_strategy != "random" and not args.learning_loss:
@@ -235,12 +229,6 @@ def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
     )
     model.grad_checkpointing = args.grad_checkpointing
     return model
-
-
-def mask_plan(args: argparse.Namespace, grid: tuple[int, int]) -> masking.MaskPlan:
-    pattern = next((name for option, name in PATTERNS.items() if getattr(args, option)), None)
-    alphas = (args.alpha_0, args.alpha_T)
-    return masking.MaskPlan(grid, args.mask_ratio, args.epochs, args.mask_strategy, alphas, pattern)
 
 
 def build_optimizer(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
@@ -272,7 +260,7 @@ def masks_of_epoch(
         see: the EMA teacher's pass, images -> predicted loss (B, L) and patch tokens (B, L, E).
         frozen: a frozen network's features (B, L, D), for --target dino and clip.
     """
-    plan = mask_plan(args, grid)
+    plan = masking.MaskSampler.from_options(vars(args), grid)
     num_hardest = plan.num_hardest(epoch)
 
     def look(images: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -335,7 +323,7 @@ def panels(
     Returns:
         A function of the number of epochs that are done.
     """
-    plan = mask_plan(args, model.patch_embed.grid_size)
+    plan = masking.MaskSampler.from_options(vars(args), model.patch_embed.grid_size)
 
     def look(imgs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         scores, tokens = (None, None) if teacher is None else teacher.module.predict_loss(imgs, return_tokens=True)

@@ -9,7 +9,7 @@ from models_hpm import MaskedAutoencoderViT
 from util import rng
 from util.data.transforms import ToModelInput
 from util.losses import relative_loss
-from util.masking import STRATEGIES, MaskPlan
+from util.masking import STRATEGIES, MaskSampler
 from util.metrics import rank_accuracy
 from util.run.distributed import World
 from visualize.panel import examine, mask_note, panel, reconstruct, whose_masks
@@ -30,7 +30,7 @@ def build(**kwargs):
 
 
 def plan(**kwargs):
-    return MaskPlan(**{"grid_size": GRID, "mask_ratio": 0.75, "epochs": EPOCHS, **kwargs})
+    return MaskSampler(**{"grid_size": GRID, "mask_ratio": 0.75, "epochs": EPOCHS, **kwargs})
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_masks_are_those_of_pre_training(images, options):
     text = f"--model mae_vit_micro_patch16 --input_size {SIDE} --patch_size {PATCH} --epochs {EPOCHS} {options}"
     args = main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(text.split()), World(0, 1, 0, 1))
     model, imgs = build(), normalised(images)
-    masks, found = look_at(model, images, main_pretrain.mask_plan(args, GRID), epochs=[0, 4, 9])
+    masks, found = look_at(model, images, MaskSampler.from_options(vars(args), GRID), epochs=[0, 4, 9])
 
     def see(imgs):
         return model.predict_loss(imgs, return_tokens=True)

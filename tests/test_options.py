@@ -1,6 +1,7 @@
 """Options of the scripts: declared means read, and a mistake ends in one line."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import main_knn
 import main_linprobe
 import main_pretrain
 from export import __main__ as export
+from util import masking
 from util.run import distributed, options
 from util.run import loop as training
 from visualize import __main__ as visualize
@@ -28,6 +30,13 @@ def only_names(node):
     return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("FIXED", "UNREAD")
 
 
+def read_from_a_mapping(module):
+    """Names that a module looks up in a mapping called options: `options["epochs"]`, `options.get("alpha_0", 0.0)`."""
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+        text = ast.unparse(node) if isinstance(node, ast.Subscript | ast.Call) else ""
+        yield from re.findall(r"^(?:self\.)?options(?:\[|\.get\()'(\w+)'", text)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def test_every_declared_option_is_read(script):
     tree = ast.parse(Path(script.__file__).read_text())
@@ -37,6 +46,8 @@ def test_every_declared_option_is_read(script):
     read |= {
         n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)
     }  # getattr(args, "name")
+    if hasattr(script, "MaskSampler") or hasattr(script, "masking"):
+        read |= set(read_from_a_mapping(masking))
     if hasattr(script, "TrainingLoop"):
         loop = ast.walk(ast.parse(Path(training.__file__).read_text()))
         read |= {n.attr for n in loop if isinstance(n, ast.Attribute) and ast.unparse(n.value).endswith("settings")}
@@ -115,7 +126,7 @@ MISTAKES = {
     "--decoder_num_heads 7": "decoder width 512 is not a multiple of its 7 heads",
     "--norm_pix_loss --target pixel": "--target and --norm_pix_loss name different targets (pixel, norm_pixel)",
     "--mask_block --mask_regular": "give one",
-    "--mask_block --mask_ratio 0.6": "--mask_block is made for --mask_ratio 0.75, not 0.6",
+    "--mask_block --mask_ratio 0.6": "--mask_block requires --mask_ratio 0.75, got 0.6",
     "--mask_regular --input_size 240": "even grid of patches, not 15 x 15",
     "--mask_block --mask_strategy hardest": "--mask_strategy hardest would too",
     "--no-learning_loss --mask_strategy hardest": "--mask_strategy hardest needs the loss predictor",

@@ -3,7 +3,8 @@
 Shapes: B batch, L patches, V visible, M masked. A mask is bool (B, L), True = masked, M of them in every row.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -106,43 +107,62 @@ def regular_mask(
     return (place != shown).flatten(1)  # (B, h/2, 2, w/2, 2) -> (B, L)
 
 
-# Masks that no prediction has a part in, by name.
+# Masks that do not depend on predicted loss, by name.
 PATTERNS = {"block": block_mask, "regular": regular_mask}
 
 
-@dataclass(frozen=True)
-class MaskPlan:
-    """Where the masks of a run come from, over all its epochs.
+class MaskSampler:
+    """Draws the masks of a run: strategy, ratio and easy-to-hard schedule in one place, for training and for pictures.
 
-    Attributes:
+    Args:
         grid_size: (h, w), in patches.
         epochs: of the whole run.
         strategy: a name in `STRATEGIES`.
         alphas: (alpha_0, alpha_T).
-        pattern: a name in `PATTERNS`, whose masks take the place of the strategy's; None for none.
+        pattern: a name in `PATTERNS`, which replaces the strategy's masks; None for none.
+
+    Attributes:
+        num_patches, num_masked: L and M.
+
+    Raises:
+        ValueError: the ratio masks all patches or none, or the pattern does not fit the ratio or the grid.
     """
 
-    grid_size: tuple[int, int]
-    mask_ratio: float
-    epochs: int
-    strategy: str = "easy_to_hard"
-    alphas: tuple[float, float] = (0.0, 0.5)
-    pattern: str | None = None
+    def __init__(
+        self,
+        grid_size: tuple[int, int],
+        mask_ratio: float,
+        epochs: int,
+        strategy: str = "easy_to_hard",
+        alphas: tuple[float, float] = (0.0, 0.5),
+        pattern: str | None = None,
+    ) -> None:
+        self.grid_size, self.epochs, self.strategy, self.pattern = grid_size, epochs, strategy, pattern
+        self.num_patches = grid_size[0] * grid_size[1]
+        self.num_masked = count_masked(self.num_patches, mask_ratio)
+        if not 0 < self.num_masked < self.num_patches:
+            raise ValueError(
+                f"--mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_patches} patches: leave some of each"
+            )
+        if pattern is not None:
+            if mask_ratio != 0.75:
+                raise ValueError(f"--mask_{pattern} requires --mask_ratio 0.75, got {mask_ratio}")
+            PATTERNS[pattern](1, grid_size)  # raises where the grid does not fit
+        self._start, self._end = STRATEGIES[strategy](*alphas)
 
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    @property
-    def num_masked(self) -> int:
-        return count_masked(self.num_patches, self.mask_ratio)
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], grid_size: tuple[int, int]) -> "MaskSampler":
+        """The sampler that a run's options describe (those of main_pretrain.py, as in its checkpoints)."""
+        pattern = next((name for name in PATTERNS if options.get(f"mask_{name}")), None)
+        alphas = (options.get("alpha_0", 0.0), options.get("alpha_T", 0.5))
+        strategy = options.get("mask_strategy") or "easy_to_hard"
+        return cls(tuple(grid_size), options["mask_ratio"], options["epochs"], strategy, alphas, pattern)
 
     def num_hardest(self, epoch: int) -> int:
         """How many of the masked patches are chosen by predicted loss in `epoch` (counted from 0)."""
         if self.pattern is not None:
             return 0
-        start, end = STRATEGIES[self.strategy](*self.alphas)
-        return num_hardest(self.num_masked, epoch, self.epochs, start, end)
+        return num_hardest(self.num_masked, epoch, self.epochs, self._start, self._end)
 
     def draw(
         self,
@@ -152,7 +172,7 @@ class MaskPlan:
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """The masks (B, L) of a batch in `epoch`; `scores` (B, L), the predicted loss, may be None where none count."""
+        """Masks (B, L) of a batch. `scores`, the predicted loss (B, L), may be None where `num_hardest` is 0."""
         if self.pattern is not None:
             return PATTERNS[self.pattern](batch_size, self.grid_size, generator, device)
         count = self.num_hardest(epoch)

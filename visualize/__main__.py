@@ -149,27 +149,16 @@ def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
     return model.to(distributed.pick_device(args.device, distributed.World(0, 1, 0, 1)))
 
 
-def mask_plan(args: argparse.Namespace, model: models_hpm.MaskedAutoencoderViT) -> masking.MaskPlan:
-    """How the run drew its masks.
+def mask_sampler(args: argparse.Namespace, model: models_hpm.MaskedAutoencoderViT) -> masking.MaskSampler:
+    """The sampler of the run's masks.
 
     Raises:
-        ValueError: the mask ratio masks all patches or none, or is another than a pattern's.
+        ValueError: the mask ratio masks all patches or none, or does not fit the run's pattern.
     """
-    trained = args.trained
-    pattern = next((name for name in masking.PATTERNS if trained.get(f"mask_{name}")), None)
-    plan = masking.MaskPlan(
-        grid_size=tuple(model.patch_embed.grid_size),
-        mask_ratio=args.mask_ratio,
-        epochs=args.epochs,
-        strategy=trained.get("mask_strategy", "easy_to_hard") if model.learning_loss else "random",
-        alphas=(trained.get("alpha_0", 0.0), trained.get("alpha_T", 0.5)),
-        pattern=pattern,
-    )
-    if pattern is not None and args.mask_ratio != 0.75:
-        raise ValueError(f"--mask_ratio {args.mask_ratio}: the run's {pattern} masks are made for 0.75")
-    if not 0 < plan.num_masked < plan.num_patches:
-        raise ValueError(f"--mask_ratio {args.mask_ratio} masks {plan.num_masked} of {plan.num_patches} patches")
-    return plan
+    settings = {**args.trained, "mask_ratio": args.mask_ratio, "epochs": args.epochs}
+    if not model.learning_loss:
+        settings["mask_strategy"] = "random"
+    return masking.MaskSampler.from_options(settings, model.patch_embed.grid_size)
 
 
 def load_images(args: argparse.Namespace) -> tuple[torch.Tensor, list[str]]:
@@ -208,7 +197,7 @@ def find(path: str, split: str | None, cache_dir: str | None) -> ImageFiles:
 def draw(args: argparse.Namespace) -> list[bytes]:
     """The pictures of --checkpoint as files: all images in one, or each in its own."""
     model = build_model(args)
-    plan = mask_plan(args, model)
+    masks = mask_sampler(args, model)
     images, names = load_images(args)
     look = None
     if args.target == "ema" and args.trained:  # the features are the teacher's, which the file holds
@@ -221,7 +210,7 @@ def draw(args: argparse.Namespace) -> list[bytes]:
         model,
         images,
         names,
-        plan,
+        masks,
         mean=args.mean,
         std=args.std,
         epochs=[0, args.epoch, args.epochs - 1],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models_hpm import MaskedAutoencoderViT, gather_tokens, split_mask
 from util.data.transforms import ToModelInput
-from util.masking import MaskPlan
+from util.masking import MaskSampler
 from util.metrics import rank_accuracy
 from util.rng import generator
 from visualize.draw import SCALES, Panel, heat_map, hide, to_image
@@ -43,7 +43,7 @@ def untouched(model: MaskedAutoencoderViT, device: torch.device, seed: int) -> I
 def examine(
     model: MaskedAutoencoderViT,
     imgs: Tensor,
-    plan: MaskPlan,
+    sampler: MaskSampler,
     *,
     epochs: Sequence[int],
     epoch: int,
@@ -54,7 +54,7 @@ def examine(
     """Look at normalised images (B, C, H, W).
 
     Args:
-        plan: where the masks come from.
+        sampler: where the masks come from.
         epochs: whose masks to draw, counted from 0.
         epoch: whose mask to reconstruct from.
         seed: of the masks' random part, the same for every epoch, so that what moves is what the model chooses.
@@ -75,13 +75,13 @@ def examine(
             scores, target = look(imgs)
         found = {} if scores is None else {"hardness": scores}
         on_cpu = None if scores is None else scores.float().cpu()  # the same masks whatever the device
-        masks = {e: plan.draw(on_cpu, len(imgs), e, generator(seed)) for e in {*epochs, epoch}}
+        masks = {e: sampler.draw(on_cpu, len(imgs), e, generator(seed)) for e in {*epochs, epoch}}
         if model.target_dim is not None and target is None:
             return masks, found
 
         mask = masks[epoch].to(imgs.device)
         # Not model(...): a compiled model would be compiled anew for a batch of another size.
-        out = model.forward(imgs, mask, target, plan.num_masked)
+        out = model.forward(imgs, mask, target, sampler.num_masked)
         patch_loss = out["patch_loss"]  # (B, M)
         found["errors"] = torch.zeros(mask.shape, device=imgs.device).masked_scatter_(mask, patch_loss)
         found["loss_rec"] = patch_loss.mean(dim=1)
@@ -121,7 +121,7 @@ def panel(
     model: MaskedAutoencoderViT,
     images: Tensor,
     names: Sequence[str],
-    plan: MaskPlan,
+    sampler: MaskSampler,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -142,10 +142,12 @@ def panel(
     The others are those of `examine`.
     """
     imgs = ToModelInput(mean, std, next(model.parameters()).device, flip=False)(images)
-    masks, found = examine(model, imgs, plan, epochs=epochs, epoch=epoch, seed=seed, look=look, patch_stats=patch_stats)
+    masks, found = examine(
+        model, imgs, sampler, epochs=epochs, epoch=epoch, seed=seed, look=look, patch_stats=patch_stats
+    )
     masks = {e: mask.numpy() for e, mask in masks.items()}
     found = {name: value.cpu().float().numpy() for name, value in found.items()}
-    grid, patch = plan.grid_size, model.patch_embed.patch_size[0]
+    grid, patch = sampler.grid_size, model.patch_embed.patch_size[0]
     to_scale = SCALES[scale]
 
     columns = {("image", ""): lambda i, image: image}
@@ -153,11 +155,11 @@ def panel(
         columns["predicted hardness", "all patches visible"] = lambda i, image: heat_map(
             image, to_scale(found["hardness"][i]), grid, patch
         )
-    for e in whose_masks(plan, epochs):
-        columns[mask_title(plan, e, epochs), mask_note(plan, e)] = lambda i, image, e=e: hide(
+    for e in whose_masks(sampler, epochs):
+        columns[mask_title(sampler, e, epochs), mask_note(sampler, e)] = lambda i, image, e=e: hide(
             image, masks[e][i], grid, patch
         )
-    from_mask = f"from the {mask_title(plan, epoch, epochs)}"
+    from_mask = f"from the {mask_title(sampler, epoch, epochs)}"
     if "reconstruction" in found:
         stats = f"; {PATCH_STATS[patch_stats]}" * model.norm_pix_loss
         columns["reconstruction", from_mask + stats] = lambda i, image: to_image(found["reconstruction"][i], mean, std)
@@ -177,28 +179,28 @@ def panel(
     )
 
 
-def whose_masks(plan: MaskPlan, epochs: Sequence[int]) -> list[int]:
+def whose_masks(sampler: MaskSampler, epochs: Sequence[int]) -> list[int]:
     """The epochs whose masks differ in what is chosen: a strategy that does not change has one column."""
     ordered = sorted(set(epochs))
-    return ordered if len({plan.num_hardest(e) for e in ordered}) > 1 else ordered[-1:]
+    return ordered if len({sampler.num_hardest(e) for e in ordered}) > 1 else ordered[-1:]
 
 
-def mask_title(plan: MaskPlan, epoch: int, epochs: Sequence[int]) -> str:
-    if len(whose_masks(plan, epochs)) == 1 and len(set(epochs)) > 1:
+def mask_title(sampler: MaskSampler, epoch: int, epochs: Sequence[int]) -> str:
+    if len(whose_masks(sampler, epochs)) == 1 and len(set(epochs)) > 1:
         return "mask"
-    words = {0: "mask at the start", plan.epochs - 1: "mask at the end"}
+    words = {0: "mask at the start", sampler.epochs - 1: "mask at the end"}
     return words.get(epoch, f"mask of epoch {epoch}")
 
 
-def mask_note(plan: MaskPlan, epoch: int) -> str:
+def mask_note(sampler: MaskSampler, epoch: int) -> str:
     """How the masked patches were chosen."""
-    chosen = plan.num_hardest(epoch)
-    if plan.pattern is not None:
-        return f"{plan.pattern} pattern"
+    chosen = sampler.num_hardest(epoch)
+    if sampler.pattern is not None:
+        return f"{sampler.pattern} pattern"
     if chosen == 0:
-        return f"{plan.num_masked} of {plan.num_patches}, at random"
-    kind = "easiest" if plan.strategy == "easiest" else "hardest"
-    return f"{plan.num_masked} of {plan.num_patches}, {chosen} of them the {kind}"
+        return f"{sampler.num_masked} of {sampler.num_patches}, at random"
+    kind = "easiest" if sampler.strategy == "easiest" else "hardest"
+    return f"{sampler.num_masked} of {sampler.num_patches}, {chosen} of them the {kind}"
 
 
 def on_masked(to_scale: Callable[[np.ndarray], np.ndarray], errors: np.ndarray, mask: np.ndarray) -> np.ndarray:
