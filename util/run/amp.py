@@ -1,28 +1,43 @@
-"""Compute precision: autocast, the loss scaler that fp16 needs, and the optimizer step with clipped gradients."""
+"""Mixed precision: autocast, the loss scaler of fp16, and the optimizer step with gradient clipping.
 
-from collections.abc import Iterable
+A step whose loss or gradient is not finite is skipped. Skipping is decided and counted on the device, where the log
+reads the counters at its own interval. The norm of the reduced gradient is the same on all ranks, and so are the
+counters: no communication is needed.
+"""
+
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from util.run.bad_steps import BadSteps, step_unless
-
-NAMES = ("fp32", "bf16", "fp16")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class NonFinite(FloatingPointError):
+    """End of a run with too many consecutive skipped steps."""
+
+
+class SkippedSteps(NamedTuple):
+    """Skipped optimizer steps: those in total, and of the longest row since the counters were last read its length, its
+    first step (counted by this process) and the loss of this rank there."""
+
+    total: int
+    in_a_row: int
+    first: int
+    loss: float
+
+
 def default_precision(device: torch.device) -> str:
-    """bf16 where the GPU has it natively, fp16 on older ones, fp32 on the CPU."""
+    """bf16 where the GPU supports it natively, fp16 on older GPUs, fp32 on the CPU."""
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-class Precision:
-    """How a step computes. Weights, gradients and losses are float32 always; autocast picks what runs lower.
-
-    Making one settles for the process that float32 means float32: PyTorch's convolutions would use TF32 otherwise.
+class Amp:
+    """Forward and backward passes in a precision. Weights, gradients and losses are always float32.
 
     Raises:
         ValueError: fp16 without CUDA.
@@ -31,16 +46,17 @@ class Precision:
     def __init__(self, name: str, device: torch.device) -> None:
         if name == "fp16" and device.type != "cuda":
             raise ValueError(f"--precision fp16 needs CUDA, the device is {device}: give bf16 or fp32")
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
         self.name = name
         self.device = device
-        self.bad_steps = BadSteps(device)
-        self.skipped = self._loss = torch.zeros((), device=device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        self.steps = 0
+        self._loss = torch.zeros((), device=device)
+        self._total = torch.zeros((), device=device)
+        self._row = torch.zeros(3, device=device)  # consecutive skipped steps: number, first step, loss there
+        self._longest = self._row
 
     def choose_attention(self, model: nn.Module) -> None:
-        """PyTorch's fused attention, except under bf16 on the CPU: its kernel is there slower than plain products."""
+        """PyTorch's fused attention, except for bf16 on the CPU, where its kernel is slower than plain products."""
         fused = not (self.name == "bf16" and self.device.type == "cpu")
         for module in model.modules():
             if hasattr(module, "fused_attn"):
@@ -50,32 +66,55 @@ class Precision:
         return torch.autocast(self.device.type, dtype=_DTYPES[self.name], enabled=self.name != "fp32")
 
     def backward(self, loss: Tensor) -> None:
-        """Back-propagate. A loss that is not finite makes every gradient so: their norm then tells it to all ranks."""
+        """Back-propagate. A non-finite loss turns every gradient NaN, so that all ranks see it in the gradient norm."""
         self._loss = self._loss + loss.detach()
         poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         self.scaler.scale(loss * poison).backward()
 
-    def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip_grad: float) -> Tensor:
-        """Clip to the norm `clip_grad` (0 = do not), step, clear. Returns the norm before clipping, on the device.
+    def step(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], clip_grad: float) -> Tensor:
+        """Clip the gradient to norm `clip_grad` (0 disables), take an optimizer step, clear the gradients.
 
-        If the norm is not finite, no weight and no state changes; `skipped` is then 1, else 0, on the device.
-        `bad_steps` counts these, but for overflows that a lower loss scale can still cure.
+        If the norm is not finite, neither weights nor optimizer state change. fp16 overflows that a lower loss scale
+        cures are skipped as well, but not counted.
+
+        Args:
+            optimizer: one that takes `found_inf` as a tensor on the device (fused AdamW and SGD, LARS).
+
+        Returns:
+            The norm before clipping, a scalar on the device.
         """
+        assert getattr(optimizer, "_step_supports_amp_scaling", False), "the optimizer cannot skip steps on the device"
         self.scaler.unscale_(optimizer)
-        numbered = [(i, p.grad) for i, p in enumerate(parameters) if p.grad is not None]
-        with_gradient, gradients = [i for i, _ in numbered], [gradient for _, gradient in numbered]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        norm = torch.linalg.vector_norm(norms)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if clip_grad > 0:
             torch._foreach_mul_(gradients, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
-        self.skipped = 1.0 - norm.isfinite().float()
-        step_unless(optimizer, self.skipped)
+        skipped = 1.0 - norm.isfinite().float()
+        optimizer.grad_scale, optimizer.found_inf = None, skipped
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+
+        # The counters, without reading the device: 0-dimensional tensors made by a fill, not copied from the host.
         incurable = self.scaler.scale(torch.ones_like(norm)) <= 1.0 if self.scaler.is_enabled() else 1.0
-        self.bad_steps.update(self.skipped * incurable, self._loss, norms, with_gradient)
+        bad = skipped * incurable
+        number = torch.full((), float(self.steps), device=self.device)
+        begins = torch.stack([torch.ones_like(norm), number, self._loss.float()])
+        grows = torch.cat([self._row[:1] + 1, self._row[1:]])
+        self._row = torch.where(self._row[0] > 0, grows, begins)
+        self._row = torch.where(bad > 0, self._row, torch.zeros_like(self._row))
+        self._longest = torch.where(self._row[0] > self._longest[0], self._row, self._longest)
+        self._total = self._total + bad
+        self.steps += 1
         self._loss = torch.zeros((), device=self.device)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def read_skipped(self) -> SkippedSteps:
+        """The counters. Waits for the device."""
+        total, in_a_row, first, loss = torch.cat([self._total.view(1), self._longest]).tolist()
+        self._longest = self._row
+        return SkippedSteps(int(total), int(in_a_row), int(first), loss)
 
     def state_dict(self) -> dict:
         return self.scaler.state_dict()

@@ -1,30 +1,33 @@
-"""One process or many: torchrun's environment, and collectives that need no process group when there is one process."""
+"""One process or many: torchrun's environment, the process group, and collectives that also work without a group."""
 
 import datetime
 import os
 import pickle
+import re
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported once there is a group, its functions would hold it for ever, as their default
+import torch.distributed.nn  # imported after a group exists, its default arguments would hold the group forever
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from util.run.amp import Amp, default_precision
+from util.run.logger import setup_logging
+
 T = TypeVar("T")
 
-_wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()  # by `wrap`, until `stop`
+_wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()  # by `wrap_ddp`, until `shutdown`
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among those of the run."""
+    """This process's rank and the number of processes, in the run and on this node."""
 
     rank: int
     size: int
@@ -33,10 +36,10 @@ class World:
 
 
 def read_environment(environ: dict[str, str] | None = None) -> World:
-    """What torchrun says about this process; without torchrun, the only one. SLURM's variables are not looked at.
+    """torchrun's environment variables; without torchrun, a world of one process. SLURM's variables are ignored.
 
     Raises:
-        ValueError: only a part of torchrun's variables is set, or they are not numbers that fit each other.
+        ValueError: some of torchrun's variables are missing, or they are not consistent numbers.
     """
     environ = os.environ if environ is None else environ
     if not any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
@@ -44,7 +47,7 @@ def read_environment(environ: dict[str, str] | None = None) -> World:
     missing = [name for name in _ENVIRONMENT if name not in environ]
     if missing:
         raise ValueError(
-            f"of torchrun's variables, {', '.join(missing)} is not set: start with torchrun, or unset "
+            f"torchrun sets {', '.join(missing)}, which is missing: start with torchrun, or unset "
             + ", ".join(name for name in _ENVIRONMENT if name in environ)
         )
     try:
@@ -52,27 +55,28 @@ def read_environment(environ: dict[str, str] | None = None) -> World:
     except ValueError as error:
         raise ValueError(f"torchrun's variables must be numbers: {error}") from error
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
-        raise ValueError(f"RANK {rank}, WORLD_SIZE {size}, LOCAL_RANK {local_rank} do not fit each other")
+        raise ValueError(f"RANK {rank}, WORLD_SIZE {size} and LOCAL_RANK {local_rank} are inconsistent")
     return World(rank, size, local_rank, local_size)
 
 
 def pick_device(name: str | None, world: World) -> torch.device:
-    """The device of this process: CUDA where there is one unless `name` says otherwise.
+    """The device of this process: `name`, by default CUDA where available.
 
     Raises:
-        ValueError: `name` asks for CUDA and there is none, or the node has fewer GPUs than processes.
+        ValueError: another device than CUDA and the CPU, CUDA is not available, or fewer GPUs than processes.
     """
     kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not kind.startswith("cuda"):
-        try:
-            return torch.device(kind)
-        except RuntimeError as error:
-            raise ValueError(f"--device {name}: there is no such device; give cuda or cpu") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", kind):
+        raise ValueError(f"--device {name} is not supported: give cuda or cpu")
+    if kind == "cpu":
+        return torch.device(kind)
     if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this PyTorch sees no CUDA device; leave the option out, or give cpu")
+        raise ValueError(f"--device {name}: this PyTorch finds no CUDA device; omit the option, or give cpu")
     if kind != "cuda":
         if world.size > 1:
             raise ValueError(f"--device {name} with {world.size} processes: give cuda, each process takes its own GPU")
+        if int(kind[5:]) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: this node has {torch.cuda.device_count()} GPUs, counted from 0")
         return torch.device(kind)
     if world.local_rank >= torch.cuda.device_count():
         raise ValueError(
@@ -81,24 +85,36 @@ def pick_device(name: str | None, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def start(world: World, device: torch.device, timeout_minutes: float) -> None:
-    """Join the process group (NCCL on CUDA, gloo elsewhere). One process needs none."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+def setup(world: World, device: str | None, precision: str | None, timeout_minutes: float) -> tuple[torch.device, Amp]:
+    """Start a script: device and precision, process group (NCCL on CUDA, gloo elsewhere), logging on rank 0.
+
+    float32 means float32 from here on: PyTorch's convolutions would use TF32 otherwise.
+
+    Raises:
+        ValueError: no such device, or it does not support the precision.
+    """
+    chosen = pick_device(device, world)
+    amp = Amp(precision or default_precision(chosen), chosen)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if world.size > 1:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if chosen.type == "cuda" else "gloo",
             rank=world.rank,
             world_size=world.size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
+    setup_logging(world.rank == 0)
+    return chosen, amp
 
 
-def stop() -> None:
-    """Leave the process group, and end its threads; nothing that `wrap` returned can be trained afterwards.
+def shutdown() -> None:
+    """Leave the process group and end its threads. Nothing that `wrap_ddp` returned can be trained afterwards.
 
-    A thread of the group that lets go of a tensor needs the GIL for it. So the group must go down here, where PyTorch
-    gives up the GIL: if DDP's reducer held it last, the two would wait for each other (pytorch/pytorch#56297), and if
+    A thread of the group that frees a tensor needs the GIL for it. So the group must go down here, where PyTorch
+    releases the GIL: if DDP's reducer held it last, the two would wait for each other (pytorch/pytorch#56297), and if
     its threads outlived Python, the process would end by SIGABRT. tests/stress/leaving.py shows both.
     """
     for model in _wrapped:
@@ -108,11 +124,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place."""
     if dist.is_initialized():
@@ -120,15 +131,8 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up on any rank; the same answer on all."""
-    if not dist.is_initialized():
-        return flag
-    return all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0
-
-
 def gather(value: T) -> list[T]:
-    """The values of all ranks, in their order, on all ranks."""
+    """The values of all ranks, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[T] = [value] * dist.get_world_size()
@@ -136,39 +140,8 @@ def gather(value: T) -> list[T]:
     return values
 
 
-class Hearsay:
-    """Small whole numbers that ranks tell each other at every step, without waiting for any device.
-
-    What is told at one call is read at the next, a step later: the exchange runs between hosts (gloo, also beside
-    NCCL) while the step is computed, so that it has arrived when it is asked for. All ranks must call in step; each
-    call gives the same answer on all of them.
-    """
-
-    def __init__(self, timeout_minutes: float) -> None:
-        self._group = self._work = None
-        if dist.is_initialized():
-            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
-
-    def __call__(self, numbers: list[int]) -> list[int]:
-        """The largest of each number over the ranks, as told at the last call (at first, zeros); at once if alone."""
-        if self._group is None:
-            return numbers
-        heard = self.listen() or [0] * len(numbers)
-        self._told = torch.tensor(numbers)
-        self._work = dist.all_reduce(self._told, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return heard
-
-    def listen(self) -> list[int] | None:
-        """What the last call told, waited for; None if there is nothing to hear. No rank leaves before the others."""
-        if self._work is None:
-            return None
-        self._work.wait()
-        self._work = None
-        return self._told.tolist()
-
-
 def from_rank_zero(compute: Callable[[], T]) -> T:
-    """Run `compute` on rank 0 alone and give its result to all. What it raises is raised everywhere."""
+    """Run `compute` on rank 0 only and broadcast its result. An exception is raised on all ranks."""
     if not dist.is_initialized():
         return compute()
     box: list = [None, None]
@@ -191,13 +164,8 @@ def _can_pickle(error: Exception) -> bool:
     return True
 
 
-def gradient_exchange(model: nn.Module, now: bool) -> AbstractContextManager:
-    """Around a micro-step: whether DDP exchanges gradients in its backward pass. Only a step's last one needs to."""
-    return nullcontext() if now or not isinstance(model, DistributedDataParallel) else model.no_sync()
-
-
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """DistributedDataParallel where there are several processes. Ranks hold rank 0's weights afterwards."""
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
+    """DistributedDataParallel where there are several processes. All ranks hold rank 0's weights afterwards."""
     if not dist.is_initialized():
         return model
     wrapped = DistributedDataParallel(

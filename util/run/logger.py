@@ -1,8 +1,7 @@
-"""The only writer of a run's output: console, log.jsonl, TensorBoard, config.json."""
+"""The only writer of a run's log: console, log.jsonl, TensorBoard, config.json."""
 
 import json
 import logging
-import os
 import platform
 import subprocess
 import sys
@@ -15,13 +14,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from util.run.folder import CONFIG, LOG, read_log, write_text
+
 log = logging.getLogger("hpm")
 
-_COMPACT = {"lr": ".2e", "ema_decay": ".5f", "grad_norm": ".2f", "num_hardest": ".0f", "bad_steps": ".0f"}
+_FORMATS = {"lr": ".2e", "grad_norm": ".2f"}  # in the console; other values have four decimals
 
 
 class _ThroughBar(logging.Handler):
-    """Lines on standard output that do not tear the progress bar on standard error."""
+    """Prints lines to standard output without breaking the progress bar on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
@@ -29,7 +30,7 @@ class _ThroughBar(logging.Handler):
 
 
 def setup_logging(enabled: bool) -> None:
-    """Lines of the "hpm" logger go to standard output on rank 0, elsewhere nothing but errors to standard error."""
+    """The "hpm" logger prints to standard output on rank 0; on other ranks only errors, to standard error."""
     log.handlers.clear()
     log.propagate = False
     handler = _ThroughBar() if enabled else logging.StreamHandler()
@@ -39,19 +40,18 @@ def setup_logging(enabled: bool) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, device, git commit and command line, for config.json."""
+    """Command line, git commit, versions and device, for config.json."""
     import timm
     import torchvision
 
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
     return {
         "command": sys.argv,
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": commit or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -61,54 +61,37 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that it is never seen half-written."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
-
-
 class RunLogger:
-    """Log of one run; on ranks other than 0 (`folder` None) it does nothing.
+    """Log of a run; on ranks other than 0 (`folder` None) it does nothing.
 
     Args:
-        folder: the run's folder, for log.jsonl.
+        folder: the run folder, for log.jsonl and config.json.
         log_dir: folder of the TensorBoard events.
-        keep_epochs: lines of log.jsonl beyond this many epochs are cut: they are of work that was lost and is redone.
+        position: epochs completed, as a fraction. Later lines and events belong to work that will be repeated: lines
+            are cut, events hidden.
     """
 
-    def __init__(self, folder: Path | None, log_dir: Path | None, keep_epochs: int) -> None:
+    def __init__(self, folder: Path | None, log_dir: Path, position: float) -> None:
         self.folder = folder
         self.writer = None
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and of use on one rank only
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed on one rank only
 
-        self._cut(folder / "log.jsonl", keep_epochs)
-        self.writer = SummaryWriter(log_dir=str(log_dir), purge_step=keep_epochs * 1000 + 1 if keep_epochs else None)
+        if (folder / LOG).exists():
+            kept = [line for line in read_log(folder) if line["epoch"] < int(position)]
+            write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+        purge_step = int(position * 1000) + 1 if position else None
+        self.writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
 
-    @staticmethod
-    def _cut(path: Path, keep_epochs: int) -> None:
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["epoch"] < keep_epochs:
-                    kept.append(line)
-            except ValueError:
-                continue  # half a line, of a run that was killed as it wrote
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(path)
-
-    def config(self, content: dict[str, Any]) -> None:
+    def config(self, script: str, options: dict[str, Any]) -> None:
         """config.json: what this run is."""
         if self.folder is not None:
-            write_json(self.folder / "config.json", content)
+            content = {"script": script, "options": options, "environment": describe_environment()}
+            write_text(self.folder / CONFIG, json.dumps(content, indent=2) + "\n")
 
     def scalars(self, values: dict[str, float], epoch: float) -> None:
-        """To TensorBoard; the x-axis is thousandths of an epoch, so that runs of any batch size compare (MAE)."""
+        """To TensorBoard. The x-axis is thousandths of an epoch, so that runs of any batch size compare (MAE)."""
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, int(epoch * 1000))
@@ -122,7 +105,7 @@ class RunLogger:
         """One line of log.jsonl, and the same to TensorBoard."""
         if self.folder is None:
             return
-        with open(self.folder / "log.jsonl", "a") as file:
+        with open(self.folder / LOG, "a") as file:
             file.write(json.dumps(record) + "\n")
         self.scalars({f"epoch/{k}": v for k, v in record.items() if isinstance(v, (int, float))}, record["epoch"] + 1)
         self.writer.flush()
@@ -133,96 +116,77 @@ class RunLogger:
 
 
 class Progress:
-    """Steps of an epoch, shown on a terminal as a bar and a line at its end, elsewhere as a line each `interval` steps.
-
-    It also keeps the time: how long the epoch took, and what share of that was waiting for data.
+    """Shows the steps of an epoch: a bar on a terminal, elsewhere a line every `interval` steps.
 
     Args:
-        total_steps: optimizer steps of the epoch.
-        images_per_step: over all ranks.
-        epochs: of the whole run, for the time it will still take.
+        epoch, epochs: number of the epoch from 0, and of how many; for the time remaining in the run.
+        step, steps: optimizer steps completed, and of the whole epoch.
+        global_batch: images per step over all ranks.
+
+    Attributes:
+        waited: seconds spent waiting for data; who waits adds to it.
     """
 
     def __init__(
-        self,
-        logger: RunLogger,
-        epoch: int,
-        epochs: int,
-        first_step: int,
-        total_steps: int,
-        images_per_step: int,
-        interval: int,
+        self, logger: RunLogger, epoch: int, epochs: int, step: int, steps: int, global_batch: int, interval: int
     ) -> None:
-        self.logger = logger
+        self.logger, self.interval, self.global_batch = logger, interval, global_batch
         self.epoch, self.epochs = epoch, epochs
-        self.step, self.first_step, self.total_steps = first_step, first_step, total_steps
-        self.images_per_step, self.interval = images_per_step, interval
+        self.step, self.first_step, self.steps = step, step, steps
         self.waited = 0.0
         self.began = time.perf_counter()
-        self._window = (self.began, 0.0, first_step)  # time, waiting and step at the last line
+        self._window = (self.began, 0.0, step)  # time, seconds waited and step at the last report
         visible = logger.folder is not None and sys.stderr.isatty()
         self.bar = tqdm(
-            total=total_steps,
-            initial=first_step,
+            total=steps,
+            initial=step,
             desc=f"epoch {epoch + 1}/{epochs}",
-            bar_format="{l_bar}{bar:10}| {n_fmt}/{total_fmt}{postfix}",  # the time left is the run's, in the postfix
+            bar_format="{l_bar}{bar:10}| {n_fmt}/{total_fmt}{postfix}",  # the eta of the run is in the postfix
             disable=not visible,
             dynamic_ncols=True,
             leave=False,
         )
 
-    def waiting(self, batches: Iterable) -> Iterator:
-        """The batches, with the time each is waited for counted."""
-        iterator = iter(batches)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - start
-            yield batch
-
     def advance(self) -> bool:
-        """One more optimizer step is done. True when its numbers should be read: waiting for the device costs time."""
+        """Count a completed optimizer step. True when metrics should be read, which waits for the device."""
         self.step += 1
         self.bar.update()
-        return self.step % self.interval == 0 or self.step == self.total_steps
+        return self.step % self.interval == 0 or self.step == self.steps
 
     def report(self, values: dict[str, float]) -> None:
-        """Show the means since the last report, with speed and the time left."""
+        """Show the means since the last report, with throughput and time remaining."""
         now = time.perf_counter()
         since, waited, step = self._window
         self._window = (now, self.waited, self.step)
-        rate = (self.step - step) * self.images_per_step / max(now - since, 1e-9)
-        wait = (self.waited - waited) / max(now - since, 1e-9)
-        speed = {"images_per_s": rate, "data_wait": wait}
-        self.logger.scalars({**values, **speed}, self.epoch + self.step / self.total_steps)
+        speed = {
+            "images_per_s": (self.step - step) * self.global_batch / max(now - since, 1e-9),
+            "data_wait": (self.waited - waited) / max(now - since, 1e-9),
+        }
+        self.logger.scalars({**values, **speed}, self.epoch + self.step / self.steps)
         if self.logger.folder is None:
             return
-        left = (self.epochs - self.epoch) * self.total_steps - self.step
-        seconds = left * (now - self.began) / max(self.step - self.first_step, 1)
-        figures = "  ".join(f"{name} {value:{_COMPACT.get(name, '.4f')}}" for name, value in values.items())
-        speed, eta = f"{rate:.0f} img/s  waiting for data {wait:.0%}", f"eta {timedelta(seconds=int(seconds))}"
-        self.bar.set_postfix_str(f"{eta}  {figures}  {speed}")  # a narrow terminal cuts off the end
-        if self.bar.disable or self.step == self.total_steps:  # the bar goes at the end of the epoch, its figures stay
-            position = (self.epoch + 1, self.epochs, self.step, self.total_steps)
-            log.info("epoch %d/%d  step %d/%d  %s  %s  %s", *position, figures, speed, eta)
+        left = (self.epochs - self.epoch) * self.steps - self.step
+        eta = timedelta(seconds=int(left * (now - self.began) / max(self.step - self.first_step, 1)))
+        metrics = "  ".join(f"{name} {value:{_FORMATS.get(name, '.4f')}}" for name, value in values.items())
+        metrics += f"  img/s {speed['images_per_s']:.0f}  data_wait {speed['data_wait']:.0%}"
+        self.bar.set_postfix_str(f"eta {eta}  {metrics}")  # a narrow terminal cuts off the end
+        if self.bar.disable or self.step == self.steps:  # the bar disappears with the epoch, this line stays
+            where = f"epoch {self.epoch + 1}/{self.epochs}  step {self.step}/{self.steps}"
+            log.info("%s  %s  eta %s", where, metrics, eta)
 
     def finish(self) -> dict[str, float]:
-        """Close the bar; the epoch's time, images per second and share of time spent waiting for data."""
+        """Close the bar. Seconds of the epoch, images per second, and the share of time spent waiting for data."""
         self.bar.close()
-        seconds = time.perf_counter() - self.began
-        steps = self.step - self.first_step
+        seconds = max(time.perf_counter() - self.began, 1e-9)
         return {
             "epoch_seconds": seconds,
-            "images_per_s": steps * self.images_per_step / max(seconds, 1e-9),
-            "data_wait": self.waited / max(seconds, 1e-9),
+            "images_per_s": (self.step - self.first_step) * self.global_batch / seconds,
+            "data_wait": self.waited / seconds,
         }
 
 
 def track(batches: Iterable, images: int, what: str, every_seconds: float = 10.0) -> Iterator:
-    """The batches of a pass over `images` images, shown as a bar on a terminal, elsewhere as a line now and then."""
+    """Pass batches through, showing progress over `images` images: a bar on a terminal, elsewhere a line every 10 s."""
     began = last = time.perf_counter()
     done = 0
     visible = log.isEnabledFor(logging.INFO) and sys.stderr.isatty()
@@ -235,8 +199,3 @@ def track(batches: Iterable, images: int, what: str, every_seconds: float = 10.0
             if not visible and now - last > every_seconds:
                 last = now
                 log.info("%s: %s of %s images, %.0f img/s", what, f"{done:,}", f"{images:,}", done / (now - began))
-
-
-def cpu_threads() -> str:
-    """How many threads compute here, for the start of the log."""
-    return f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"

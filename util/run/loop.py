@@ -1,230 +1,259 @@
-"""The course of a training run, shared by the scripts: where it goes on, when it ends, what it saves and logs.
+"""The course of a training run, shared by the scripts: epochs, steps, micro-batches, learning rate, log, checkpoints.
 
-What is trained, on what, and by which loss is up to the scripts and their engines.
+What is trained, on what, and with which loss is up to the scripts and their engines.
 """
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from util import rng
-from util.data.datasets import Source
+from util.data.datasets import Sample, Source
 from util.data.loader import EpochSampler
 from util.metrics import MeanMeter
-from util.run import checkpoint, distributed
-from util.run.amp import Precision
-from util.run.logger import Progress, RunLogger, describe_environment
-from util.run.watch import Supervisor
+from util.rng import seed_all
+from util.run.checkpoint import Run, is_finished, save_run
+from util.run.amp import Amp
+from util.run.distributed import all_reduce_sum, from_rank_zero, shutdown
+from util.run.folder import BEST, LAST
+from util.run.logger import Progress, RunLogger
+from util.run.watch import Preempted, Watch
 from util.schedules import adjust_learning_rate
 
 log = logging.getLogger("hpm")
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """The options that a loop heeds, by their names in the scripts."""
+class Loop:
+    """Runs the epochs of a training run, from the checkpoint it resumes from to the end or to a signal.
 
-    model: str
-    mean: list[float]
-    std: list[float]
-    epochs: int
-    start_epoch: int
-    steps_per_epoch: int
-    max_steps: int | None
-    accum_iter: int
-    global_batch: int
-    warmup_epochs: float
-    min_lr: float
-    seed: int
-    log_interval: int
-    log_dir: str | None
-    save_interval: int
-    save_every_minutes: float | None
-    max_bad_steps: int
-    max_bad_images: int
-    dist_timeout: float
-
-    @classmethod
-    def among(cls, options: dict[str, Any]) -> "LoopSettings":
-        return cls(**{field.name: options[field.name] for field in fields(cls)})
-
-
-class TrainingLoop:
-    """Takes a run from epoch to epoch, as its options say.
-
-        loop = TrainingLoop(run, parts, sampler, world, device)
-        if loop.finished:
-            return loop.leave()
-        loop.begin(student, optimizer, precision, source, args.lr)
+        loop = Loop(run, vars(args), {"state_dict": model, "optimizer": optimizer}, sampler, source, amp)
         for epoch in loop.epochs():
-            stats = train_one_epoch(student, loop.batches(loader), optimizer, precision, ..., **loop.for_engine())
-            if not loop.complete():
+            stats = train_one_epoch(model, ..., loader, optimizer, amp, loop)
+            if loop.stopped:
                 break
-            loop.end_epoch(stats, {})
+            loop.end_epoch(stats, {...})
         loop.close()
 
+    and in the engine:
+
+        for batches in loop.steps(loader):          # one optimizer step
+            for images, *_ in batches:              # its micro-batches
+                with loop.no_sync(model):
+                    ...
+            loop.meter.update(loss=...)
+        return loop.means()
+
     Args:
-        run: the run's folder, whose options are checked; its checkpoint, if there is one, is loaded into `parts`.
-        parts: what has a state, by its key in the checkpoint.
+        run: the run's folder, and the checkpoint to resume from.
+        options: every option, resolved; saved in checkpoints and config.json.
+        stateful: what has a state, by its key in the checkpoint. One is the `optimizer`, whose default lr is the peak of
+            the schedule.
         sampler: the order of the training images.
+        source: the training images.
 
     Attributes:
         epoch, step: the next to run.
-        best: best accuracy so far; None if there is none.
+        stopped: whether the run stops mid-epoch, saved, because of a signal or --max_steps.
+        best: best accuracy so far; None without one.
         meter: running means of the epoch.
     """
 
     def __init__(
         self,
-        run: checkpoint.Run,
-        parts: dict[str, Any],
+        run: Run,
+        options: dict[str, Any],
+        stateful: dict[str, Any],
         sampler: EpochSampler,
-        world: distributed.World,
-        device: torch.device,
+        source: Source,
+        amp: Amp,
     ) -> None:
-        self.run, self.sampler, self.world = run, sampler, world
-        self.settings = settings = LoopSettings.among(run.options)
-        going_on = run.found is not None
-        image = {"mean": settings.mean, "std": settings.std}
-        self.epoch, self.step, extra = run.restore(parts, settings.model, image)
-        if not going_on:
-            self.epoch = self.settings.start_epoch
-        self.best: float | None = extra.get("best")
+        self.run, self.options, self.stateful = run, options, stateful
+        self.sampler, self.source, self.amp = sampler, source, amp
+        self.steps_per_epoch, self.accum_iter = options["steps_per_epoch"], options["accum_iter"]
+        self.epoch, self.step, self.stopped = options["start_epoch"], 0, False
+        self.best: float | None = None
         self.meter = MeanMeter()
+        self.watch: Watch | None = None  # from the first epoch on
+        if run.state is not None:
+            self._restore(run.state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, part in self.stateful.items():
+            if name == "optimizer":
+                self._restore_optimizer(state[name])
+            else:
+                part.load_state_dict(state[name])
+        self.epoch, self.step, extra = state["epoch"], state["step"], state["extra"]
+        self.best = extra.get("best")
         if self.step:
-            self.meter.load_state_dict(extra["meter"], device, holder=world.rank == 0)
+            self.meter.load_state_dict(extra["meter"], self.amp.device, holder=self.sampler.rank == 0)
+        log.info("Resuming from %s (epoch %d, step %d)", self.run.path, self.epoch, self.step)
+        for change in self.run.changes:
+            log.info("Changed since the checkpoint: %s", change)
+        before, now = state["options"].get("processes"), self.options["processes"]
+        if before != now:
+            log.warning(
+                "World size changed (%s -> %s): global batches are the same but sharded differently, so masks and "
+                "augmentation differ. Bit-exact resume needs the original world size",
+                before,
+                now,
+            )
+        self.run.state = None  # frees the memory
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        """The moments of the checkpoint, but the hyper-parameters of the options: a changed option takes effect."""
+        optimizer = self.stateful["optimizer"]
+        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group.update(setting)
 
     @property
     def finished(self) -> bool:
-        """Whether all that the options ask for is done."""
-        return self._is_finished(self.step)
-
-    def _is_finished(self, step: int) -> bool:
-        settings = self.settings
-        asked = {"epochs": settings.epochs, "steps_per_epoch": settings.steps_per_epoch}
-        return checkpoint.is_finished(self.epoch, step, {**asked, "max_steps": settings.max_steps})
-
-    def leave(self) -> None:
-        """The end of a run that had nothing left to do."""
-        done = (self.epoch, self.settings.epochs, self.step)
-        log.info("nothing is left to do: %d of %d epochs and %d steps are done", *done)
-        self.run.close()
-        distributed.stop()
-
-    def begin(
-        self, student: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, source: Source, lr: float
-    ) -> None:
-        """Watch over signals, steps and images from here on, and open the log.
-
-        Args:
-            student: what is trained, or what DDP made of it.
-            source: the training images.
-            lr: the peak of the schedule, of parameter groups whose `lr_scale` is 1.
-        """
-        settings, folder = self.settings, self.run.folder
-        self.supervisor = Supervisor(
-            *(folder, student, precision.bad_steps, source, self.sampler),
-            interval=settings.log_interval,
-            save_every_minutes=settings.save_every_minutes,
-            max_bad_steps=settings.max_bad_steps,
-            max_bad_images=settings.max_bad_images,
-            timeout_minutes=settings.dist_timeout,
-        )
-        events = Path(settings.log_dir or folder)
-        self.logger = RunLogger(folder if self.world.rank == 0 else None, events, keep_epochs=self.epoch)
-        environment = describe_environment()
-        self.logger.config({"script": self.run.script, "options": self.run.options, "environment": environment})
-        self._adjust_lr = partial(
-            adjust_learning_rate,
-            optimizer,
-            lr=lr,
-            min_lr=settings.min_lr,
-            warmup_epochs=settings.warmup_epochs,
-            epochs=settings.epochs,
-        )
+        """Whether everything that the options ask for is done."""
+        return is_finished(self.epoch, self.step, self.options)
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left; the first one may be in its middle."""
-        settings = self.settings
-        while not self.finished:
-            self.sampler.set_position(self.epoch, self.step * settings.accum_iter)
-            position = (self.epoch, settings.epochs, self.step, settings.steps_per_epoch)
-            self.progress = Progress(self.logger, *position, settings.global_batch, settings.log_interval)
+        """The remaining epochs. The first one may start mid-epoch."""
+        if self.finished:
+            log.info("Run already complete (epoch %d/%d, step %d)", self.epoch, self.options["epochs"], self.step)
+            return
+        options, folder, rank = self.options, self.run.folder, self.sampler.rank
+        self.watch = Watch(
+            folder,
+            self.source,
+            self.sampler,
+            self.amp,
+            log_interval=options["log_interval"],
+            save_every_minutes=options["save_every_minutes"],
+            max_bad_steps=options["max_bad_steps"],
+            max_bad_images=options["max_bad_images"],
+            timeout_minutes=options["dist_timeout"],
+        )
+        position = self.epoch + self.step / self.steps_per_epoch
+        self.logger = RunLogger(folder if rank == 0 else None, Path(options["log_dir"] or folder), position)
+        self.logger.config(self.run.script, options)
+        while not (self.finished or self.stopped):
+            self.sampler.set_position(self.epoch, self.step * self.accum_iter)
+            self.progress = Progress(
+                self.logger,
+                self.epoch,
+                options["epochs"],
+                self.step,
+                self.steps_per_epoch,
+                options["global_batch"],
+                options["log_interval"],
+            )
             yield self.epoch
 
-    def batches(self, loader: Iterable) -> Iterable:
-        """The loader's batches, with an eye on images that cannot be read."""
-        return self.supervisor.bad_images.watch(loader)
+    def steps(self, loader: Iterable[Sample]) -> Iterator[Iterator[Sample]]:
+        """The remaining optimizer steps of the epoch, each an iterator over its micro-batches.
 
-    def for_engine(self) -> dict[str, Any]:
-        """What train_one_epoch needs to know of the run."""
-        return {
-            "accum_iter": self.settings.accum_iter,
-            "adjust_lr": self._adjust_lr,
-            "seed_micro_step": lambda number: rng.seed_all(self.settings.seed, self.world.rank, number),
-            "epoch": self.epoch,
-            "first_step": self.step,
-            "steps": self.settings.steps_per_epoch,
-            "progress": self.progress,
-            "meter": self.meter,
-            "after_step": self._after_step,
-        }
+        Sets the learning rate before a step. After it, logs every `log_interval` steps, saves a checkpoint when one is
+        due, and ends early where the run must stop.
+        """
+        options = self.options
+        optimizer = self.stateful["optimizer"]
+        batches = iter(loader)
+        while self.step < self.steps_per_epoch and not self.stopped:
+            lr = adjust_learning_rate(
+                optimizer,
+                self.epoch + self.step / self.steps_per_epoch,
+                lr=optimizer.defaults["lr"],
+                min_lr=options["min_lr"],
+                warmup_epochs=options["warmup_epochs"],
+                epochs=options["epochs"],
+            )
+            yield self._micro_batches(batches)
+            self.step += 1
+            if self.progress.advance():
+                self.progress.report({**self.meter.window(all_reduce_sum), "lr": lr})
+            self.stopped = self.watch.after_step(self.epoch, self.step, self.steps_per_epoch, self._save_mid_epoch)
+            if not self.stopped and self.step < self.steps_per_epoch and is_finished(self.epoch, self.step, options):
+                self._save_mid_epoch()
+                self.stopped = True
+        self.times = self.progress.finish()
 
-    def _after_step(self, step: int) -> bool:
-        steps = self.settings.steps_per_epoch
-        stop = self.supervisor.between_steps(self.epoch, step, steps, partial(self._save_inside, step))
-        return stop or self._is_finished(step)
+    def _micro_batches(self, batches: Iterator[Sample]) -> Iterator[Sample]:
+        """The micro-batches of a step. What is drawn after each depends on (seed, rank, its number in the run) only."""
+        first = (self.epoch * self.steps_per_epoch + self.step) * self.accum_iter
+        for micro in range(self.accum_iter):
+            start = time.perf_counter()
+            batch = next(batches)
+            self.progress.waited += time.perf_counter() - start
+            self.watch.unreadable.update(batch.bad[batch.bad >= 0].tolist())  # in CPU memory
+            seed_all(self.options["seed"], self.sampler.rank, first + micro)
+            self._last_micro_batch = micro == self.accum_iter - 1
+            yield batch
 
-    def _save_inside(self, step: int, stopped: str = "") -> None:
-        meter = {"meter": self.meter.state_dict(distributed.all_reduce_sum)}
-        self.run.save(self.epoch, step, self._extra() | meter, stopped=stopped)
+    def no_sync(self, model: nn.Module) -> AbstractContextManager:
+        """Around a micro-batch: DDP reduces gradients in the last one of a step only."""
+        if self._last_micro_batch or not isinstance(model, DistributedDataParallel):
+            return nullcontext()
+        return model.no_sync()
 
-    def _extra(self) -> dict[str, Any]:
-        return {} if self.best is None else {"best": self.best}
+    def means(self) -> dict[str, float]:
+        """Means of the epoch so far over all ranks."""
+        return self.meter.mean(all_reduce_sum)
 
-    def complete(self) -> bool:
-        """After training in an epoch: whether it came to its end. If not, the run is saved where it stands."""
-        self._times = self.progress.finish()
-        if self.progress.step == self.settings.steps_per_epoch and not self.supervisor.stopped:
-            return True
-        self.step = self.progress.step
-        if not self.supervisor.stopped:
-            self._save_inside(self.step)
-        return False
-
-    def end_epoch(self, stats: dict[str, float], figures: dict[str, Any], accuracy: float | None = None) -> None:
-        """Log and save a complete epoch; the next one is then the one to run.
+    def end_epoch(self, stats: dict[str, float], metrics: dict[str, Any], accuracy: float | None = None) -> None:
+        """Log and save a completed epoch.
 
         Args:
             stats: means of the training, logged as train_NAME.
-            figures: what else to log.
-            accuracy: what tells the best epoch, if there is such a thing.
+            metrics: what else to log.
+            accuracy: decides which epoch is the best, if there is such a metric.
         """
-        line = {"epoch": self.epoch, **{f"train_{name}": value for name, value in stats.items()}, **figures}
-        is_best = accuracy is not None and accuracy > (self.best or 0.0)
+        line = {"epoch": self.epoch, **{f"train_{name}": value for name, value in stats.items()}, **metrics}
+        also = []
         if accuracy is not None:
+            if accuracy > (self.best or 0.0):
+                also.append(BEST)
             self.best = line["best_acc1"] = max(self.best or 0.0, accuracy)
-        self.logger.epoch(line | self.supervisor.figures() | self._times)
+        self.logger.epoch(line | self.watch.metrics() | self.times)
         self.epoch, self.step, self.meter = self.epoch + 1, 0, MeanMeter()
-        keep = self.epoch % self.settings.save_interval == 0 or self.epoch == self.settings.epochs
-        self.run.save(self.epoch, self.step, self._extra(), keep=keep, best=is_best)
+        if self.epoch % self.options["save_interval"] == 0 or self.epoch == self.options["epochs"]:
+            also.append(f"checkpoint-{self.epoch}.pth")
+        self._save({}, also=also)
+
+    def _save_mid_epoch(self, stopped: str = "") -> None:
+        self._save({"meter": self.meter.state_dict(all_reduce_sum)}, stopped=stopped)
+
+    def _save(self, extra: dict[str, Any], also: Iterable[str] = (), stopped: str = "") -> None:
+        """Write the newest checkpoint, on rank 0, while the others wait."""
+        if self.best is not None:
+            extra["best"] = self.best
+        options = self.options
+        state = {"script": self.run.script, "model": options["model"], "options": options}
+        state |= {"image": {"mean": options["mean"], "std": options["std"]}}
+        state |= {"epoch": self.epoch, "step": self.step, "stopped": stopped, "extra": extra}
+        state |= {name: part.state_dict() for name, part in self.stateful.items()}
+        from_rank_zero(lambda: save_run(self.run.folder, state, also))
 
     def close(self) -> None:
         """The end of the script.
 
         Raises:
-            Preempted: a signal ended the run.
+            Preempted: a signal stopped the run.
         """
-        done = (self.epoch, self.settings.epochs, self.step, self.run.folder / checkpoint.LAST)
-        log.info("done: %d of %d epochs and %d steps, saved in %s", *done)
-        self.logger.close()
+        stopped_by = ""
+        if self.watch is not None:
+            log.info(
+                "Done: epoch %d/%d, step %d, saved in %s",
+                self.epoch,
+                self.options["epochs"],
+                self.step,
+                self.run.folder / LAST,
+            )
+            self.logger.close()
+            self.watch.close()
+            stopped_by = self.watch.stopped_by
         self.run.close()
-        self.supervisor.close()
-        distributed.stop()
-        self.supervisor.raise_if_stopped()
+        shutdown()
+        if stopped_by:
+            raise Preempted()

@@ -1,118 +1,200 @@
-"""What happens between two optimizer steps: may the run go on, and should it be saved here?"""
+"""Per-step checks: signals, timed checkpoints, skipped steps, unreadable images.
 
+A scheduler that preempts a job, or whose time limit is near, sends SIGTERM or SIGUSR1. The handler only notes it. After
+each step the ranks exchange what they noted by an asynchronous MAX all-reduce of two small integers over gloo, and read
+the exchange of the step before: it has arrived by then, so nobody waits for it, or for the device, and all ranks stop
+after the same step, one after the signal was noted.
+"""
+
+import datetime
 import json
 import logging
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
-from torch import nn
+import torch
+import torch.distributed as dist
 
 from util.data.datasets import Source
 from util.data.loader import EpochSampler
-from util.run.bad_images import BadImages
-from util.run.bad_steps import BadSteps, NonFinite
-from util.run.distributed import Hearsay, from_rank_zero, gather
-from util.run.preemption import Preempted, Preemption
+from util.run.amp import Amp, NonFinite
+from util.run.distributed import from_rank_zero, gather
+from util.run.folder import BAD_IMAGES, BAD_STEPS, write_text
 
 log = logging.getLogger("hpm")
 
-REPORT = "bad_steps.json"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# EX_TEMPFAIL of sysexits.h: "try again later". Not 0, since the run is not complete; not 1, since nothing failed; not
+# 143, the status of a process that SIGTERM killed before it could save.
+EXIT_STATUS = 75
 
 
-class Supervisor:
-    """Looks after a run for an engine, which asks `between_steps` and need not know what is looked at.
+class Preempted(SystemExit):
+    """Exit of a script that was told to stop, saved its state, and can be started again."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_STATUS)
+
+
+class TooManyBadImages(RuntimeError):
+    """End of a run with too many unreadable images."""
+
+
+class Watch:
+    """Watches a training run between its steps. All ranks call it in step.
 
     Args:
-        folder: the run's, for reports.
-        model: what is trained, for the names of its parts.
-        bad_steps: counters of skipped steps (`Precision.bad_steps`).
-        source, sampler: the training images, and which of them a step sees.
-        interval: steps between two looks at what costs a wait for the device: those of the log.
-        save_every_minutes: time between two saves inside an epoch; None for never.
-        max_bad_steps, max_bad_images: beyond these the run ends.
-        timeout_minutes: how long a rank waits for the others' signals.
+        folder: the run folder.
+        source, sampler: the training images, and which of them a step uses.
+        amp: counts the skipped steps.
+        log_interval: steps between two checks of what waits for the device.
+        save_every_minutes: time between mid-epoch checkpoints, by rank 0's clock; None disables them.
+        max_bad_steps, max_bad_images: limits beyond which the run is aborted.
+        timeout_minutes: how long a rank waits for the others.
+
+    Attributes:
+        stopped_by: name of the signal that all ranks agreed to stop for; "" while there is none.
+        unreadable: indices of unreadable images met by this rank since the last check.
     """
 
     def __init__(
         self,
         folder: Path,
-        model: nn.Module,
-        bad_steps: BadSteps,
         source: Source,
         sampler: EpochSampler,
+        amp: Amp,
         *,
-        interval: int,
+        log_interval: int,
         save_every_minutes: float | None,
         max_bad_steps: int,
         max_bad_images: int,
         timeout_minutes: float,
     ) -> None:
-        self.folder, self.bad_steps, self.source, self.sampler = folder, bad_steps, source, sampler
-        self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.interval, self.max_bad_steps = interval, max_bad_steps
-        self.bad_images = BadImages(folder, max_bad_images, source.name, from_rank_zero, gather)
-        self.hearsay = Hearsay(timeout_minutes)
-        self.preemption = Preemption(save_every_minutes, keeps_time=sampler.rank == 0, tell=self.hearsay)
-        self.preemption.start()
+        self.folder, self.source, self.sampler, self.amp = folder, source, sampler, amp
+        self.log_interval, self.max_bad_steps, self.max_bad_images = log_interval, max_bad_steps, max_bad_images
+        self.stopped_by = ""
+        self._noted = 0  # number of the signal
+        self._seconds = save_every_minutes * 60 if save_every_minutes and sampler.rank == 0 else None
+        self._saved = time.monotonic()
+        self._skipped = 0
+        self.unreadable: set[int] = set()
+        self._met: set[int] = set()
+        self._listed: set[str] = set(from_rank_zero(self._read_bad_images))
+        self._group = self._work = None
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
-    @property
-    def stopped(self) -> bool:
-        """Whether a signal ended the run, which is saved."""
-        return bool(self.preemption.stopped_by)
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = number
 
-    def between_steps(self, epoch: int, step: int, steps: int, save: Callable[[str], None]) -> bool:
-        """Whether the run stops here, with `step` the next of `steps`. All ranks get the same answer.
+    def after_step(self, epoch: int, step: int, steps: int, save: Callable[[str], None]) -> bool:
+        """Whether the run stops here, with `step` the next of `steps`. The same answer on every rank.
 
         Args:
-            save: saves the run where it stands; it is told the signal that stops the run, or "".
+            save: saves a checkpoint mid-epoch; its argument is the signal that stops the run, or "".
 
         Raises:
-            NonFinite: more than `max_bad_steps` were skipped in a row; weights and checkpoint are as before them.
-            TooManyBadImages: more than allowed cannot be read.
+            NonFinite: more than `max_bad_steps` consecutive steps were skipped. Weights and checkpoint are those of
+                before.
+            TooManyBadImages: more than `max_bad_images` images cannot be read.
         """
-        if step % self.interval == 0 or step == steps:
-            self._check_steps(epoch, step, steps)
-            self.bad_images.check()
-        stop, due = self.preemption.agree()
-        if stop or due:
-            self.bad_images.check()
-            save(self.preemption.stopped_by)
-        return stop
+        if step % self.log_interval == 0 or step == steps:
+            self.check_skipped_steps(epoch * steps + step, steps)
+            self.check_images()
+        number, due = self.agree()
+        if number:
+            self.stopped_by = signal.Signals(number).name
+            log.info(
+                "Received %s: saving checkpoint and exiting with status %d; rerun the same command to resume",
+                self.stopped_by,
+                EXIT_STATUS,
+            )
+        if number or due:
+            self.check_images()
+            save(self.stopped_by)
+        return bool(number)
 
-    def figures(self) -> dict[str, int]:
-        """For the log: what this process skipped and what of the data is unreadable; empty if all is well."""
-        counts = {"bad_steps": self.bad_steps.read()[1], "bad_images": len(self.bad_images.known)}
+    def agree(self) -> tuple[int, int]:
+        """The signal to stop for (0 for none), and whether to save, as all ranks noted one call ago."""
+        due = self._seconds is not None and time.monotonic() - self._saved >= self._seconds
+        if due:
+            self._saved = time.monotonic()
+        mine = [int(self._noted), int(due)]
+        if self._group is None:
+            return mine[0], mine[1]
+        agreed = [0, 0]
+        if self._work is not None:
+            self._work.wait()
+            agreed = self._exchanged.tolist()
+        self._exchanged = torch.tensor(mine)
+        self._work = dist.all_reduce(self._exchanged, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed[0], agreed[1]
+
+    def check_skipped_steps(self, taken: int, steps_per_epoch: int) -> None:
+        """Log skipped steps and abort after too many; `taken` is the number of optimizer steps of the whole run."""
+        total, in_a_row, first, loss = self.amp.read_skipped()
+        if total > self._skipped:
+            log.warning(
+                "Skipped %d steps with a non-finite loss or gradient (%d in total)", total - self._skipped, total
+            )
+        self._skipped = total
+        if in_a_row <= self.max_bad_steps:
+            return
+        epoch, step = divmod(taken - (self.amp.steps - first), steps_per_epoch)
+        losses = gather(loss)
+        report = {"epoch": epoch, "step": step, "steps_in_a_row": in_a_row, "losses": losses}
+        report["files"] = [self.source.name(i) for i in self.sampler.of_step(epoch, step)]
+        path = self.folder / BAD_STEPS
+        from_rank_zero(lambda: write_text(path, json.dumps(report, indent=2) + "\n"))
+        raise NonFinite(
+            f"loss or gradient was not finite in {in_a_row} consecutive steps, more than --max_bad_steps "
+            f"{self.max_bad_steps}, from epoch {epoch}, step {step} on (losses {', '.join(f'{x:g}' for x in losses)}); "
+            f"{path} lists the files of that batch. All these steps were skipped, so the checkpoint is intact. A lower "
+            "--lr or --clip_grad, or --precision fp32 or bf16, may help"
+        )
+
+    def check_images(self) -> None:
+        """List newly met unreadable images of all ranks in bad_images.txt, and abort after too many."""
+        met = set().union(*gather(self.unreadable)) - self._met
+        self.unreadable = set()
+        self._met |= met
+        names = sorted({self.source.name(index) for index in met} - self._listed)
+        if not names:
+            return
+        self._listed |= set(names)
+        path = self.folder / BAD_IMAGES
+        text = "".join(f"{name}\n" for name in sorted(self._listed))
+        from_rank_zero(lambda: write_text(path, text))
+        log.warning(
+            "Replaced %d unreadable training images (%d in total, listed in %s), the first of them %s",
+            len(names),
+            len(self._listed),
+            path,
+            names[0],
+        )
+        if len(self._listed) > self.max_bad_images:
+            raise TooManyBadImages(
+                f"{len(self._listed)} images cannot be read, more than --max_bad_images {self.max_bad_images}: they are "
+                f"listed in {path}; repair or remove them, or raise the limit"
+            )
+
+    def _read_bad_images(self) -> list[str]:
+        path = self.folder / BAD_IMAGES
+        return path.read_text(errors="surrogateescape").splitlines() if path.exists() else []
+
+    def metrics(self) -> dict[str, int]:
+        """Counts for the log: skipped steps of this process and unreadable images of the run, where there are any."""
+        counts = {"bad_steps": self._skipped, "bad_images": len(self._listed)}
         return {name: count for name, count in counts.items() if count}
 
     def close(self) -> None:
-        """Leave signals to whoever had them before."""
-        self.hearsay.listen()
-        self.preemption.close()
-
-    def raise_if_stopped(self) -> None:
-        """The end of a script.
-
-        Raises:
-            Preempted: a signal ended the run.
-        """
-        if self.stopped:
-            raise Preempted()
-
-    def _check_steps(self, epoch: int, step: int, steps: int) -> None:
-        worst, total, new = self.bad_steps.read()
-        if new:
-            log.warning("%d steps skipped: loss or gradient not finite (%d in all since the start)", new, total)
-        if worst <= self.max_bad_steps:
-            return
-        report = self.bad_steps.report(self.names, gather)
-        number = epoch * steps + step - 1 - report.pop("steps_ago")
-        report = {"epoch": number // steps, "step": number % steps, "steps_in_a_row": worst, **report}
-        report["files"] = [self.source.name(i) for i in self.sampler.of_step(report["epoch"], report["step"])]
-        from_rank_zero(lambda: (self.folder / REPORT).write_text(json.dumps(report, indent=2) + "\n"))
-        raise NonFinite(
-            f"loss or gradient was not finite in {worst} steps in a row, more than --max_bad_steps "
-            f"{self.max_bad_steps}, from epoch {report['epoch']}, step {report['step']} on (losses "
-            f"{', '.join(f'{loss:g}' for loss in report['losses'])}); {self.folder / REPORT} has the gradient norms of "
-            "the parts and the files of the batch. All these steps were skipped: the checkpoint is good, a lower --lr "
-            "or --clip_grad, or --precision fp32 or bf16, may get past"
-        )
+        """Finish the exchange, so that no rank leaves early, and restore the signal handlers."""
+        if self._work is not None:
+            self._work.wait()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)

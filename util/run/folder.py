@@ -1,0 +1,155 @@
+"""The run folder: names of its files, atomic writes, its lock, and reading its log. Nothing else knows the layout.
+
+config.json              every option resolved, versions, git commit, command line
+log.jsonl                one line per epoch
+events.out.tfevents.*    TensorBoard, unless --log_dir is given
+checkpoint-last.pth      the newest checkpoint, checkpoint-prev.pth the one before
+checkpoint-EPOCH.pth     milestones, EPOCH = epochs completed; checkpoint-best.pth the best accuracy
+bad_images.txt           training images that could not be read
+bad_steps.json           the first of the consecutive skipped steps that aborted the run
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+log = logging.getLogger("hpm")
+
+LAST, PREVIOUS, BEST = "checkpoint-last.pth", "checkpoint-prev.pth", "checkpoint-best.pth"
+CONFIG, LOG, BAD_IMAGES, BAD_STEPS = "config.json", "log.jsonl", "bad_images.txt", "bad_steps.json"
+LOCK = ".lock"
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that under its name there is always a complete one, also after a power failure.
+
+    Raises:
+        OSError: the disk is full or read-only; the previous file is intact.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        _rename(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise _not_written(path, partial, error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_atomic` for text; file names in it may hold any bytes."""
+    write_atomic(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+
+
+def write_file(path: Path, content: dict[str, Any]) -> None:
+    """`torch.save` as `write_atomic`."""
+    write_atomic(path, lambda file: torch.save(content, file))
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name; a copy where the file system has no hard links. Files are replaced, never changed.
+
+    Raises:
+        OSError: as in `write_atomic`.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
+        _rename(partial, target)
+    except OSError as error:
+        raise _not_written(target, partial, error) from error
+
+
+def _rename(partial: Path, path: Path) -> None:
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot flush folders
+            os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _not_written(path: Path, partial: Path, error: Exception) -> OSError:
+    with contextlib.suppress(OSError):
+        partial.unlink(missing_ok=True)
+    return OSError(f"could not write {path} (disk full or read-only?): {error}; the previous file is intact")
+
+
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of log.jsonl, one per completed epoch; a line that a crash cut off is left out. [] without the file."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (Path(folder) / LOG).read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json: script, options, environment. {} without the file."""
+    try:
+        return json.loads((Path(folder) / CONFIG).read_text())
+    except FileNotFoundError:
+        return {}
+
+
+class RunFolder:
+    """Creates a run folder, locks it until `close`, and rejects a folder of another script. On rank 0 only.
+
+    The lock is a POSIX record lock: the kernel releases it with the process, however that ends, and data loading
+    workers do not inherit it. It works between machines on NFS (4, or 3 with its lock daemon) and on parallel file
+    systems mounted with locks (Lustre: `-o flock`). Where the file system does not support locks, a warning says so.
+
+    Raises:
+        OSError: the folder cannot be created or written to.
+        ValueError: it holds a run of another script, or another process is writing to it.
+    """
+
+    def __init__(self, path: Path, script: str) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            owner = read_config(path).get("script", script)
+            if owner != script:
+                raise ValueError(f"{path} holds a run of {owner}, not of {script}: choose another --output_dir")
+            self._file = open(path / LOCK, "a+")  # noqa: SIM115 - open as long as the run lasts
+        except OSError as error:
+            raise OSError(
+                f"the run folder {path} cannot be created or written to ({error.strerror}): choose another "
+                "--output_dir or --experiment"
+            ) from error
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = (path / LOCK).read_text().strip() or "unknown"
+                self._file.close()
+                raise ValueError(
+                    f"another run ({holder}) is writing to {path}: stop it first, or choose another --output_dir or "
+                    "--experiment"
+                ) from error
+            log.warning("%s: this file system does not support locks (%s): start only one run in it", path, error)
+            return
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Release the lock. The file stays: removing it could let two runs in."""
+        self._file.close()
