@@ -23,8 +23,9 @@ import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import rng
 from util.data import transforms
-from util.data.datasets import ImageDataset, build_source, count_classes
+from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, ShardSampler, build_loader
+from util.data.sources import build_source, count_classes
 from util.lr_decay import param_groups_lrd
 from util.run import checkpoint, distributed, launch, options
 from util.run.logger import cpu_threads, log

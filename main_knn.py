@@ -20,8 +20,9 @@ import models_vit
 from engine_finetune import extract_features
 from util import rng
 from util.data import transforms
-from util.data.datasets import ImageDataset, Source, build_source, count_classes
+from util.data.datasets import ImageDataset
 from util.data.loader import ShardSampler, build_loader
+from util.data.sources import Source, build_source, count_classes
 from util.knn import knn_correct
 from util.run import checkpoint, distributed, launch, options
 from util.run.amp import Precision

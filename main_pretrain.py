@@ -22,8 +22,10 @@ import models_hpm
 import models_teacher
 from engine_pretrain import Look, train_one_epoch
 from util import masking, rng
-from util.data.datasets import ImageDataset, Source, build_source, compressed_archive
+from util.data.archives import compressed_archive
+from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, build_loader
+from util.data.sources import Source, build_source
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, ToModelInput
 from util.ema import EMATeacher, ema_decay_at
 from util.run import checkpoint, distributed, launch, options

@@ -10,8 +10,9 @@ from PIL import Image
 from programs import PRETRAIN, assert_same_training, log_lines, run
 
 from util.data import decode
-from util.data.datasets import ImageDataset, build_dataset, build_source
+from util.data.datasets import ImageDataset, build_dataset
 from util.data.loader import EpochSampler, build_loader
+from util.data.sources import build_source
 from util.data.transforms import CenterCrop, RandomCrop
 from util.run.bad_images import BadImages, TooManyBadImages
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from images import encode, members, picture, write_tar, write_tree
 
-from util.data.datasets import ImageDataset, ShapesSource, build_dataset, build_source, find_images
+from util.data.datasets import ImageDataset, build_dataset
+from util.data.sources import ShapesSource, build_source, find_images
 from util.data.transforms import RandomCrop
 
 

@@ -4,8 +4,9 @@ import subprocess
 import pytest
 import torch
 
-from util.data.datasets import ImageDataset, ShapesSource
+from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, ShardSampler, build_loader
+from util.data.sources import ShapesSource
 from util.data.transforms import RandomCrop
 
 
