@@ -217,7 +217,11 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(args.output_dir, args.experiment)
         train, val = (
             build_source(
-                args.data_path, split, shapes_count=count, cache_dir=args.cache_dir, share=distributed.from_rank_zero
+                args.data_path,
+                split,
+                shapes_count=count,
+                cache_dir=args.cache_dir,
+                on_rank_zero=distributed.from_rank_zero,
             )
             for split, count in (("train", args.shapes_train), ("val", args.shapes_val))
         )

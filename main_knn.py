@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
             counts = {"train": args.shapes_train, "test": args.shapes_val}
             for name, split in SPLITS.items():
                 settings = {"shapes_count": counts[name], "cache_dir": args.cache_dir}
-                sources[name] = build_source(args.data_path, split, **settings, share=distributed.from_rank_zero)
+                sources[name] = build_source(args.data_path, split, **settings, on_rank_zero=distributed.from_rank_zero)
             args.nb_classes = count_classes(sources["train"], sources["test"], args.nb_classes)
             weights = load_pretrained(args.finetune, args.which) if args.finetune else None
         num_train = len(features["train"][1] if features else sources["train"])

@@ -380,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
             "train",
             shapes_count=args.shapes_train,
             cache_dir=args.cache_dir,
-            share=distributed.from_rank_zero,
+            on_rank_zero=distributed.from_rank_zero,
         )
         sampler = EpochSampler(len(source), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
         args.steps_per_epoch = len(sampler) // args.accum_iter

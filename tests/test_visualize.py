@@ -228,7 +228,7 @@ MISTAKES = {
     "--checkpoint HPM --images nowhere.jpg": "--images nowhere.jpg does not exist",
     "--checkpoint HPM --images broken.jpg": "broken.jpg",
     "--checkpoint HPM --images text.txt": "text.txt is neither a folder nor an archive",
-    "--checkpoint HPM --images nothing": "nothing holds no image",
+    "--checkpoint HPM --images nothing": "nothing contains no images",
     "--checkpoint HPM --images nothing --split val": "--images nothing: looked for val/CLASS/*.jpg",
     "--checkpoint HPM --device cuda": "this PyTorch sees no CUDA device",
     "--checkpoint HPM --device gpu": "--device gpu",

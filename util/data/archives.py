@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from util.data.files import ImageFiles, by_parts, is_image, is_inside, pack
+from util.data.files import ImageFiles, by_parts, is_image, is_inside, pack, summarize
 
 log = logging.getLogger("hpm")
 
@@ -42,30 +42,30 @@ def from_archive(path: Path, split: str | None, cache_dir: str | None) -> ImageF
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each image of a plain tar. Links, devices and names that lead outside are left out."""
-    file_size, left_out, last_word = path.stat().st_size, 0, time.monotonic()
+    """(name, offset, size) of each image of a plain tar. Links, devices and names that point outside are skipped."""
+    file_size, skipped, logged = path.stat().st_size, 0, time.monotonic()
     try:
         with tarfile.open(path, "r:") as tar:
             for number, member in enumerate(tar):
-                tar.members.clear()  # a million headers would fill the memory
-                if time.monotonic() - last_word > 10:
-                    last_word = time.monotonic()
+                tar.members.clear()  # tarfile keeps every header otherwise
+                if time.monotonic() - logged > 10:
+                    logged = time.monotonic()
                     log.info("listing %s: %s files", path, f"{number:,}")
                 name = str(PurePosixPath(member.name))
                 if not is_inside(name) or not (member.isreg() or member.isdir()) or member.issparse():
-                    left_out += 1
+                    skipped += 1
                 elif member.isreg() and is_image(name):
                     if member.offset_data + member.size > file_size:
-                        raise ValueError(f"{path} is truncated: {name} ends beyond the end of the archive")
+                        raise ValueError(f"{path} is truncated: {name} extends past the end of the archive")
                     yield name, member.offset_data, member.size
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a readable tar archive: {error}") from error
-    if left_out:
-        log.warning("%s: left out %d links, devices and names that lead outside", path, left_out)
+    if skipped:
+        log.warning("%s: skipped %d links, devices and names that point outside", path, skipped)
 
 
 def _below_split(path: Path, members: list[tuple[str, int, int]], split: str) -> list[tuple[str, int, int]]:
-    """Members of a split, named from their class on: of SPLIT/CLASS/*, TOP/SPLIT/CLASS/*, or CLASS/* in SPLIT.tar."""
+    """Members of a split as CLASS/*: from SPLIT/CLASS/*, TOP/SPLIT/CLASS/*, or CLASS/* in SPLIT.tar."""
     tops = sorted({name.split("/")[0] for name, _, _ in members})
     if split in tops:
         prefix = f"{split}/"
@@ -74,17 +74,17 @@ def _below_split(path: Path, members: list[tuple[str, int, int]], split: str) ->
     elif path.name == f"{split}.tar" and members:
         prefix = ""
     else:
-        found = ", ".join(tops[:6]) + (f" and {len(tops) - 6:,} more" if len(tops) > 6 else "")
-        raise ValueError(f"{path}: looked for {split}/CLASS/*.jpg, found at its top {found or 'no image'}")
+        found = summarize(tops) or "no images"
+        raise ValueError(f"{path}: looked for {split}/CLASS/*.jpg, found {found} at the top level")
     below = [(name.removeprefix(prefix), *extent) for name, *extent in members if name.startswith(prefix)]
     for name, *_ in below:
         if "/" not in name:
-            raise ValueError(f"{path}: {prefix}{name} stands outside a class folder; the layout is {split}/CLASS/*.jpg")
+            raise ValueError(f"{path}: {prefix}{name} is not in a class folder; expected {split}/CLASS/*.jpg")
     return below
 
 
 def decompressed(path: Path, cache_dir: str | None) -> Path:
-    """The plain tar of a .tar.gz, in the cache. Whoever comes first makes it, the others wait for a lock."""
+    """Decompress a .tar.gz into the cache; the first process does it, the others wait for its lock."""
     folder = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hpm"
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -94,7 +94,7 @@ def decompressed(path: Path, cache_dir: str | None) -> Path:
     with open(target.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            log.info("decompressing %s once into %s", path, target)
+            log.info("decompressing %s into %s (once)", path, target)
             partial = target.with_suffix(".partial")
             try:
                 with gzip.open(path) as packed, open(partial, "wb") as plain:
@@ -108,7 +108,7 @@ def decompressed(path: Path, cache_dir: str | None) -> Path:
 
 
 def compressed_archive(path: Path, split: str) -> Path | None:
-    """The archive that must be decompressed before a split can be read; None where there is none."""
+    """The archive that must be decompressed to read a split, or None."""
     if path.is_file():
         return path if path.name.endswith((".tar.gz", ".tgz")) else None
     if (path / f"{split}.txt").is_file() or (path / f"{split}.tar").is_file():

@@ -1,4 +1,4 @@
-"""Samples by (epoch, index), seeded from (seed, epoch, index): workers, ranks and restarts then change nothing."""
+"""Samples of a data set. The randomness of a sample is a function of (seed, epoch, index)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from torch.utils.data import Dataset
 from util.data.sources import Source, build_source
 from util.rng import seed_all, stable_hash
 
-_ATTEMPTS = 20  # images tried in place of an unreadable one
+_ATTEMPTS = 20  # replacements tried for an unreadable image
 
 
 class Sample(NamedTuple):
-    """image (3, S, S) uint8, label, index in the data set, and of what was asked for: its index if it is unreadable.
+    """image (3, S, S) uint8, its label and index; `bad` is the requested index if that image was unreadable, else -1.
 
-    Where an image had to be replaced, the first three are of its replacement; `bad` is -1 for all others.
+    For a replaced image, the first three belong to the replacement.
     """
 
     image: torch.Tensor
@@ -26,14 +26,14 @@ class Sample(NamedTuple):
 
 
 class ImageDataset(Dataset):
-    """A source and a transform. `dataset[index]` is `dataset[0, index]`, the sample as epoch 0 draws it.
+    """A source and a transform. `dataset[epoch, index]` is a `Sample`; `dataset[index]` is `dataset[0, index]`.
 
     Args:
-        replace: take another image in place of one that cannot be read, the same one in every epoch, process and run.
-            For training; in evaluation an image that is silently another would be a wrong figure.
+        replace: replace an unreadable image by another one, the same in every epoch, process and run. For training; an
+            evaluation with replaced images would give a wrong metric.
 
     Raises:
-        ValueError: an image cannot be read; with `replace`, neither can any of those tried in its place.
+        ValueError: an image is unreadable; with `replace`, so are all replacements tried.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ImageDataset(Dataset):
         except ValueError:
             if not self.replace:
                 raise
-            used, image = self._another(index)
+            used, image = self._load_replacement(index)
             bad = index
         seed_all(self.seed, epoch, index)
         return Sample(self.transform(image), int(self.labels[used]), used, bad)
@@ -74,7 +74,7 @@ class ImageDataset(Dataset):
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.source.name(index)}: {error}") from error
 
-    def _another(self, index: int) -> tuple[int, np.ndarray]:
+    def _load_replacement(self, index: int) -> tuple[int, np.ndarray]:
         for attempt in range(_ATTEMPTS):
             other = stable_hash(self.seed, index, attempt) % len(self)
             try:
@@ -82,12 +82,12 @@ class ImageDataset(Dataset):
             except ValueError as error:
                 last = error
         raise ValueError(
-            f"{self.source.name(index)} cannot be read, nor can {_ATTEMPTS} others in its place: {last}"
+            f"{self.source.name(index)} is unreadable, and so are {_ATTEMPTS} replacements: {last}"
         ) from last
 
 
 def build_dataset(
     data_path: str | None, split: str, transform: Callable[[np.ndarray], torch.Tensor], seed: int = 0, **kwargs: object
 ) -> ImageDataset:
-    """`build_source` with a transform."""
+    """`ImageDataset` of `build_source(data_path, split, **kwargs)`."""
     return ImageDataset(build_source(data_path, split, **kwargs), transform, seed)

@@ -13,14 +13,14 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files of a split, in a folder or inside a tar archive. Arrays only, so that workers share the memory.
+    """Image files of a split, in a folder or in a tar archive. Arrays, so that worker processes share the memory.
 
     Attributes:
-        root: the folder, or the archive.
-        names: (N,) paths below the root, as bytes.
+        root: the folder or the archive.
+        names: (N,) paths relative to the root, as bytes.
         labels: (N,) int64.
-        classes: names of the labels; empty where a list file gives numbers only.
-        extents: (N, 2) int64 offset and size inside the archive; None for a folder.
+        classes: name of each label; empty for list files, which give numbers only.
+        extents: (N, 2) int64, offset and size in the archive; None for a folder.
     """
 
     root: str
@@ -50,17 +50,20 @@ _descriptors: dict[str, int] = {}
 
 
 def _descriptor(path: str) -> int:
-    """The descriptor of an archive, opened on first use. `pread` moves no position, so forked workers may share it."""
+    """Descriptor of an archive, opened on first use. Forked workers may share it, since `pread` moves no position."""
     if path not in _descriptors:
         _descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     return _descriptors[path]
 
 
 def contents(folder: Path, most: int = 6) -> str:
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    if not names:
-        return "an empty folder"
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
+    return summarize(names, most) or "an empty folder"
+
+
+def summarize(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def is_image(name: str) -> bool:
@@ -81,22 +84,24 @@ def from_tree(root: Path, folders: list[Path]) -> ImageFiles:
             if is_image(file)
         ]
         if not found:
-            raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}): fill it, or remove the folder")
+            raise ValueError(
+                f"{folder} contains no images ({', '.join(IMAGE_SUFFIXES)}): add some or remove the folder"
+            )
         names += sorted(found, key=by_parts)
         labels += [label] * len(found)
         classes.append(folder.name)
     if not names:
         flat = sum(is_image(entry.name) for entry in root.iterdir())
+        images = f"{flat:,} images" if flat else "images"
         raise ValueError(
-            f"{root} has no class folders; looked for CLASS/*.jpg, found {contents(root)}; move the "
-            + (f"{flat:,} images" if flat else "images")
-            + f" into one folder a class, or list them in {root.name}.txt beside it (RELATIVE/PATH LABEL)"
+            f"{root} has no class folders; looked for CLASS/*.jpg, found {contents(root)}; move the {images} into one "
+            f"folder per class, or list them in {root.name}.txt next to it (RELATIVE/PATH LABEL)"
         )
     return ImageFiles(str(root), pack(names), np.array(labels, dtype=np.int64), classes)
 
 
 def by_parts(name: str) -> list[str]:
-    """Sorts by class, then by file: as plain strings, cat-2/a would stand before cat/a."""
+    """Sort key, by class and then by file: as plain strings, cat-2/a sorts before cat/a."""
     return name.split("/")
 
 
@@ -105,7 +110,7 @@ def pack(names: list[str]) -> np.ndarray:
 
 
 def from_list_file(root: Path, list_file: Path) -> ImageFiles:
-    """Official list files: one image a line, `RELATIVE/PATH LABEL`, relative to the split's folder."""
+    """Official list files: one image per line, `RELATIVE/PATH LABEL`, relative to the split's folder."""
     names, labels = [], []
     for number, line in enumerate(list_file.read_text(errors="surrogateescape").splitlines(), start=1):
         if not line.strip():
@@ -114,13 +119,13 @@ def from_list_file(root: Path, list_file: Path) -> ImageFiles:
         if not name or not label.isdecimal():
             raise ValueError(f"{list_file}, line {number}: expected 'RELATIVE/PATH LABEL', found {line[:80]!r}")
         if not is_inside(name):
-            raise ValueError(f"{list_file}, line {number}: {name!r} leads outside {root}")
+            raise ValueError(f"{list_file}, line {number}: {name!r} points outside {root}")
         names.append(name)
         labels.append(int(label))
     if not names:
-        raise ValueError(f"{list_file} lists no image: one 'RELATIVE/PATH LABEL' a line is needed")
+        raise ValueError(f"{list_file} lists no images; expected one 'RELATIVE/PATH LABEL' per line")
     if not (root / names[0]).is_file():
-        raise ValueError(f"{list_file} names {names[0]}, but {root / names[0]} does not exist")
+        raise ValueError(f"{list_file} lists {names[0]}, but {root / names[0]} does not exist")
     return ImageFiles(str(root), pack(names), np.array(labels, dtype=np.int64), [])
 
 

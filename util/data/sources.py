@@ -1,6 +1,6 @@
 """Where images come from: a folder, a folder with list files, tar archives read in place, or Shapes.
 
-What a wrong path or layout raises names what was looked for, what was found, and the fix.
+Errors about a path or layout name what was looked for, what was found, and the fix.
 """
 
 import logging
@@ -13,13 +13,13 @@ import numpy as np
 
 from util.data import shapes
 from util.data.archives import ARCHIVE_SUFFIXES, compressed_archive, decompressed, from_archive
-from util.data.files import ImageFiles, class_folders, contents, from_list_file, from_tree, is_image, pack
+from util.data.files import ImageFiles, class_folders, contents, from_list_file, from_tree, is_image, pack, summarize
 
 log = logging.getLogger("hpm")
 
 
 class Source(Protocol):
-    """Decoded images by index. `labels` is (N,) int64, `classes` their names (empty where only numbers are known)."""
+    """Images by index. `labels` is (N,) int64, `classes` their names (empty if labels are only numbers)."""
 
     labels: np.ndarray
     classes: list[str]
@@ -32,7 +32,7 @@ class Source(Protocol):
 
 
 class ShapesSource:
-    """The built-in images (util/data/shapes.py), drawn when asked for."""
+    """The built-in data set (util/data/shapes.py), drawn on access."""
 
     classes = shapes.CLASSES
 
@@ -55,15 +55,15 @@ class ShapesSource:
 
 
 def find_images(data_path: str, split: str | None, cache_dir: str | None = None) -> ImageFiles:
-    """List the images of a split; of `split` None, every image under the path (for pictures and benchmarks).
+    """List the images of a split; with `split` None, every image under the path (for pictures and benchmarks).
 
     Args:
         data_path: a folder with `SPLIT/CLASS/*.jpg`, or with `SPLIT.txt` (official list files), or with `SPLIT.tar`;
-            or a .tar archive that holds `SPLIT/CLASS/*.jpg`. `.tar.gz` is decompressed once, into the cache.
-        cache_dir: where to; None for the user's cache folder.
+            or a .tar archive that holds `SPLIT/CLASS/*.jpg`. `.tar.gz` is decompressed once into the cache.
+        cache_dir: default ~/.cache/hpm.
 
     Raises:
-        ValueError: there are no such images.
+        ValueError: no such images.
     """
     path = Path(data_path)
     if not path.exists():
@@ -94,40 +94,40 @@ def build_source(
     *,
     shapes_count: int | None = None,
     cache_dir: str | None = None,
-    share: Callable[[Callable[[], ImageFiles]], ImageFiles] = lambda find: find(),
+    on_rank_zero: Callable[[Callable[[], ImageFiles]], ImageFiles] = lambda find: find(),
 ) -> Source:
-    """The images of a split ("train" or "val"); `data_path` None draws Shapes.
+    """The images of a split ("train" or "val"); Shapes if `data_path` is None.
 
     Args:
-        share: runs the listing on one process and gives the result to all (util/run/distributed.from_rank_zero).
+        on_rank_zero: lists on rank 0 and broadcasts the result (util.run.distributed.from_rank_zero).
 
     Raises:
-        ValueError: there are no such images.
+        ValueError: no such images.
     """
     if data_path is None:
         return ShapesSource(split, shapes_count)
     packed = compressed_archive(Path(data_path), split)
-    if packed is not None:  # each node has its own cache; and nobody may wait for this in a collective, it takes long
+    if packed is not None:  # into the cache of every node, and outside any collective: it can outlast their timeout
         plain = decompressed(packed, cache_dir)
-    files = share(lambda: find_images(data_path, split, cache_dir))
+    files = on_rank_zero(lambda: find_images(data_path, split, cache_dir))
     return files if packed is None else replace(files, root=str(plain))
 
 
 def count_classes(train: Source, val: Source, nb_classes: int | None) -> int:
-    """How many outputs a classifier needs: as many as the data have classes, or `nb_classes`.
+    """Number of outputs of a classifier: `nb_classes`, or the number of classes in the data.
 
     Raises:
-        ValueError: training and validation have different classes, or more than `nb_classes`.
+        ValueError: train and val have different classes, or more than `nb_classes`.
     """
     if train.classes and val.classes and train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
-            f"train has {len(train.classes)} classes, val {len(val.classes)}, and their labels would not agree: "
-            f"{', '.join(only[:6])} {'is' if len(only) == 1 else 'are'} in one of them alone"
+            f"train has {len(train.classes)} classes and val {len(val.classes)}, so their labels disagree; "
+            f"classes in only one of them: {summarize(only)}"
         )
     needed = int(max(train.labels.max(), val.labels.max())) + 1
     if nb_classes is not None and nb_classes < needed:
-        raise ValueError(f"--nb_classes {nb_classes}, but the data have {needed} classes: leave the option out")
+        raise ValueError(f"--nb_classes {nb_classes}, but the data have {needed} classes: omit the option")
     if nb_classes is not None and nb_classes > needed:
         log.info("--nb_classes %d: %d outputs have no images in the data", nb_classes, nb_classes - needed)
     return nb_classes or needed
