@@ -175,13 +175,13 @@ def build_augmentation(
 
 
 def load_weights(args: argparse.Namespace, model: nn.Module, weights: dict[str, Tensor] | None) -> None:
-    """Begin from pre-trained weights: head and pooling norm may be fresh; in evaluation nothing may."""
+    """Begin from pre-trained weights: head and pooling norm may be newly initialised, but not in evaluation."""
     if weights is None:
         log.info("no --finetune: from random weights")
         return
-    fresh = [] if args.eval else ["head.", "fc_norm."]
+    allow_missing = [] if args.eval else ["head.", "fc_norm."]
     with options.user_mistakes():
-        report = load_into(model, weights, fresh, left_out=(*DECODERS, "norm.", "fc_norm."))
+        report = load_into(model, weights, allow_missing, allow_unexpected=(*DECODERS, "norm.", "fc_norm."))
     log.info("weights of %s\n%s", args.weights, report)
 
 

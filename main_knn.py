@@ -189,7 +189,7 @@ def extract_all(
         log.info("no --finetune: features of random weights")
     else:
         with options.user_mistakes():
-            loaded = load_into(encoder, weights, left_out=(*DECODERS, "head."))
+            loaded = load_into(encoder, weights, allow_unexpected=(*DECODERS, "head."))
         log.info("weights of %s\n%s", args.finetune, loaded)
     if args.compile:
         encoder.compile()

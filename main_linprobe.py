@@ -27,7 +27,7 @@ from util.lars import LARS
 from util.run import checkpoint, distributed, launch, options
 from util.run.logger import cpu_threads, log
 from util.run.loop import TrainingLoop
-from util.weights.load import DECODERS, digest, load_into, load_pretrained, read_meta
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 
 SCRIPT = "main_linprobe"
 
@@ -182,10 +182,10 @@ def main(argv: list[str] | None = None) -> None:
         if weights is None:
             log.info("no --finetune: features of random weights")
         else:
-            left_out = (*DECODERS, "head.", "norm.", "fc_norm.")
-            fresh = ["fc_norm."] if args.global_pool else []
-            log.info("weights of %s\n%s", args.finetune, load_into(encoder, weights, fresh, left_out))
-        args.encoder = digest(encoder)
+            allow_missing = ["fc_norm."] if args.global_pool else []
+            report = load_into(encoder, weights, allow_missing, (*DECODERS, "head.", "norm.", "fc_norm."))
+            log.info("weights of %s\n%s", args.finetune, report)
+        args.encoder = fingerprint(encoder)
         run.check(vars(args), [*FIXED, "encoder"], report=not args.eval)
     probe = models_vit.LinearProbe(encoder, len(args.lr), args.nb_classes).to(device)
     precision.choose_attention(probe)

@@ -401,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     describe(args, world, len(source), model)
     if weights is not None:
         with options.user_mistakes():
-            report = load_into(model, weights, fresh=DECODERS, left_out=("head.", "fc_norm."))
+            report = load_into(model, weights, allow_missing=DECODERS, allow_unexpected=("head.", "fc_norm."))
         log.info("weights of %s\n%s", args.load_from, report)
     student = distributed.wrap(model, device)  # from here on, all ranks hold the same weights
     teacher = EMATeacher(model) if args.learning_loss or args.target == "ema" else None

@@ -207,7 +207,7 @@ def test_other_peoples_files(drawn, tmp_path, kind):
 MISTAKES = {
     "": "give either --checkpoint",
     "--checkpoint HPM --runs x": "give either --checkpoint",
-    "--checkpoint nowhere.pth": "there is no checkpoint nowhere.pth",
+    "--checkpoint nowhere.pth": "checkpoint nowhere.pth does not exist",
     "--checkpoint damaged.pth": "damaged.pth is not a checkpoint",
     "--checkpoint truncated.pth": "truncated.pth",
     "--checkpoint encoder.pth": "an encoder alone, without the decoder",
@@ -215,7 +215,7 @@ MISTAKES = {
     "--checkpoint finetuned.pth": "an encoder alone, without the decoder",
     "--checkpoint classifier.pth": "is of main_finetune: pictures need a pre-training checkpoint",
     "--checkpoint foreign.pth": "is this the right --model?",
-    "--checkpoint foreign.pth --which ema": "holds no EMA teacher",
+    "--checkpoint foreign.pth --which ema": "has no EMA teacher",
     "--checkpoint HPM --model mae_vit_base_patch16": "says mae_vit_micro_patch16; leave the option out",
     "--checkpoint HPM --target pixel": "--target pixel: HPM says norm_pixel; leave the option out",
     "--checkpoint HPM --no-norm_pix_loss": "--target pixel: HPM says norm_pixel; leave the option out",
