@@ -23,8 +23,9 @@ import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import rng
 from util.data import transforms
-from util.data.datasets import ImageDataset, build_source, count_classes
+from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, ShardSampler, build_loader
+from util.data.sources import build_source, count_classes
 from util.lr_decay import param_groups_lrd
 from util.run import checkpoint, distributed, launch, options
 from util.run.logger import cpu_threads, log
@@ -174,13 +175,13 @@ def build_augmentation(
 
 
 def load_weights(args: argparse.Namespace, model: nn.Module, weights: dict[str, Tensor] | None) -> None:
-    """Begin from pre-trained weights: head and pooling norm may be fresh; in evaluation nothing may."""
+    """Begin from pre-trained weights: head and pooling norm may be newly initialised, but not in evaluation."""
     if weights is None:
         log.info("no --finetune: from random weights")
         return
-    fresh = [] if args.eval else ["head.", "fc_norm."]
+    allow_missing = [] if args.eval else ["head.", "fc_norm."]
     with options.user_mistakes():
-        report = load_into(model, weights, fresh, left_out=(*DECODERS, "norm.", "fc_norm."))
+        report = load_into(model, weights, allow_missing, allow_unexpected=(*DECODERS, "norm.", "fc_norm."))
     log.info("weights of %s\n%s", args.weights, report)
 
 
@@ -216,7 +217,11 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(args.output_dir, args.experiment)
         train, val = (
             build_source(
-                args.data_path, split, shapes_count=count, cache_dir=args.cache_dir, share=distributed.from_rank_zero
+                args.data_path,
+                split,
+                shapes_count=count,
+                cache_dir=args.cache_dir,
+                on_rank_zero=distributed.from_rank_zero,
             )
             for split, count in (("train", args.shapes_train), ("val", args.shapes_val))
         )

@@ -20,8 +20,9 @@ import models_vit
 from engine_finetune import extract_features
 from util import rng
 from util.data import transforms
-from util.data.datasets import ImageDataset, Source, build_source, count_classes
+from util.data.datasets import ImageDataset
 from util.data.loader import ShardSampler, build_loader
+from util.data.sources import Source, build_source, count_classes
 from util.knn import knn_correct
 from util.run import checkpoint, distributed, launch, options
 from util.run.amp import Precision
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
             counts = {"train": args.shapes_train, "test": args.shapes_val}
             for name, split in SPLITS.items():
                 settings = {"shapes_count": counts[name], "cache_dir": args.cache_dir}
-                sources[name] = build_source(args.data_path, split, **settings, share=distributed.from_rank_zero)
+                sources[name] = build_source(args.data_path, split, **settings, on_rank_zero=distributed.from_rank_zero)
             args.nb_classes = count_classes(sources["train"], sources["test"], args.nb_classes)
             weights = load_pretrained(args.finetune, args.which) if args.finetune else None
         num_train = len(features["train"][1] if features else sources["train"])
@@ -188,7 +189,7 @@ def extract_all(
         log.info("no --finetune: features of random weights")
     else:
         with options.user_mistakes():
-            loaded = load_into(encoder, weights, left_out=(*DECODERS, "head."))
+            loaded = load_into(encoder, weights, allow_unexpected=(*DECODERS, "head."))
         log.info("weights of %s\n%s", args.finetune, loaded)
     if args.compile:
         encoder.compile()

@@ -20,13 +20,14 @@ import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import rng
 from util.data import transforms
-from util.data.datasets import ImageDataset, build_source, count_classes
+from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, ShardSampler, build_loader
+from util.data.sources import build_source, count_classes
 from util.lars import LARS
 from util.run import checkpoint, distributed, launch, options
 from util.run.logger import cpu_threads, log
 from util.run.loop import TrainingLoop
-from util.weights.load import DECODERS, digest, load_into, load_pretrained, read_meta
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 
 SCRIPT = "main_linprobe"
 
@@ -160,7 +161,11 @@ def main(argv: list[str] | None = None) -> None:
                 setattr(args, name, run.found[1]["options"].get(name))
         train, val = (
             build_source(
-                args.data_path, split, shapes_count=count, cache_dir=args.cache_dir, share=distributed.from_rank_zero
+                args.data_path,
+                split,
+                shapes_count=count,
+                cache_dir=args.cache_dir,
+                on_rank_zero=distributed.from_rank_zero,
             )
             for split, count in (("train", args.shapes_train), ("val", args.shapes_val))
         )
@@ -177,10 +182,10 @@ def main(argv: list[str] | None = None) -> None:
         if weights is None:
             log.info("no --finetune: features of random weights")
         else:
-            left_out = (*DECODERS, "head.", "norm.", "fc_norm.")
-            fresh = ["fc_norm."] if args.global_pool else []
-            log.info("weights of %s\n%s", args.finetune, load_into(encoder, weights, fresh, left_out))
-        args.encoder = digest(encoder)
+            allow_missing = ["fc_norm."] if args.global_pool else []
+            report = load_into(encoder, weights, allow_missing, (*DECODERS, "head.", "norm.", "fc_norm."))
+            log.info("weights of %s\n%s", args.finetune, report)
+        args.encoder = fingerprint(encoder)
         run.check(vars(args), [*FIXED, "encoder"], report=not args.eval)
     probe = models_vit.LinearProbe(encoder, len(args.lr), args.nb_classes).to(device)
     precision.choose_attention(probe)

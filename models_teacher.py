@@ -122,5 +122,5 @@ def build_teacher(
         if unknown:
             raise ValueError(f"unexpected in a CLIP state dict: {', '.join(unknown[:4])}")
         weights = checkpoint_filter_fn(weights, teacher.network)
-    report = load_into(teacher.network, weights, left_out=_DINO_HEAD if kind == "dino" else _CLIP_TEXT)
+    report = load_into(teacher.network, weights, allow_unexpected=_DINO_HEAD if kind == "dino" else _CLIP_TEXT)
     return teacher, f"{report}" + f"\ntext half left out ({len(text)} tensors)" * bool(text)

@@ -31,8 +31,10 @@ from torchvision import transforms as tv
 from benchmarks.report import ratio, table, with_range
 from benchmarks.step import ALONE, Case, Trainer
 from util.data import decode
-from util.data.datasets import ImageDataset, ImageFiles, find_images
+from util.data.datasets import ImageDataset
+from util.data.files import ImageFiles
 from util.data.loader import EpochSampler, build_loader
+from util.data.sources import find_images
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
 from util.run import distributed, options
 from util.run.amp import default_precision

@@ -37,7 +37,8 @@ import main_pretrain
 import models_hpm
 from benchmarks.step import ALONE
 from util import masking
-from util.data.datasets import ImageDataset, build_source, find_images
+from util.data.datasets import ImageDataset
+from util.data.sources import build_source, find_images
 from util.data.transforms import CenterCrop, ToModelInput
 from util.rng import generator
 from util.run import checkpoint, distributed, options

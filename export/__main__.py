@@ -26,7 +26,7 @@ from export.formats import FOLDER_CONTENTS, FORMATS, Format, Mismatch, Source, v
 from export.publish import check_target, publish
 from util.run import options
 from util.run.logger import describe_environment, log, setup_logging
-from util.weights.load import DECODERS, digest, load_into, load_pretrained, read_meta, summarize_names
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta, summarize_names
 
 
 def get_args_parser() -> options.OptionParser:
@@ -155,7 +155,7 @@ def build_autoencoder(
     model = models_hpm.build_for(f"mae_{name}", weights, **settings)
     if model.target_dim is not None or model.decoder_pos_embed.shape != weights["decoder_pos_embed"].shape:
         return None
-    load_into(model, weights, left_out=["head.", "fc_norm."])
+    load_into(model, weights, allow_unexpected=["head.", "fc_norm."])
     return model.eval()
 
 
@@ -175,10 +175,10 @@ def join_probe(args: argparse.Namespace) -> dict[str, Tensor]:
         num_classes=0,
         global_pool=trained["global_pool"],
     )
-    fresh = ["fc_norm."] if trained["global_pool"] else []
-    left_out = (*DECODERS, "head.", "norm.", "fc_norm.")
-    load_into(encoder, load_pretrained(path, trained["which"]), fresh, left_out)
-    if digest(encoder) != trained["encoder"]:
+    weights = load_pretrained(path, trained["which"])
+    allow_missing = ["fc_norm."] if trained["global_pool"] else []
+    load_into(encoder, weights, allow_missing, (*DECODERS, "head.", "norm.", "fc_norm."))
+    if fingerprint(encoder) != trained["encoder"]:
         raise ValueError(f"{path} is not the encoder that {args.checkpoint} was trained on: give it with --encoder")
     state = load_pretrained(args.checkpoint)
     chosen = args.head or best_head(args)

@@ -1,4 +1,4 @@
-"""Small image files and data sets that tests make for themselves."""
+"""Small image files and data sets, generated for tests."""
 
 import io
 import tarfile
@@ -40,7 +40,7 @@ def write_tree(folder, files=None):
 
 def write_tar(path, files=None, mode="w", prefix=""):
     with tarfile.open(path, mode) as tar:
-        for name, data in reversed(list((members() if files is None else files).items())):  # in no helpful order
+        for name, data in reversed(list((members() if files is None else files).items())):  # not sorted
             info = tarfile.TarInfo(prefix + name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))

@@ -10,8 +10,9 @@ from PIL import Image
 from programs import PRETRAIN, assert_same_training, log_lines, run
 
 from util.data import decode
-from util.data.datasets import ImageDataset, build_dataset, build_source
+from util.data.datasets import ImageDataset, build_dataset
 from util.data.loader import EpochSampler, build_loader
+from util.data.sources import build_source
 from util.data.transforms import CenterCrop, RandomCrop
 from util.run.bad_images import BadImages, TooManyBadImages
 
@@ -34,7 +35,7 @@ BAD = {
 
 
 def bomb():
-    """A PNG of some hundred bytes that says it is 60,000 x 60,000."""
+    """A PNG of about a hundred bytes whose header claims 60,000 x 60,000 pixels."""
     data = bytearray(encode(Image.new("1", (8, 8)), "PNG"))
     data[16:24] = (60_000).to_bytes(4, "big") * 2
     import zlib
@@ -64,8 +65,8 @@ def write_bad(folder, kinds=BAD):
     return write_tree(folder, {**members(), **files})
 
 
-def test_replaced_by_the_same_image_whoever_loads_it(tmp_path):
-    """Any process, epoch and batch; the label is the replacement's."""
+def test_the_replacement_is_the_same_in_every_process_epoch_and_batch(tmp_path):
+    """The label is the replacement's."""
     source = build_source(str(write_bad(tmp_path / "d")), "train")
     dataset = ImageDataset(source, CenterCrop(16), seed=3, replace=True)
     chosen = {index: dataset[0, index] for index in range(len(BAD))}
@@ -82,7 +83,7 @@ def test_replaced_by_the_same_image_whoever_loads_it(tmp_path):
                 assert bad == -1 or index == chosen[bad].index
 
 
-def test_a_missing_file_is_an_unreadable_one(tmp_path):
+def test_a_missing_file_counts_as_unreadable(tmp_path):
     tree = write_tree(tmp_path / "d")
     source = build_source(str(tree), "train")
     os.remove(tree / "train/dog/1.jpg")
@@ -90,16 +91,14 @@ def test_a_missing_file_is_an_unreadable_one(tmp_path):
     assert ImageDataset(source, CenterCrop(16), replace=True)[index].bad == index
 
 
-def test_where_nothing_can_be_read_the_first_and_the_reason_are_named(tmp_path):
+def test_if_no_image_is_readable_the_error_names_the_first_and_the_reason(tmp_path):
     tree = write_tree(tmp_path / "d", dict.fromkeys(members(), b"x"))
-    with pytest.raises(
-        ValueError, match=r"train/cat/0.jpg cannot be read, nor can 20 others in its place: .*not a read"
-    ):
+    with pytest.raises(ValueError, match=r"train/cat/0.jpg is unreadable, and so are 20 replacements: .*not a read"):
         ImageDataset(build_source(str(tree), "train"), CenterCrop(16), replace=True)[0]
 
 
 def test_evaluation_replaces_nothing(tmp_path):
-    """A figure of other images would be wrong: the file is named."""
+    """A metric of other images would be wrong: the error names the file."""
     tree = write_tree(tmp_path / "d", {**members(), "val/dog/2.jpg": b"broken"})
     options = ["--model", "vit_micro_patch16", "--input_size", 16, "--patch_size", 4, "--data_path", tree]
     options += ["--batch_size", 4, "--num_workers", 0, "--output_dir", tmp_path / "run", "--epochs", 1]

@@ -148,11 +148,11 @@ def test_every_tensor_is_accounted_for():
     source, target = model(), model(learning_loss=False)
     report = load_into(target, source.state_dict())
     assert set(report.loaded) == set(target.state_dict())
-    assert all("losspred" in name for name in report.left_out)
-    assert report.fresh == []
+    assert all("losspred" in name for name in report.unused)
+    assert report.newly_initialised == []
     for name, value in target.state_dict().items():
         assert torch.equal(value, source.state_dict()[name])
-    assert "left out  decoder_blocks_losspred" in str(report)
+    assert "unused             decoder_blocks_losspred" in str(report)
 
 
 def test_what_is_missing_unexpected_or_misshaped_is_named():
@@ -161,7 +161,7 @@ def test_what_is_missing_unexpected_or_misshaped_is_named():
         load_into(model(depth=3), weights)
     with pytest.raises(ValueError, match="unexpected: blocks.1.norm1.weight"):
         load_into(model(depth=1), weights)
-    with pytest.raises(ValueError, match=r"of another shape: cls_token \(1, 1, 32\) in the file, \(1, 1, 64\)"):
+    with pytest.raises(ValueError, match=r"shape mismatch: cls_token is \(1, 1, 32\) in the file, \(1, 1, 64\)"):
         load_into(model(embed_dim=64), weights)
     with pytest.raises(ValueError, match=r"unexpected: surprise"):
         load_into(model(), {**weights, "surprise": torch.ones(1)})
@@ -181,9 +181,9 @@ def test_what_may_be_fresh_keeps_its_initial_values():
     source = {k: v for k, v in model().state_dict().items() if "losspred" not in k}
     target = model()
     before = target.decoder_pred_losspred.weight.clone()
-    report = load_into(target, source, fresh=("decoder_",))
+    report = load_into(target, source, allow_missing=("decoder_",))
     assert torch.equal(target.decoder_pred_losspred.weight, before)
-    assert all("losspred" in name for name in report.fresh)
+    assert all("losspred" in name for name in report.newly_initialised)
 
 
 def test_position_embeddings_are_fitted():
@@ -209,5 +209,5 @@ def test_official_and_mae_files(tmp_path, wrap):
         build_hpm(golden, meta).load_state_dict(loaded, strict=True)
     ema = load_pretrained(tmp_path / "hpm.pth", which="ema")
     assert torch.equal(ema["cls_token"], loaded["cls_token"] + 1)
-    with pytest.raises(ValueError, match="holds no EMA teacher"):
+    with pytest.raises(ValueError, match="has no EMA teacher"):
         load_pretrained(tmp_path / "mae.pth", which="ema")

@@ -1,4 +1,4 @@
-"""Every source gives the same images; every wrong layout ends in an error that names the fix."""
+"""Every source gives the same images; every wrong layout is an error that names the fix."""
 
 import io
 import os
@@ -9,7 +9,8 @@ import pytest
 import torch
 from images import encode, members, picture, write_tar, write_tree
 
-from util.data.datasets import ImageDataset, ShapesSource, build_dataset, build_source, find_images
+from util.data.datasets import ImageDataset, build_dataset
+from util.data.sources import ShapesSource, build_source, find_images
 from util.data.transforms import RandomCrop
 
 
@@ -72,7 +73,7 @@ def test_an_archive_is_decompressed_once(tmp_path):
     assert not list((tmp_path / "c").rglob("*.partial"))
 
 
-def test_a_changed_archive_is_decompressed_anew(tmp_path):
+def test_a_changed_archive_is_decompressed_again(tmp_path):
     path = write_tar(tmp_path / "a.tar.gz", mode="w:gz")
     first = find_images(str(path), "train")
     write_tar(path, members(per_class=2), mode="w:gz")
@@ -81,7 +82,7 @@ def test_a_changed_archive_is_decompressed_anew(tmp_path):
     assert len(second) == 6
 
 
-def test_hidden_files_and_other_files_are_passed_over(tmp_path):
+def test_hidden_and_other_files_are_skipped(tmp_path):
     tree = write_tree(tmp_path / "d")
     (tree / "train/cat/._0.jpg").write_bytes(b"x")
     (tree / "train/cat/notes.txt").write_bytes(b"x")
@@ -113,44 +114,47 @@ WRONG = {
     "a level too low": (lambda p: write_tree(p / "d") / "train", "found cat-2/, cat/, dog/"),
     "flat": (
         lambda p: write_tree(p / "d", {f"train/{i}.jpg": encode(picture()) for i in range(3)}),
-        "no class folders.*move the 3 images into one folder a class, or list them in train.txt",
+        "no class folders.*move the 3 images into one folder per class, or list them in train.txt",
     ),
-    "empty class": (lambda p: write_tree(p / "d", {**members(), "train/fox/x.txt": b""}), "train/fox holds no image"),
+    "empty class": (
+        lambda p: write_tree(p / "d", {**members(), "train/fox/x.txt": b""}),
+        "train/fox contains no images",
+    ),
     "text file": (lambda p: write_tree(p / "d", {"data.zip": b"x"}) / "data.zip", "neither a folder nor an archive"),
     "not a tar": (lambda p: write_tree(p / "d", {"a.tar": b"x" * 2000}) / "a.tar", "not a readable tar archive"),
     "not gzip": (lambda p: write_tree(p / "d", {"a.tar.gz": b"x" * 99}) / "a.tar.gz", "not a complete gzip file"),
     "tar without the split": (
         lambda p: write_tar(p / "a.tar", members(("val",))),
-        r"a.tar: looked for train/CLASS/\*.jpg, found at its top val",
+        r"a.tar: looked for train/CLASS/\*.jpg, found val at the top level",
     ),
     "flat tar": (
         lambda p: write_tar(p / "a.tar", {"train/1.jpg": encode(picture())}),
-        "train/1.jpg stands outside a class folder",
+        "train/1.jpg is not in a class folder",
     ),
     "list with a missing file": (
         lambda p: write_tree(p / "d", {"train.txt": b"cat/nine.jpg 0\n"}),
-        "names cat/nine.jpg, but .* does not exist",
+        "lists cat/nine.jpg, but .* does not exist",
     ),
     "list without labels": (
         lambda p: write_tree(p / "d", {"train.txt": b"cat/0.jpg\n"}),
         "line 1: expected 'RELATIVE/PATH LABEL', found 'cat/0.jpg'",
     ),
-    "list that leads outside": (
+    "list that points outside": (
         lambda p: write_tree(p / "d", {"train.txt": b"../../etc/passwd 0\n"}),
-        "line 1: '../../etc/passwd' leads outside",
+        "line 1: '../../etc/passwd' points outside",
     ),
-    "empty list": (lambda p: write_tree(p / "d", {"train.txt": b"\n"}), "lists no image"),
+    "empty list": (lambda p: write_tree(p / "d", {"train.txt": b"\n"}), "lists no images"),
 }
 
 
 @pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
-def test_a_wrong_layout_says_what_was_found_and_the_fix(tmp_path, make, message):
+def test_a_wrong_layout_error_names_what_was_found_and_the_fix(tmp_path, make, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
         find_images(str(make(tmp_path)), "train")
 
 
-def test_a_truncated_archive_is_refused(tmp_path):
+def test_a_truncated_archive_is_rejected(tmp_path):
     path = write_tar(tmp_path / "a.tar")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 2 // 3])
@@ -163,7 +167,7 @@ def test_a_truncated_archive_is_refused(tmp_path):
     assert not list((tmp_path / "cache").rglob("*.tar"))
 
 
-def test_members_that_lead_outside_links_and_devices_are_left_out(tmp_path):
+def test_links_devices_and_members_that_point_outside_are_skipped(tmp_path):
     path = tmp_path / "a.tar"
     write_tar(path, members(("train",)))
     with tarfile.open(path, "a") as tar:
@@ -185,19 +189,19 @@ def test_members_that_lead_outside_links_and_devices_are_left_out(tmp_path):
 
 
 def test_names_and_labels_are_arrays(tmp_path):
-    """Python lists would be copied into every worker as reference counts change."""
+    """The reference counts of Python lists would copy their memory into every worker."""
     for path in (write_tree(tmp_path / "d"), write_tar(tmp_path / "a.tar")):
         files = find_images(str(path), "train")
         assert files.names.dtype.kind == "S"
         assert files.labels.dtype == np.int64
 
 
-def test_shapes_have_the_sizes_asked_for():
+def test_shapes_have_the_requested_sizes():
     assert (len(build_source(None, "train")), len(build_source(None, "val"))) == (2000, 500)
     assert len(build_source(None, "train", shapes_count=7)) == 7
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_alone():
+def test_a_sample_is_a_function_of_seed_epoch_and_index():
     dataset = ImageDataset(ShapesSource("train"), RandomCrop(16), seed=1)
     torch.manual_seed(5)
     first = dataset[2, 7].image
@@ -216,12 +220,12 @@ def test_an_unreadable_image_is_named(tmp_path):
         build_dataset(str(tree), "train", RandomCrop(16))[0]
 
 
-def test_listing_is_done_by_whoever_shares_it(tmp_path):
+def test_listing_runs_on_rank_zero_only(tmp_path):
     calls = []
 
-    def share(find):
+    def on_rank_zero(find):
         calls.append(1)
         return find()
 
-    build_source(str(write_tar(tmp_path / "a.tar.gz", mode="w:gz")), "train", share=share)
+    build_source(str(write_tar(tmp_path / "a.tar.gz", mode="w:gz")), "train", on_rank_zero=on_rank_zero)
     assert calls == [1]

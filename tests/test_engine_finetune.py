@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine_finetune import evaluate, extract_features
-from util.data.datasets import ImageDataset, ShapesSource
+from util.data.datasets import ImageDataset
 from util.data.loader import ShardSampler, build_loader
+from util.data.sources import ShapesSource
 from util.data.transforms import CenterCrop, ToModelInput
 from util.run.amp import Precision
 

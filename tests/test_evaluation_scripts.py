@@ -41,7 +41,8 @@ def test_fine_tuning(tmp_path, pretrained):
     assert "model     vit_micro_patch16, 10 classes, mean of patches" in log
     assert "image     16 pixels in patches of 4" in log
     assert re.search(
-        r"loaded    76 tensors\nleft out  mask_token \(1\), .*norm \(2\).*\nfresh     fc_norm \(2\), head \(2\)", log
+        r"loaded +76 tensors\nunused +mask_token \(1\), .*norm \(2\).*\nnewly initialised +fc_norm \(2\), head \(2\)",
+        log,
     )
     assert re.search(r"epoch 2/2  acc1 \d+\.\d\d  acc5 \d+\.\d\d  loss \d\.\d{4}  best \d+\.\d\d", log)
     names = {p.name for p in (tmp_path / "run").iterdir() if "tfevents" not in p.name}
@@ -259,15 +260,15 @@ def wrong_files(tmp_path):
 
     good = vit()
     contents = {
-        r"of another shape: cls_token \(1, 1, 192\) in the file, \(1, 1, 128\) in the model": vit(embed_dim=192),
+        r"shape mismatch: cls_token is \(1, 1, 192\) in the file, \(1, 1, 128\) in the model": vit(embed_dim=192),
         "missing: blocks.5.norm1.weight": vit(depth=5),
         "unexpected: blocks.6.norm1.weight": vit(depth=7),
-        "holds pickled objects beyond tensors.*print": {**good, "x": Code()},
+        "contains pickled objects other than tensors.*print": {**good, "x": Code()},
         "truncated or damaged": good,
         "is not a checkpoint": "text",
-        "there is no checkpoint": None,
-        "holds no weights; its keys are epoch": {"epoch": 3},
-        "holds no EMA teacher": good,
+        "checkpoint .* does not exist": None,
+        "contains no weights; its keys are epoch": {"epoch": 3},
+        "has no EMA teacher": good,
     }
     for number, (message, content) in enumerate(contents.items()):
         path = tmp_path / f"{number}.pth"
@@ -304,10 +305,10 @@ def test_maes_fine_tuned_weights_evaluate(tmp_path, pretrained, capsys):
     state = checkpoint(tmp_path / "run")["state_dict"]
     torch.save({"model": state}, tmp_path / "mae_finetuned.pth")
     log = run("main_finetune", "--eval", "--resume", tmp_path / "mae_finetuned.pth", *SIZES, "--shapes_val", 21)
-    assert "left out  nothing\nfresh     nothing" in log
+    assert "unused             none\nnewly initialised  none" in log
     for other, message in [
         (["--cls_token"], "missing: norm.weight"),
-        (["--nb_classes", "12"], "of another shape: head"),
+        (["--nb_classes", "12"], "shape mismatch: head"),
     ]:
         with pytest.raises(SystemExit):
             run("main_finetune", "--eval", "--resume", tmp_path / "mae_finetuned.pth", *SIZES, *other)
@@ -330,7 +331,10 @@ def test_classes(tmp_path, pretrained, capsys):
         folder = [] if script == "main_knn" else ["--output_dir", tmp_path / "out2"]
         with pytest.raises(SystemExit):
             run(script, "--data_path", uneven, "--finetune", pretrained, *folder, "--batch_size", 4)
-        assert "train has 3 classes, val 4, and their labels would not agree: fox" in capsys.readouterr().err
+        assert (
+            "train has 3 classes and val 4, so their labels disagree; classes in only one of them: fox"
+            in capsys.readouterr().err
+        )
 
 
 MISTAKES = [
@@ -344,7 +348,7 @@ MISTAKES = [
     ("main_linprobe", "--blr 0", "'0' is not a number above 0"),
     ("main_knn", "--nb_knn 3000", "--nb_knn 3000 of 2,000 training images"),
     ("main_knn", "--load_features x --finetune y", "drop --dump_features and --finetune"),
-    ("main_knn", "--load_features /nowhere", "there is no checkpoint /nowhere/trainfeat.pth"),
+    ("main_knn", "--load_features /nowhere", "checkpoint /nowhere/trainfeat.pth does not exist"),
     ("main_knn", "--input_size 100", "patch size 16 does not divide an image of 100 x 100"),
 ]
 

@@ -1,4 +1,4 @@
-"""Files from others are untrusted: nothing in them runs, and what cannot be read says the way out."""
+"""Foreign files are untrusted: no code in them runs, and errors name the fix."""
 
 import argparse
 import pickle
@@ -21,23 +21,23 @@ class Dangerous:
         return eval, ("__import__('pathlib').Path('/tmp/hpm-was-here').touch()",)
 
 
-def test_a_namespace_is_the_one_class_allowed(tmp_path):
+def test_a_namespace_is_the_only_class_allowed(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=0.1)}, tmp_path / "mae.pth")
     assert torch.equal(load_pretrained(tmp_path / "mae.pth")["w"], torch.ones(2))
 
 
-def test_pickled_code_is_refused_with_a_way_out(tmp_path):
+def test_pickled_code_is_rejected_with_its_conversion(tmp_path):
     path = tmp_path / "bad.pth"
     torch.save({"model": {"w": torch.ones(2)}, "x": Dangerous()}, path)
-    with pytest.raises(ValueError, match=r"holds pickled objects beyond tensors.*eval.*Convert it once"):
+    with pytest.raises(ValueError, match=r"contains pickled objects other than tensors.*eval.*convert it once"):
         read_file(path)
     with open(path, "wb") as file:
         pickle.dump(Dangerous(), file)
-    with pytest.raises(ValueError, match=r"pickled objects|not a checkpoint"):
+    with pytest.raises(ValueError, match=r"pickled objects|not written by torch.save"):
         read_file(path)
 
 
-def test_a_torchscript_archive_is_refused_with_its_conversion(tmp_path):
+def test_a_torchscript_archive_is_rejected_with_its_conversion(tmp_path):
     path = tmp_path / "clip.pt"
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), str(path))
     with pytest.raises(ValueError, match=r"TorchScript archive.*\n  import torch\n  model = torch.jit.load"):
@@ -54,25 +54,25 @@ def test_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and then nothing", pickle.dumps([1, 2])])
-def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, content):
+def test_a_file_that_is_not_a_checkpoint_is_an_error_that_names_it(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.pth"):
         read_file(tmp_path / "a.pth")
 
 
 def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(ValueError, match="there is no checkpoint"):
+    with pytest.raises(ValueError, match="checkpoint .* does not exist"):
         read_file(tmp_path / "nowhere.pth")
     with pytest.raises(ValueError, match="folder without model.safetensors or pytorch_model.bin"):
         read_file(tmp_path)
 
 
-def test_the_old_format_of_torch_is_read(tmp_path):
+def test_the_format_before_torch_1_6_is_read(tmp_path):
     torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert torch.equal(load_pretrained(tmp_path / "old.pth")["w"], torch.ones(2))
 
 
-def test_a_flipped_byte_is_noticed(tmp_path):
+def test_a_flipped_byte_is_detected(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"w": torch.zeros(1000)}, path)
     data = bytearray(path.read_bytes())
@@ -85,7 +85,7 @@ def test_a_flipped_byte_is_noticed(tmp_path):
 
 
 def hugging_face(prefix="vit.", decoder="decoder.decoder_layers.0"):
-    """Names of a ViTMAE of one block and one decoder block, with tensors that tell them apart."""
+    """Names of a ViTMAE with one block and one decoder block, each tensor with a value of its own."""
     names = [f"{prefix}embeddings.{n}" for n in ("cls_token", "position_embeddings")]
     names += [f"{prefix}embeddings.patch_embeddings.projection.{k}" for k in ("weight", "bias")]
     for block in (f"{prefix}encoder.layer.0", decoder):
@@ -100,7 +100,7 @@ def hugging_face(prefix="vit.", decoder="decoder.decoder_layers.0"):
 
 @pytest.mark.parametrize("decoder", ["decoder.decoder_layers.0", "decoder.decoder_encoder.layer.0"])
 def test_hugging_face_names_become_maes(decoder):
-    """Of released files, and of those that newer versions of transformers write."""
+    """Names of released files, and those that newer versions of transformers write."""
     source = hugging_face(decoder=decoder)
     assert is_hugging_face(source)
     ours = from_hugging_face(source)
@@ -111,13 +111,13 @@ def test_hugging_face_names_become_maes(decoder):
     assert torch.equal(ours["blocks.0.attn.qkv.weight"], torch.cat([query, key, value]))
     assert torch.equal(ours["decoder_blocks.0.mlp.fc2.bias"], source[f"{decoder}.output.dense.bias"])
     assert torch.equal(ours["decoder_pred.bias"], source["decoder.decoder_pred.bias"])
-    assert len(ours) == len(source) - 8  # query, key and value joined, weight and bias, in two blocks
+    assert len(ours) == len(source) - 8  # query, key and value concatenated, weight and bias, in two blocks
     assert not is_hugging_face(ours)
 
 
 @pytest.mark.parametrize("prefix", ["vit.", ""])
 def test_maes_names_become_hugging_faces_and_back(prefix):
-    """The released names, and the same tensors after the way back."""
+    """The released names, and the same tensors after the round trip."""
     source = {name: torch.randn(3, 2) for name in hugging_face() if prefix or not name.startswith("decoder.")}
     if not prefix:
         source = {name.removeprefix("vit."): tensor for name, tensor in source.items()}
@@ -127,7 +127,7 @@ def test_maes_names_become_hugging_faces_and_back(prefix):
     head = to_hugging_face({"head.weight": torch.ones(1), "cls_token": torch.ones(1)}, prefix)
     assert set(head) == {"classifier.weight", f"{prefix}embeddings.cls_token"}
     for name in ("fc_norm.weight", "blocks.0.ls1.weight", "decoder_norm_losspred.bias", "vis_mask_token"):
-        with pytest.raises(ValueError, match=f"there is no place for {name}"):
+        with pytest.raises(ValueError, match=f"{name} has no counterpart"):
             to_hugging_face({name: torch.ones(1)})
 
 
@@ -140,8 +140,8 @@ def test_unknown_hugging_face_names_are_an_error():
         from_hugging_face(incomplete)
 
 
-def test_what_transformers_itself_writes(tmp_path):
-    """ViTMAE, ViT and a ViT classifier, saved by the library: every tensor finds its place, and features agree."""
+def test_files_written_by_transformers(tmp_path):
+    """ViTMAE, ViT and a ViT classifier, saved by the library: every tensor is loaded, and features agree."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
     sizes |= {"image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-6}

@@ -12,6 +12,6 @@ def test_logits_and_features(name):
     golden, meta = load(name)
     model = build_vit(meta)
     report = load_into(model, params(golden))
-    assert report.left_out == report.fresh == []
+    assert report.unused == report.newly_initialised == []
     torch.testing.assert_close(model(golden["images"]), golden["logits"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.pooled_features(golden["images"]), golden["features"], rtol=1e-5, atol=1e-5)

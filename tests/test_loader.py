@@ -4,8 +4,9 @@ import subprocess
 import pytest
 import torch
 
-from util.data.datasets import ImageDataset, ShapesSource
+from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, ShardSampler, build_loader
+from util.data.sources import ShapesSource
 from util.data.transforms import RandomCrop
 
 
@@ -15,7 +16,7 @@ def epoch(sampler, number, first_batch=0):
 
 
 def test_every_global_batch_is_the_same_on_any_topology():
-    """One rank with 2 b, two ranks with b, one rank with b and two accumulation steps: the same images a step."""
+    """One rank with 2b, two ranks with b, one rank with b and two accumulation steps: the same global batches."""
     one = epoch(EpochSampler(100, 16, seed=3), 1)
     two = [epoch(EpochSampler(100, 8, rank=r, world_size=2, seed=3), 1) for r in (0, 1)]
     accumulated = epoch(EpochSampler(100, 8, accum_iter=2, seed=3), 1)
@@ -23,7 +24,7 @@ def test_every_global_batch_is_the_same_on_any_topology():
     assert one == [a + b for a, b in zip(accumulated[::2], accumulated[1::2], strict=True)]
 
 
-def test_an_epoch_has_no_sample_twice_and_is_cut_to_whole_steps():
+def test_an_epoch_repeats_no_sample_and_has_whole_steps_only():
     sampler = EpochSampler(103, 8, accum_iter=3, seed=0)
     batches = epoch(sampler, 0)
     assert len(batches) == len(sampler) == 12
@@ -32,7 +33,7 @@ def test_an_epoch_has_no_sample_twice_and_is_cut_to_whole_steps():
     assert {number for number, _ in keys} == {0}
 
 
-def test_order_depends_on_seed_and_epoch():
+def test_the_order_depends_on_seed_and_epoch():
     assert epoch(EpochSampler(64, 8, seed=1), 0) == epoch(EpochSampler(64, 8, seed=1), 0)
     orders = {
         tuple(index for batch in epoch(EpochSampler(64, 8, seed=seed), number) for _, index in batch)
@@ -42,21 +43,21 @@ def test_order_depends_on_seed_and_epoch():
     assert len(orders) == 4
 
 
-def test_a_pass_can_begin_inside_an_epoch():
+def test_iteration_can_start_mid_epoch():
     sampler = EpochSampler(64, 8, seed=1)
     whole = epoch(sampler, 4)
     assert epoch(sampler, 4, first_batch=3) == whole[3:]
     assert len(sampler) == 5
 
 
-def test_too_few_images_are_refused():
+def test_too_few_images_are_rejected():
     with pytest.raises(ValueError, match=r"31 images do not fill one optimizer step of 32 .*lower --batch_size"):
         EpochSampler(31, 8, accum_iter=2, world_size=2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_evaluation_sees_each_image_once(world_size, batch_size):
+def test_evaluation_uses_each_image_once(world_size, batch_size):
     shards = [ShardSampler(23, batch_size, rank, world_size) for rank in range(world_size)]
     seen = [index for shard in shards for batch in shard for index in batch]
     assert sorted(seen) == list(range(23))
@@ -68,7 +69,7 @@ def test_batches_do_not_depend_on_the_workers(num_workers):
     dataset = ImageDataset(ShapesSource("train", 24), RandomCrop(16), seed=1)
     sampler = EpochSampler(24, 8, seed=1)
     loader = build_loader(dataset, sampler, num_workers, pin_memory=False)
-    for number in (0, 1):  # workers live on between epochs
+    for number in (0, 1):  # workers persist between epochs
         sampler.set_position(number)
         images = torch.cat([batch.image for batch in loader])
         expected = torch.stack([dataset[key].image for batch in sampler for key in batch])
@@ -83,8 +84,8 @@ class Pids:
         return os.getpid()
 
 
-def test_a_loading_process_heeds_the_one_it_works_for_alone():
-    """It outlives SIGTERM from a stranger, such as a scheduler; and ends at once when its own says so."""
+def test_a_worker_ignores_sigterm_unless_the_training_process_sends_it():
+    """A scheduler's SIGTERM does not end it; its own process does, at once."""
     loader = build_loader(Pids(), ShardSampler(100, 1), 1, False)
     batches = iter(loader)
     pid = next(batches).item()

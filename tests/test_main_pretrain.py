@@ -188,13 +188,13 @@ def test_weights_to_begin_with(tmp_path):
     """From a whole checkpoint, and from MAE's encoder alone, whose decoders stay fresh."""
     pretrain(tmp_path / "a", "--epochs", 1)
     log = pretrain(tmp_path / "b", "--load_from", tmp_path / "a/checkpoint-last.pth", "--epochs", 1, "--lr", 0)
-    assert "fresh     nothing" in log
+    assert "newly initialised  none" in log
     a, b = (checkpoint(tmp_path / name)["state_dict"] for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     encoder = {name: value for name, value in a.items() if not name.startswith(("decoder", "mask_token"))}
     torch.save({"model": encoder}, tmp_path / "mae.pth")
     log = pretrain(tmp_path / "c", "--load_from", tmp_path / "mae.pth", "--epochs", 1, "--lr", 0)
-    assert "fresh     mask_token (1), decoder_pos_embed (1)" in log
+    assert "newly initialised  mask_token (1), decoder_pos_embed (1)" in log
     c = checkpoint(tmp_path / "c")["state_dict"]
     assert torch.equal(a["blocks.5.mlp.fc2.weight"], c["blocks.5.mlp.fc2.weight"])
 
@@ -270,7 +270,7 @@ def test_the_weights_load_into_a_fresh_model_by_their_official_names(tmp_path):
     model = models_hpm.mae_vit_micro_patch16(img_size=16, patch_size=4, decoder_depth=1)
     for which in ("student", "ema"):
         report = load_into(model, load_pretrained(tmp_path / "run/checkpoint-last.pth", which))
-        assert report.fresh == report.left_out == []
+        assert report.newly_initialised == report.unused == []
 
 
 def test_a_missing_data_path_stops_every_rank(tmp_path):

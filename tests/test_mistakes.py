@@ -47,11 +47,11 @@ TRAINING = {
     "--max_bad_images -1": "'-1' is not a whole number of 0 or more",
     "--output_dir /dev/null/run": "the run's folder /dev/null/run cannot be made or written to (Not a directory)",
     "--output_dir /proc/run": "the run's folder /proc/run cannot be made or written to (No such file or directory)",
-    "--resume /nowhere.pth": "there is no checkpoint /nowhere.pth",
+    "--resume /nowhere.pth": "checkpoint /nowhere.pth does not exist",
 }
 CLASSIFIER = {
     "--model vit_bse_patch16": "there is no model 'vit_bse_patch16'; did you mean vit_base_patch16",
-    "--finetune /nowhere.pth": "there is no checkpoint /nowhere.pth",
+    "--finetune /nowhere.pth": "checkpoint /nowhere.pth does not exist",
     "--teacher --which student": "--teacher is --which ema, which contradicts --which student",
     "--nb_classes 3": "--nb_classes 3, but the data have 10 classes",
 }
@@ -77,7 +77,7 @@ TABLE = {
         "--smoothing 1": "'1' is not a number of 0 or more and below 1",
         "--reprob 2": "'2' is not a number of 0 or more and of 1 or less",
         "--layer_decay 0": "'0' is not a number above 0",
-        "--aa nonsense": "--aa 'nonsense' is no policy of timm's",
+        "--aa nonsense": "--aa 'nonsense' is not a policy that timm knows",
         "--eval": "--eval: name weights with --resume or --finetune",
     },
     "main_linprobe": {

@@ -135,8 +135,8 @@ MISTAKES = {
     "--precision fp16": "--precision fp16 needs CUDA",
     "--data_path /nowhere": "--data_path /nowhere does not exist",
     "--shapes_train 10": "10 images do not fill one optimizer step of 64",
-    "--resume /nowhere.pth": "there is no checkpoint /nowhere.pth",
-    "--load_from /nowhere.pth": "there is no checkpoint /nowhere.pth",
+    "--resume /nowhere.pth": "checkpoint /nowhere.pth does not exist",
+    "--load_from /nowhere.pth": "checkpoint /nowhere.pth does not exist",
     "--output_dir /proc/run": "/proc/run",
 }
 

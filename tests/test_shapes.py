@@ -7,7 +7,7 @@ from util.data import shapes
 
 
 def test_images_are_the_same_on_every_machine():
-    """Drawn from IEEE arithmetic alone; if this fails, the drawing changed, and with it every figure on Shapes."""
+    """Drawn with IEEE arithmetic only; if this fails, the images changed, and with them every result on Shapes."""
     pixels = b"".join(shapes.draw_shape(0, split, i)[0].tobytes() for split in ("train", "val") for i in range(20))
     assert hashlib.sha256(pixels).hexdigest()[:16] == "bd2e7a053d16ce65"
 
@@ -39,6 +39,6 @@ def test_every_class_is_drawn_and_differs():
             assert (cover != other).mean() > 0.02
 
 
-def test_shapes_stand_out_from_the_ground():
+def test_shapes_contrast_with_the_background():
     spread = [shapes.draw_shape(0, "train", i)[0].std() for i in range(50)]
     assert min(spread) > 8

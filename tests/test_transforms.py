@@ -1,4 +1,4 @@
-"""Pixels against Pillow and torchvision, and what happens on the device."""
+"""Pixels against Pillow and torchvision, and normalisation on the device."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentedCrop, Cen
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (64, 64), (97, 106)])
-def test_random_crop_is_torchvisions_to_two_levels(size):
+def test_random_crop_matches_torchvision_to_two_levels(size):
     """The same box from the same random state; pixels as Pillow 10 to 12 resize them."""
     image = picture(size=size)
     reference = tv.Compose(
@@ -25,12 +25,12 @@ def test_random_crop_is_torchvisions_to_two_levels(size):
         assert ours.is_contiguous()
         difference = (ours.int() - expected.int()).abs()
         assert difference.max() <= 2
-        assert difference.float().mean() < 0.035  # levels; what full-size photographs showed against Pillow 13
+        assert difference.float().mean() < 0.035  # levels; measured on full-size photographs against Pillow 13
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (32, 32), (20, 300)])
 @pytest.mark.parametrize("target", [224, 32])
-def test_center_crop_is_torchvisions_to_two_levels(size, target):
+def test_center_crop_matches_pillow_to_two_levels(size, target):
     image = picture(size=size)
     reference = tv.Compose(
         [
@@ -56,7 +56,7 @@ def test_random_crop_can_be_non_square():
 
 
 def test_randaugment_survives_every_magnitude():
-    """Posterize to zero bits, which Pillow 13 refuses, comes up in 0.16 % of images."""
+    """Posterize to zero bits, which Pillow 13 rejects, is drawn for 0.16 % of images."""
     transform = AugmentedCrop(16, "rand-m10-n4-mstd3-inc1")
     image = np.asarray(picture()).copy()
     for seed in range(400):
@@ -65,7 +65,7 @@ def test_randaugment_survives_every_magnitude():
         assert transform(image).dtype == torch.uint8
 
 
-def test_color_jitter_is_used_where_there_is_no_auto_augment():
+def test_color_jitter_is_used_without_auto_augment():
     image = np.asarray(picture()).copy()
     plain = [RandomCrop(16, (1.0, 1.0))(image) for _ in range(2)]
     jittered = [AugmentedCrop(16, None, 0.4, scale=(1.0, 1.0))(image) for _ in range(2)]
@@ -73,7 +73,7 @@ def test_color_jitter_is_used_where_there_is_no_auto_augment():
     assert not torch.equal(*jittered)
 
 
-def test_normalising_on_the_device_is_to_tensor_and_normalize():
+def test_normalisation_on_the_device_equals_to_tensor_and_normalize():
     image = picture(size=(32, 32))
     reference = tv.Compose([tv.ToTensor(), tv.Normalize(IMAGENET_MEAN, IMAGENET_STD)])(image)
     batch = tv.PILToTensor()(image)[None]

@@ -17,7 +17,9 @@ import torch
 import models_hpm
 from util import masking
 from util.data import transforms
-from util.data.datasets import ImageDataset, ImageFiles, ShapesSource, find_images
+from util.data.datasets import ImageDataset
+from util.data.files import ImageFiles
+from util.data.sources import ShapesSource, find_images
 from util.pos_embed import interpolate_pos_embed
 from util.run import distributed, options
 from util.run.logger import log, setup_logging

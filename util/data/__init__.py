@@ -1,1 +1,5 @@
 """From a path to a batch: files, archives, decoding, transforms, loader."""
+
+from util.data.datasets import build_dataset
+
+__all__ = ["build_dataset"]

@@ -1,8 +1,8 @@
-"""Shapes: coloured shapes on textured ground, ten classes, drawn by the program. No file, no download.
+"""Shapes: a data set of ten classes of coloured shapes on textured backgrounds, drawn by the program.
 
-An image is a function of (seed, split, index) alone. Pixels come from additions, multiplications, divisions and square
-roots of IEEE doubles, which every machine rounds alike; sines are avoided (a rotation is drawn as a rational point of
-the circle), and so are NumPy's higher distributions, which may change between its versions.
+An image is a function of (seed, split, index) alone, with the same bits on every machine: pixels come from additions,
+multiplications, divisions and square roots of IEEE doubles. Sines are avoided (a rotation is a rational point of the
+circle), and so are NumPy's distributions other than `random`, which may change between versions.
 """
 
 import numpy as np
@@ -13,24 +13,29 @@ CLASSES = ["arrow", "circle", "crescent", "cross", "diamond", "half", "ring", "s
 SPLITS = {"train": 0, "val": 1}
 DEFAULT_SIZES = {"train": 2000, "val": 500}
 
-# Corners on the unit circle, counter-clockwise, written out for the sake of exactness.
+# Corners on the unit circle, counter-clockwise, as literals: no sine is computed.
 _TRIANGLE = [(0.0, 1.0), (-0.8660254037844386, -0.5), (0.8660254037844386, -0.5)]
 _PENTAGRAM = [
     (0.0, 1.0),
-    (-0.9510565162951535, 0.3090169943749474),
     (-0.5877852522924731, -0.8090169943749475),
-    (0.5877852522924731, -0.8090169943749475),
     (0.9510565162951535, 0.3090169943749474),
+    (-0.9510565162951535, 0.3090169943749474),
+    (0.5877852522924731, -0.8090169943749475),
 ]
+
+
+def _edge_distances(x: np.ndarray, y: np.ndarray, corners: list[tuple[float, float]]) -> np.ndarray:
+    """Signed distance to the line through each edge, negative on the left of it; (edges, *x.shape)."""
+    distances = []
+    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        dx, dy = x1 - x0, y1 - y0
+        distances.append(((x - x0) * dy - (y - y0) * dx) / np.sqrt(dx * dx + dy * dy))
+    return np.stack(distances)
 
 
 def _polygon(x: np.ndarray, y: np.ndarray, corners: list[tuple[float, float]]) -> np.ndarray:
     """Signed distance to a convex polygon (negative inside), corners counter-clockwise."""
-    distance = np.full_like(x, -np.inf)
-    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
-        dx, dy = x1 - x0, y1 - y0
-        distance = np.maximum(distance, ((x - x0) * dy - (y - y0) * dx) / np.sqrt(dx * dx + dy * dy))
-    return distance
+    return _edge_distances(x, y, corners).max(axis=0)
 
 
 def _box(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
@@ -41,20 +46,17 @@ def _circle(x: np.ndarray, y: np.ndarray, radius: float = 1.0) -> np.ndarray:
     return np.sqrt(x * x + y * y) - radius
 
 
+def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.minimum(_polygon(x, y, [(0.0, 1.0), (-0.9, 0.0), (0.9, 0.0)]), _box(x, y + 0.5, 0.33, 0.55))
+
+
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Five points: inside at least four of the five edges of the pentagram's lines."""
-    corners = [_PENTAGRAM[i] for i in (0, 2, 4, 1, 3)]
-    distances = []
-    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
-        dx, dy = x1 - x0, y1 - y0
-        distances.append(((x - x0) * dy - (y - y0) * dx) / np.sqrt(dx * dx + dy * dy))
-    return np.sort(np.stack(distances), axis=0)[3]  # the second largest
+    """Five points: inside at least four of the five edges of the pentagram."""
+    return np.sort(_edge_distances(x, y, _PENTAGRAM), axis=0)[3]  # the second largest
 
 
 _DISTANCE = {
-    "arrow": lambda x, y: np.minimum(
-        _polygon(x, y, [(0.0, 1.0), (-0.9, 0.0), (0.9, 0.0)]), _box(x, y + 0.5, 0.33, 0.55)
-    ),
+    "arrow": _arrow,
     "circle": _circle,
     "crescent": lambda x, y: np.maximum(_circle(x, y), -_circle(x - 0.5, y, 0.8)),
     "cross": lambda x, y: np.minimum(_box(x, y, 0.33, 1.0), _box(x, y, 1.0, 0.33)),
@@ -68,7 +70,7 @@ _DISTANCE = {
 
 
 class _Draw:
-    """Uniform doubles from one stream; everything else is made from them."""
+    """Random draws of one image, all derived from one stream of uniform doubles."""
 
     def __init__(self, *key: int) -> None:
         self._stream = np.random.Generator(np.random.PCG64(stable_hash(*key)))
@@ -83,9 +85,9 @@ class _Draw:
         return self._stream.random(shape)
 
     def rotation(self) -> tuple[float, float]:
-        """(cosine, sine) of a random angle, as a rational point of the circle: about uniform, exact everywhere."""
+        """(cosine, sine) of a random angle, close to uniform, as a rational point of the circle."""
         t = self.uniform(-1.0, 1.0)
-        t = t * (1.2071 - 0.2071 * t * t)  # evens out the density of the parametrisation
+        t = t * (1.2071 - 0.2071 * t * t)  # makes the angle nearly uniform
         cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
         return (-cosine, -sine) if self.choice(2) else (cosine, sine)
 
@@ -115,7 +117,7 @@ def draw_shape(seed: int, split: str, index: int, size: int = 64) -> tuple[np.nd
 
 
 def _place(draw: _Draw, x: np.ndarray, y: np.ndarray, reach: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates of a shape put at a random place and angle."""
+    """Coordinates in the frame of a shape at a random position and angle."""
     x0, y0 = draw.uniform(-reach, reach), draw.uniform(-reach, reach)
     cosine, sine = draw.rotation()
     x, y = (x - x0) / scale, (y - y0) / scale
@@ -123,19 +125,19 @@ def _place(draw: _Draw, x: np.ndarray, y: np.ndarray, reach: float, scale: float
 
 
 def _paint(image: np.ndarray, distance: np.ndarray, colour: np.ndarray, opacity: float) -> np.ndarray:
-    """Lay a colour over the image where `distance` (in pixels) is negative, with a soft edge of one pixel."""
+    """Paint a colour where `distance` (in pixels) is negative, with a soft edge of one pixel."""
     cover = ((0.5 - distance).clip(0, 1) * opacity)[:, :, None]
     return image * (1 - cover) + colour * cover
 
 
 def _contrasting(draw: _Draw, ground: np.ndarray) -> np.ndarray:
-    """The one of eight random colours that is farthest from the ground's."""
+    """Of eight random colours, the one farthest from the background colour."""
     colours = draw.array(8, 3)
     return colours[np.square(colours - ground).sum(axis=1).argmax()]
 
 
 def _ground(draw: _Draw, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Textured ground (size, size, 3) and its middle colour: stripes, checks or smooth noise, under a gradient."""
+    """Background (size, size, 3) of stripes, checks or smooth noise under a gradient, and its mean colour."""
     first, second = draw.array(3), draw.array(3)
     second = first + (second - first) * 0.6
     cosine, sine = draw.rotation()
@@ -153,12 +155,12 @@ def _ground(draw: _Draw, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _wave(phase: np.ndarray) -> np.ndarray:
-    """Triangle wave of period one, with flattened tops: 0 to 1."""
+    """Triangle wave of period 1 with clipped peaks, in [0, 1]."""
     return ((np.abs(phase - np.floor(phase) - 0.5) - 0.25) * 4 + 0.5).clip(0, 1)
 
 
 def _smooth_noise(draw: _Draw, size: int, cells: int) -> np.ndarray:
-    """Value noise: random numbers at the corners of `cells` x `cells` cells, smoothly interpolated; (size, size)."""
+    """Value noise (size, size): random values at the corners of `cells` x `cells` cells, smoothly interpolated."""
     corners = draw.array(cells + 1, cells + 1)
     place = (np.arange(size) + 0.5) / size * cells
     cell = np.minimum(place.astype(int), cells - 1)

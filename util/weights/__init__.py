@@ -1,4 +1,4 @@
-"""Weight files, this project's and other people's: reading, key names, loading."""
+"""Weight files of this and other projects: reading, key names, loading."""
 
 from util.weights.load import load_into, load_pretrained, read_meta
 

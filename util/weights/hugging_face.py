@@ -1,4 +1,4 @@
-"""Hugging Face's names of a ViT's tensors, and MAE's: both ways."""
+"""Tensor names of a ViT in Hugging Face and in MAE, converted both ways."""
 
 import re
 
@@ -23,7 +23,7 @@ _WHOLE = {
     "decoder.decoder_norm": "decoder_norm",
     "decoder.decoder_pred": "decoder_pred",
 }
-# The released ViTMAE files say decoder_layers, as `to_hugging_face` does; some versions write decoder_encoder.layer.
+# Released ViTMAE files use decoder_layers, as does `to_hugging_face`; some versions write decoder_encoder.layer.
 _BLOCK = re.compile(r"(encoder\.layer|decoder\.decoder_(?:layers|encoder\.layer))\.(\d+)\.(.+)\.(weight|bias)")
 
 _OUR_BLOCK = re.compile(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)")
@@ -34,10 +34,10 @@ def is_hugging_face(state_dict: dict[str, torch.Tensor]) -> bool:
 
 
 def from_hugging_face(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """ViTMAE, ViTModel and ViTForImageClassification -> MAE's names, query, key and value joined.
+    """ViTMAE, ViTModel and ViTForImageClassification -> MAE's names; query, key and value are concatenated.
 
     Raises:
-        ValueError: a tensor of unknown name.
+        ValueError: a tensor with an unknown name.
     """
     renamed, separate = {}, {}
     for name, tensor in state_dict.items():
@@ -56,23 +56,25 @@ def from_hugging_face(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Te
             renamed[_WHOLE[bare]] = tensor
         elif stem in _WHOLE:
             renamed[f"{_WHOLE[stem]}.{kind}"] = tensor
-        elif not bare.startswith("pooler."):  # ViTModel's pooler belongs to no MAE
+        elif not bare.startswith("pooler."):  # ViTModel's pooler has no counterpart in MAE
             raise ValueError(f"unknown tensor {name} in a Hugging Face checkpoint")
     for name, parts in separate.items():
         if set(parts) != {"query", "key", "value"}:
-            raise ValueError(f"{name}: a Hugging Face checkpoint has query, key and value, this one {sorted(parts)}")
+            raise ValueError(
+                f"{name}: expected query, key and value in a Hugging Face checkpoint, found {sorted(parts)}"
+            )
         renamed[name] = torch.cat([parts["query"], parts["key"], parts["value"]])
     return renamed
 
 
 def to_hugging_face(state_dict: dict[str, torch.Tensor], prefix: str = "vit.") -> dict[str, torch.Tensor]:
-    """MAE's names -> those of released files, which every version of transformers reads; qkv in three.
+    """MAE's names -> those of released files, which every version of transformers reads; qkv is split in three.
 
     Args:
-        prefix: of the encoder's tensors: "vit." in ViTMAEForPreTraining and ViTForImageClassification, "" in ViTModel.
+        prefix: prefix of encoder tensors: "vit." in ViTMAEForPreTraining and ViTForImageClassification, "" in ViTModel.
 
     Raises:
-        ValueError: a tensor that these models have no place for.
+        ValueError: a tensor that these models do not have.
     """
     parts, whole = ({ours: theirs for theirs, ours in names.items()} for names in (_BLOCK_PARTS, _WHOLE))
     renamed = {}
@@ -92,6 +94,6 @@ def to_hugging_face(state_dict: dict[str, torch.Tensor], prefix: str = "vit.") -
         else:
             theirs = None
         if theirs is None:
-            raise ValueError(f"there is no place for {name} in a Hugging Face checkpoint")
+            raise ValueError(f"{name} has no counterpart in a Hugging Face checkpoint")
         renamed[theirs] = tensor
     return renamed

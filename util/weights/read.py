@@ -1,4 +1,4 @@
-"""Reading weight files as people have them, without running code from any, and taking off wrappers' prefixes."""
+"""Reading weight files of all kinds without running code from them, and stripping wrapper prefixes."""
 
 import argparse
 import pickle
@@ -14,31 +14,31 @@ from safetensors.torch import load_file
 _WRAPPERS = ("module.", "_orig_mod.")
 
 _CONVERT_TORCHSCRIPT = """{path} is a TorchScript archive, which runs code when loaded. \
-Convert it once, where you trust it:
+If you trust it, convert it once:
   import torch
   model = torch.jit.load("{path}", map_location="cpu")
   torch.save(model.state_dict(), "{stem}_state_dict.pth")"""
 
-_CONVERT_PICKLE = """{path} holds pickled objects beyond tensors, which run code when loaded ({name}). \
-Convert it once, where you trust it:
+_CONVERT_PICKLE = """{path} contains pickled objects other than tensors, which run code when loaded ({name}). \
+If you trust it, convert it once:
   import torch
   checkpoint = torch.load("{path}", map_location="cpu", weights_only=False)
-  torch.save(checkpoint["model"], "{stem}_weights.pth")  # or the key that holds the weights: see checkpoint.keys()"""
+  torch.save(checkpoint["model"], "{stem}_weights.pth")  # or the key of the weights: see checkpoint.keys()"""
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Everything in a .pth, .pt, .bin or .safetensors file, or in a Hugging Face folder, on the CPU.
+    """The content of a .pth, .pt, .bin or .safetensors file, or of a Hugging Face folder, on the CPU.
 
-    Only tensors, plain containers and `argparse.Namespace` (MAE's and DINO's files hold one) are unpickled.
+    Only tensors, plain containers and `argparse.Namespace` (in MAE's and DINO's files) are unpickled.
 
     Raises:
-        ValueError: no such file, a damaged one, or one that would run code; with the way out.
+        ValueError: no such file, a damaged one, or one that would run code (with the lines that convert it).
     """
     path = Path(path)
     if path.is_dir():
         path = _weights_in_folder(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}")
+        raise ValueError(f"checkpoint {path} does not exist")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -51,12 +51,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:
-            raise ValueError(f"{path} is not a checkpoint that torch.save wrote") from error
+            raise ValueError(f"{path} was not written by torch.save") from error
         raise ValueError(_CONVERT_PICKLE.format(path=path, stem=path.stem, name=found[1])) from error
-    except Exception as error:  # damaged files make the unpickler raise nearly anything
-        raise ValueError(f"{path} is not a checkpoint, or a damaged one: {_first_line(error)}") from error
+    except Exception as error:  # damaged files make the unpickler raise nearly any exception
+        raise ValueError(f"{path} is not a checkpoint, or is damaged: {_first_line(error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+        raise ValueError(f"{path} contains a {type(content).__name__}, not a dictionary of weights")
     return content
 
 
@@ -72,19 +72,19 @@ def _weights_in_folder(folder: Path) -> Path:
 
 
 def check_archive(path: Path) -> None:
-    """Compare a zip file (what torch.save writes) with its own checksums: torch itself loads a flipped byte silently.
+    """Verify the checksums of a zip file (as torch.save writes); torch itself loads a flipped byte silently.
 
     Raises:
         ValueError: the file is truncated or altered, or a TorchScript archive.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
-            return  # torch's format before 1.6 has no checksums
+            return  # the format before torch 1.6 has no checksums
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             damaged = archive.testzip()
-    except Exception as error:  # a damaged directory makes zipfile raise nearly anything
+    except Exception as error:  # a damaged directory makes zipfile raise nearly any exception
         raise ValueError(f"{path} is truncated or damaged ({error})") from error
     if damaged is not None:
         raise ValueError(f"{path} is damaged: {damaged} does not match its checksum")
@@ -93,7 +93,7 @@ def check_archive(path: Path) -> None:
 
 
 def strip_wrappers(state_dict: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Take off what DDP and torch.compile put before names; keep tensors only."""
+    """Strip the prefixes that DDP and torch.compile add to names; keep tensors only."""
     stripped = {}
     for name, value in state_dict.items():
         while name.startswith(_WRAPPERS):
