@@ -87,10 +87,10 @@ def train_one_epoch(
             if "loss_pred" in out:
                 meter.update(rank_acc=rank_accuracy(out["loss_pred"], out["patch_loss"]))
 
-        # Step, and let the teacher follow; both stay where they are if the gradient is not finite.
+        # Step, unless the gradient is not finite, and let the teacher follow.
         meter.update(grad_norm=precision.step(optimizer, parameters, clip_grad))
         if teacher is not None:
-            teacher.update(ema_decay, precision.skipped)
+            teacher.update(ema_decay)
 
         if progress.advance():
             progress.report({**meter.window(all_reduce_sum), "lr": lr})

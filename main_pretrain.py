@@ -25,10 +25,11 @@ from util import masking, rng
 from util.data.datasets import ImageDataset, Source, build_source, compressed_archive
 from util.data.loader import EpochSampler, build_loader
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, ToModelInput
-from util.ema import EMATeacher, ema_decay_at
+from util.ema import EMATeacher
 from util.run import checkpoint, distributed, launch, options
 from util.run.logger import RunLogger, cpu_threads, log
 from util.run.loop import TrainingLoop
+from util.schedules import ema_decay_at
 from util.weights.load import load_into, load_pretrained
 from visualize import draw as pictures
 from visualize.panel import panel
