@@ -1,15 +1,7 @@
-import pytest
 import torch
 from torch import nn
 
-from util.ema import EMATeacher, ema_decay_at
-
-
-def test_decay_ramps_over_the_first_hundred_epochs():
-    assert ema_decay_at(0) == 0.999
-    assert ema_decay_at(50) == pytest.approx(0.99945)
-    assert ema_decay_at(100) == ema_decay_at(1500) == 0.9999
-    assert ema_decay_at(3, 0.9, 0.99, 0) == 0.99
+from util.ema import EMATeacher
 
 
 def test_the_teacher_follows_and_takes_no_gradient():
@@ -34,3 +26,29 @@ def test_the_student_is_left_alone():
     teacher.update(0.5)
     assert torch.equal(student.weight, weight)
     assert student.weight.requires_grad
+
+
+def test_a_step_that_the_optimizer_skipped_leaves_the_teacher_finite():
+    """The student is unchanged by such a step, so the teacher moves towards a finite student."""
+    student = nn.Linear(3, 3)
+    teacher = EMATeacher(student)
+    optimizer = torch.optim.AdamW(student.parameters(), fused=True)
+    with torch.no_grad():
+        student.weight.add_(1.0)
+    before, target = teacher.module.weight.clone(), student.weight.clone()
+    student.weight.grad = torch.full_like(student.weight, torch.nan)
+    optimizer.found_inf = torch.ones(())  # as `Amp.step` tells the fused kernel
+    optimizer.step()
+    teacher.update(0.9)
+    assert torch.equal(student.weight, target)
+    torch.testing.assert_close(teacher.module.weight, before + 0.1)
+
+
+def test_the_average_is_that_of_torch_lerp():
+    student = nn.Linear(64, 64)
+    teacher = EMATeacher(student)
+    with torch.no_grad():
+        student.weight.normal_()
+    expected = torch.lerp(teacher.module.weight, student.weight, 1.0 - 0.999)
+    teacher.update(0.999)
+    assert torch.equal(teacher.module.weight, expected)

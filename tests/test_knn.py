@@ -60,7 +60,7 @@ def test_no_matrix_of_all_pairs_is_held(monkeypatch):
 
 
 def test_more_neighbours_than_features_is_an_error():
-    with pytest.raises(ValueError, match="k = 301 neighbours of 300 training images"):
+    with pytest.raises(ValueError, match="k = 301 exceeds the 300 training images"):
         knn.knn_classifier(*data(), k=301, T=0.07, num_classes=7)
 
 

@@ -14,7 +14,7 @@ def test_rank_accuracy():
     assert rank_accuracy(-target, target) == 0
     assert rank_accuracy(torch.zeros(1, 4), target) == 0.5
     assert rank_accuracy(torch.tensor([[0.0, 1.0, 3.0, 2.0]]), target) == pytest.approx(5 / 6)
-    assert rank_accuracy(target, torch.ones(1, 4)) == 0  # nothing to order
+    assert rank_accuracy(target, torch.ones(1, 4)) == 0  # no pair to rank
     assert abs(rank_accuracy(torch.randn(200, 30), torch.randn(200, 30)) - 0.5) < 0.02
 
 
@@ -39,7 +39,7 @@ def test_reduction_weighs_observations():
     assert meter.mean(with_another_rank) == {"loss": 4.0}
 
 
-def test_a_saved_meter_goes_on():
+def test_a_saved_meter_resumes():
     meter = MeanMeter()
     meter.update(loss=torch.tensor(1.0))
     other = MeanMeter()
@@ -48,15 +48,15 @@ def test_a_saved_meter_goes_on():
     assert other.mean(alone) == {"loss": 1.5}
 
 
-def test_what_is_not_finite_does_not_hide_the_rest():
+def test_non_finite_values_do_not_hide_the_others():
     meter = MeanMeter()
     for value in (1.0, float("nan"), float("inf"), 3.0):
         meter.update(loss=torch.tensor(value))
     assert meter.window(alone) == meter.mean(alone) == {"loss": 2.0}
 
 
-def test_a_meter_saved_by_several_ranks_is_held_by_one():
-    """Two ranks with different values: what both saved together, one goes on with."""
+def test_a_meter_saved_by_several_ranks_is_restored_on_one():
+    """Two ranks with different values: one rank resumes with the totals of both."""
     ranks = [MeanMeter(), MeanMeter()]
     for value, meter in enumerate(ranks):
         meter.update(loss=torch.tensor(float(value)))

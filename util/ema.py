@@ -6,40 +6,27 @@ import torch
 from torch import nn
 
 
-def ema_decay_at(epoch: float, decay: float = 0.999, final: float = 0.9999, ramp_epochs: int = 100) -> float:
-    """Decay in `epoch`: linear from `decay` to `final` over the first `ramp_epochs`, then constant (official)."""
-    if epoch >= ramp_epochs:
-        return final
-    return decay + (final - decay) * epoch / ramp_epochs
-
-
 class EMATeacher:
-    """A copy of the student that follows it slowly: `teacher <- decay * teacher + (1 - decay) * student`.
+    """A copy of the student whose weights are the moving average of the student's.
 
-    Make it after all ranks hold the same weights: the official code copies before DDP broadcasts them, so that its
-    ranks rank patches with different teachers. The copy is in eval mode and takes no gradient.
+    `module` is the copy, in eval mode and without gradients. Create it when all ranks hold the same weights, that is
+    after DDP has broadcast them: the official code copies earlier, and each rank scores patches with a teacher of its
+    own.
     """
 
     def __init__(self, student: nn.Module) -> None:
         self.module = copy.deepcopy(student).eval().requires_grad_(False)
-        self._mine = list(self.module.parameters())
-        self._theirs = list(student.parameters())
+        self._teacher_parameters = list(self.module.parameters())
+        self._student_parameters = list(student.parameters())
         self._buffers = list(zip(self.module.buffers(), student.buffers(), strict=True))
 
     @torch.no_grad()
-    def update(self, decay: float, skip: torch.Tensor | None = None) -> None:
-        """One step towards the student; call it after every optimizer step. Buffers are copied.
+    def update(self, decay: float) -> None:
+        """`teacher <- decay * teacher + (1 - decay) * student`; buffers are copied. Call it after every optimizer step.
 
-        Args:
-            skip: a scalar on the device, 1 where the optimizer skipped its step: the teacher then stays, too. Nothing
-                waits for it.
+        A skipped (non-finite) step needs no special case: it leaves the student unchanged and finite, and the teacher
+        moves towards it as after any other step.
         """
-        # teacher += (1 - decay) * (student - teacher) is a step of SGD up the "gradient" student - 1 * teacher: the
-        # fused kernel does it in one pass, with the numbers of torch.lerp, and can be told on the device to do nothing.
-        torch._fused_sgd_(
-            self._mine, self._theirs, [],
-            lr=1.0 - decay, weight_decay=1.0, maximize=True,
-            momentum=0.0, dampening=0.0, nesterov=False, is_first_step=False, found_inf=skip,
-        )  # fmt: skip
-        for mine, theirs in self._buffers:
-            mine.copy_(theirs)
+        torch._foreach_lerp_(self._teacher_parameters, self._student_parameters, 1.0 - decay)
+        for teacher_buffer, student_buffer in self._buffers:
+            teacher_buffer.copy_(student_buffer)

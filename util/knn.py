@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification (Wu et al. 2018, in DINO's form): exact, in bounded memory.
+"""Weighted k-nearest-neighbour classification (Wu et al. 2018, DINO's form): exact, in bounded memory.
 
 Shapes: N training features, Q queries, E width, K neighbours.
 """
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 def nearest(train_features: Tensor, queries: Tensor, k: int, chunk: int = 65536) -> tuple[Tensor, Tensor]:
-    """The k most similar of (N, E) for each of (Q, E), most similar first -> similarity (Q, K), index (Q, K).
+    """The k most similar of (N, E) for each of (Q, E), best first -> similarity (Q, K), index (Q, K).
 
-    Training features are taken `chunk` at a time, so that no (Q, N) matrix is ever held.
+    Training features are compared `chunk` at a time, so no (Q, N) matrix is built.
     """
     similarity = queries.new_empty(len(queries), 0)
     index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for start in range(0, len(train_features), chunk):
         new = queries @ train_features[start : start + chunk].T  # (Q, chunk)
-        new, place = new.topk(min(k, new.shape[1]), dim=1)
-        similarity, index = torch.cat([similarity, new], dim=1), torch.cat([index, place + start], dim=1)
+        new, position = new.topk(min(k, new.shape[1]), dim=1)
+        similarity, index = torch.cat([similarity, new], dim=1), torch.cat([index, position + start], dim=1)
         similarity, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
         index = index.gather(1, order)
     return similarity, index
@@ -35,16 +35,15 @@ def knn_correct(
     num_classes: int,
     query_chunk: int = 256,
 ) -> dict[int, tuple[int, int]]:
-    """For each k, how many of the queries have their label voted first, and among the first five.
+    """Features (N, E), labels (N,), queries (Q, E), their labels (Q,) -> per k, correct in the top 1 and the top 5.
 
-    Each of the k neighbours votes for its label with weight exp(similarity / T). Of classes with equal votes the lower
-    comes first.
+    Each of the k neighbours votes for its label with weight exp(similarity / T). Ties go to the lower class index.
 
     Raises:
-        ValueError: fewer training features than neighbours.
+        ValueError: k exceeds the number of training features.
     """
     if max(ks) > len(train_features):
-        raise ValueError(f"k = {max(ks)} neighbours of {len(train_features)} training images: choose a smaller k")
+        raise ValueError(f"k = {max(ks)} exceeds the {len(train_features)} training images: choose a smaller k")
     correct = {k: [0, 0] for k in ks}
     for start in range(0, len(queries), query_chunk):
         similarity, index = nearest(train_features, queries[start : start + query_chunk], max(ks))
@@ -67,7 +66,7 @@ def knn_classifier(
     T: float,
     num_classes: int,
 ) -> tuple[float, float]:
-    """L2-normalised features (N, E), (Q, E) and their labels -> top-1 and top-5 accuracy in percent."""
+    """L2-normalised features (N, E), (Q, E), labels (N,), (Q,) -> top-1 and top-5 accuracy in percent."""
     correct = knn_correct(train_features, train_labels, test_features, test_labels, [k], T, num_classes)
     top1, top5 = correct[k]
     return 100.0 * top1 / len(test_labels), 100.0 * top5 / len(test_labels)

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on a matrix is scaled to `trust_coefficient` x |weight| / |gradient|.
+    """SGD with momentum. The update of a matrix is scaled by `trust_coefficient` * |weight| / |gradient|.
 
     Vectors get neither weight decay nor scaling.
     """

@@ -1,4 +1,4 @@
-"""Losses of the loss predictor and of feature targets (HPM, sections 3.2 and 4), always in float32.
+"""Losses of the loss predictor and of feature targets (HPM, section 3.2), always in float32.
 
 Shapes: B batch, M masked patches, D prediction width.
 """
@@ -6,17 +6,17 @@ Shapes: B batch, M masked patches, D prediction width.
 import torch
 import torch.nn.functional as F
 
-# Beyond these, differences or squares would overflow float32; nothing a network computes comes near them.
+# Beyond these values, differences or squares overflow float32. Predictions of a network stay far below.
 _RANK_LIMIT = 1e30
 _VALUE_LIMIT = 1e15
 
 
 def relative_loss(loss_pred: torch.Tensor, loss_target: torch.Tensor) -> torch.Tensor:
-    """Rank the patches of an image: (B, M), (B, M) -> scalar, ln 2 for a predictor that knows nothing.
+    """HPM's relative loss: predicted and true loss of the masked patches, (B, M), (B, M) -> scalar.
 
-    Binary cross-entropy of "patch i is harder than patch j" over the pairs of an image whose targets differ, each pair
-    once; the mean is over all such pairs of the batch. 0 where all targets tie. The softplus form has the gradient that
-    the official log(sigmoid + 1e-6) loses on badly ordered pairs.
+    Binary cross-entropy of "patch i is harder than patch j": the mean of -log sigmoid(p_i - p_j) over the pairs of
+    masked patches of an image with t_i > t_j, where p is predicted and t true. ln 2 for a constant prediction, 0 if all
+    targets tie. The softplus form keeps the gradient that the official log(sigmoid + 1e-6) loses on badly ranked pairs.
     """
     pred = loss_pred.float().clamp(-_RANK_LIMIT, _RANK_LIMIT)
     target = loss_target.detach().float()
@@ -26,9 +26,10 @@ def relative_loss(loss_pred: torch.Tensor, loss_target: torch.Tensor) -> torch.T
 
 
 def absolute_loss(loss_pred: torch.Tensor, loss_target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error to the targets, standardised within each image: (B, M), (B, M) -> scalar.
+    """HPM's absolute loss: predicted and true loss of the masked patches, (B, M), (B, M) -> scalar.
 
-    Unbiased variance, 1e-6 added to it, as in the official code.
+    Mean squared error to targets standardised within each image. As in the official code, the variance is unbiased and
+    1e-6 is added to it.
     """
     pred = loss_pred.float().clamp(-_VALUE_LIMIT, _VALUE_LIMIT)
     target = loss_target.detach().float().clamp(-_VALUE_LIMIT, _VALUE_LIMIT)
@@ -40,8 +41,8 @@ def absolute_loss(loss_pred: torch.Tensor, loss_target: torch.Tensor) -> torch.T
 def feature_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """2 - 2 cos between predicted and target features, per patch: (B, M, D), (B, M, D) -> (B, M).
 
-    In the official form, the squared distance of the normalised vectors, which loses no digits near zero.
+    Computed as the squared distance of the normalised vectors (official code), which is exact near zero.
     """
-    pred = F.normalize(pred.float(), dim=-1, eps=1e-4)  # so that the gradient at a vector of zeros fits fp16, too
+    pred = F.normalize(pred.float(), dim=-1, eps=1e-4)  # keeps the gradient at zero within fp16
     target = F.normalize(target.detach().float(), dim=-1)
     return (pred - target).square().sum(dim=-1)

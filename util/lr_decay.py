@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay (BEiT, as in MAE's util/lr_decay.py)."""
+"""Layer-wise lr decay (BEiT, as in MAE's util/lr_decay.py)."""
 
 from collections.abc import Collection
 from typing import Any
@@ -9,10 +9,9 @@ from torch import nn
 def param_groups_lrd(
     model: nn.Module, weight_decay: float = 0.05, no_weight_decay_list: Collection[str] = (), layer_decay: float = 0.75
 ) -> list[dict[str, Any]]:
-    """Parameter groups whose `lr_scale` falls by `layer_decay` with each block down from the head.
+    """Parameter groups whose `lr_scale` is 1 at the head and falls by `layer_decay` per block towards the input.
 
-    Vectors and the parameters named in `no_weight_decay_list` get no weight decay. Each group keeps the names of its
-    parameters.
+    Vectors and the parameters in `no_weight_decay_list` get no weight decay. Each group lists its parameters' `names`.
     """
     num_layers = len(model.blocks) + 1
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -36,7 +35,7 @@ def param_groups_lrd(
 
 
 def layer_of(name: str, num_layers: int) -> int:
-    """0 for the embeddings, i + 1 for block i, `num_layers` for what comes after the blocks."""
+    """0 for the embeddings, i + 1 for block i, `num_layers` for all that follows the blocks."""
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
         return 0
     if name.startswith("blocks."):

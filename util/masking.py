@@ -1,4 +1,4 @@
-"""Which patches to hide (HPM, section 3.3; UM-MAE for the block and regular masks).
+"""Masks: random (MAE), the hardest patches first (HPM, section 3.3), block and regular (UM-MAE).
 
 Shapes: B batch, L patches, V visible, M masked. A mask is bool (B, L), True = masked, M of them in every row.
 """
@@ -15,32 +15,37 @@ def count_masked(num_patches: int, mask_ratio: float) -> int:
 
 
 def num_hardest(num_masked: int, epoch: int, total_epochs: int, alpha_0: float = 0.0, alpha_T: float = 0.5) -> int:
-    """How many of the M masked patches are the hardest-predicted ones in `epoch` (counted from 0).
+    """Number of masked patches that are chosen by predicted loss in `epoch` (counted from 0).
 
-    The easy-to-hard schedule: the share grows linearly from `alpha_0` to `alpha_T`, constant within an epoch. The
-    official code's form, which reaches `alpha_T` in the last epoch.
+    The easy-to-hard schedule, alpha_t = alpha_0 + t / T (alpha_T - alpha_0) (HPM, section 3.3), constant within an
+    epoch. As in the official code t counts from 1, so the last epoch reaches `alpha_T`.
     """
-    share = (epoch + 1) / total_epochs
-    return int(num_masked * (alpha_0 + share * (alpha_T - alpha_0)))
+    progress = (epoch + 1) / total_epochs
+    return int(num_masked * (alpha_0 + progress * (alpha_T - alpha_0)))
 
 
-# Where a strategy starts and ends: shares of the masked patches taken by predicted loss, from (alpha_0, alpha_T).
-STRATEGIES = {
-    "easy_to_hard": lambda alpha_0, alpha_T: (alpha_0, alpha_T),
-    "hard_to_easy": lambda alpha_0, alpha_T: (alpha_T, alpha_0),
-    "constant": lambda alpha_0, alpha_T: (alpha_T, alpha_T),
-    "hardest": lambda alpha_0, alpha_T: (1.0, 1.0),
-    "easiest": lambda alpha_0, alpha_T: (alpha_0, alpha_T),  # of the patches of lowest predicted loss
-    "random": lambda alpha_0, alpha_T: (0.0, 0.0),
-}
+STRATEGIES = ("easy_to_hard", "hard_to_easy", "constant", "hardest", "easiest", "random")
+
+
+def strategy_ends(strategy: str, alpha_0: float, alpha_T: float) -> tuple[float, float]:
+    """Fraction of the masked patches chosen by predicted loss, at the start and at the end of training."""
+    if strategy == "random":
+        return 0.0, 0.0
+    if strategy == "hardest":
+        return 1.0, 1.0
+    if strategy == "constant":
+        return alpha_T, alpha_T
+    if strategy == "hard_to_easy":
+        return alpha_T, alpha_0
+    return alpha_0, alpha_T  # easy_to_hard, and easiest, which chooses the patches of lowest predicted loss
 
 
 def hard_mask(
     loss_pred: torch.Tensor, num_masked: int, num_hardest: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Mask the `num_hardest` patches of highest `loss_pred` (B, L) and, of the rest, as many at random as are missing.
+    """Predicted loss (B, L) -> mask (B, L): the `num_hardest` patches of highest loss, the others uniformly at random.
 
-    One batched computation that never waits for the device. NaN counts as hardest, as in the official code.
+    One batched computation without host synchronisation. NaN counts as hardest, as in the official code.
     """
     assert 0 <= num_hardest <= num_masked <= loss_pred.shape[1], (num_hardest, num_masked, loss_pred.shape)
     priority = torch.rand(loss_pred.shape, generator=generator, device=loss_pred.device)  # in [0, 1)
@@ -55,12 +60,12 @@ def random_mask(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Mask `num_masked` patches of each image, every choice equally likely (MAE)."""
+    """Mask (B, L) of `num_masked` patches of each image, uniformly at random (MAE)."""
     return _mask_first(torch.rand(batch_size, num_patches, generator=generator, device=device), num_masked)
 
 
 def _mask_first(priority: torch.Tensor, num_masked: int) -> torch.Tensor:
-    """The `num_masked` patches of highest priority (B, L) -> mask (B, L)."""
+    """Priority (B, L) -> mask (B, L) of the `num_masked` patches of highest priority."""
     masked = priority.topk(num_masked, dim=1).indices
     return torch.zeros_like(priority, dtype=torch.bool).scatter_(1, masked, True)
 
@@ -71,10 +76,10 @@ def block_mask(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Show one square of side int(sqrt(L / 4)), its corner uniform in the first half of each axis (UM-MAE, ratio 0.75).
+    """Mask (B, L) that shows one square of side int(sqrt(L / 4)), its corner uniform in the first half of each axis.
 
     Raises:
-        ValueError: the square does not fit into the grid from every corner.
+        ValueError: the square does not fit into the grid at every corner.
     """
     h, w = grid_size
     side = int((h * w - count_masked(h * w, 0.75)) ** 0.5)
@@ -94,35 +99,32 @@ def regular_mask(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Show exactly one patch of each 2 x 2 cell, drawn uniformly (UM-MAE, ratio 0.75).
+    """Mask (B, L) that shows exactly one patch of each 2 x 2 cell, drawn uniformly.
 
     Raises:
         ValueError: the grid has an odd side.
     """
     h, w = grid_size
     if h % 2 or w % 2:
-        raise ValueError(f"regular masks need an even grid of patches, not {h} x {w}")
+        raise ValueError(f"regular masks require an even grid of patches, got {h} x {w}")
     shown = torch.randint(4, (batch_size, h // 2, 1, w // 2, 1), generator=generator, device=device)
     place = torch.arange(4, device=device).view(1, 1, 2, 1, 2)  # place[..., i, ..., j] = 2 * i + j
     return (place != shown).flatten(1)  # (B, h/2, 2, w/2, 2) -> (B, L)
 
 
-# Masks that do not depend on predicted loss, by name.
+# Masks that do not depend on predicted loss (UM-MAE, ratio 0.75).
 PATTERNS = {"block": block_mask, "regular": regular_mask}
 
 
 class MaskSampler:
-    """Draws the masks of a run: strategy, ratio and easy-to-hard schedule in one place, for training and for pictures.
+    """Draws the masks of a run, for training and for pictures: strategy, ratio and schedule in one place.
 
     Args:
         grid_size: (h, w), in patches.
         epochs: of the whole run.
-        strategy: a name in `STRATEGIES`.
+        strategy: one of `STRATEGIES`.
         alphas: (alpha_0, alpha_T).
-        pattern: a name in `PATTERNS`, which replaces the strategy's masks; None for none.
-
-    Attributes:
-        num_patches, num_masked: L and M.
+        pattern: a name in `PATTERNS`, which replaces the strategy; None for none.
 
     Raises:
         ValueError: the ratio masks all patches or none, or the pattern does not fit the ratio or the grid.
@@ -140,6 +142,7 @@ class MaskSampler:
         self.grid_size, self.epochs, self.strategy, self.pattern = grid_size, epochs, strategy, pattern
         self.num_patches = grid_size[0] * grid_size[1]
         self.num_masked = count_masked(self.num_patches, mask_ratio)
+        self._start, self._end = strategy_ends(strategy, *alphas)
         if not 0 < self.num_masked < self.num_patches:
             raise ValueError(
                 f"--mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_patches} patches: leave some of each"
@@ -147,19 +150,18 @@ class MaskSampler:
         if pattern is not None:
             if mask_ratio != 0.75:
                 raise ValueError(f"--mask_{pattern} requires --mask_ratio 0.75, got {mask_ratio}")
-            PATTERNS[pattern](1, grid_size)  # raises where the grid does not fit
-        self._start, self._end = STRATEGIES[strategy](*alphas)
+            PATTERNS[pattern](1, grid_size, torch.Generator())  # raises if the grid does not fit
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], grid_size: tuple[int, int]) -> "MaskSampler":
-        """The sampler that a run's options describe (those of main_pretrain.py, as in its checkpoints)."""
+        """The sampler described by the options of main_pretrain.py, as they are stored in its checkpoints."""
         pattern = next((name for name in PATTERNS if options.get(f"mask_{name}")), None)
         alphas = (options.get("alpha_0", 0.0), options.get("alpha_T", 0.5))
         strategy = options.get("mask_strategy") or "easy_to_hard"
-        return cls(tuple(grid_size), options["mask_ratio"], options["epochs"], strategy, alphas, pattern)
+        return cls(grid_size, options["mask_ratio"], options["epochs"], strategy, alphas, pattern)
 
     def num_hardest(self, epoch: int) -> int:
-        """How many of the masked patches are chosen by predicted loss in `epoch` (counted from 0)."""
+        """Number of masked patches that are chosen by predicted loss in `epoch` (counted from 0)."""
         if self.pattern is not None:
             return 0
         return num_hardest(self.num_masked, epoch, self.epochs, self._start, self._end)
@@ -172,11 +174,13 @@ class MaskSampler:
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Masks (B, L) of a batch. `scores`, the predicted loss (B, L), may be None where `num_hardest` is 0."""
+        """Predicted loss (B, L) -> mask (B, L). `scores` may be None if `num_hardest(epoch)` is 0."""
         if self.pattern is not None:
             return PATTERNS[self.pattern](batch_size, self.grid_size, generator, device)
         count = self.num_hardest(epoch)
         if count == 0:
             return random_mask(batch_size, self.num_patches, self.num_masked, generator, device)
-        sign = -1 if self.strategy == "easiest" else 1
-        return hard_mask(sign * scores, self.num_masked, count, generator)
+        assert scores is not None, "no predicted loss to choose the hardest patches by"
+        if self.strategy == "easiest":
+            scores = -scores
+        return hard_mask(scores, self.num_masked, count, generator)

@@ -5,20 +5,20 @@ Shapes: h, w grid of patches, L = h * w patches, E width, P prefix tokens (class
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | tuple[int, int], cls_token: bool = False) -> np.ndarray:
-    """Table of position embeddings, float64, (L, E) or, with a zero row for the class token first, (1 + L, E).
+    """Table of position embeddings, float64: (L, E), or (1 + L, E) with a row of zeros for the class token first.
 
-    Rows run over the grid row by row. The first half of a row encodes the column, the second half the row, as in MAE.
+    Patches are in row-major order. The first half of the width encodes the column, the second half the row, as in MAE.
 
     Raises:
-        ValueError: `embed_dim` is not a multiple of four (sine and cosine for two axes).
+        ValueError: `embed_dim` is not a multiple of 4 (sine and cosine of two axes).
     """
     if embed_dim % 4:
-        raise ValueError(f"embed_dim {embed_dim} is not a multiple of 4: sine and cosine of two axes need that")
+        raise ValueError(f"embed_dim {embed_dim} is not a multiple of 4, which sine and cosine of two axes require")
     h, w = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     rows, columns = np.meshgrid(np.arange(h, dtype=np.float64), np.arange(w, dtype=np.float64), indexing="ij")
     table = np.concatenate([_sincos(embed_dim // 2, columns), _sincos(embed_dim // 2, rows)], axis=1)
@@ -34,41 +34,29 @@ def _sincos(width: int, positions: np.ndarray) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def resize_pos_embed(
-    table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix: int = 1
-) -> torch.Tensor:
-    """(1, P + L, E) -> (1, P + L', E): bicubic without antialias, as MAE does; the prefix tokens stay as they are."""
-    prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
-    width = table.shape[-1]
-    patches = patches.reshape(1, *old_grid, width).permute(0, 3, 1, 2).float()  # (1, E, h, w)
-    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
-    patches = patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)  # (1, L', E)
-    return torch.cat([prefix, patches], dim=1)
-
-
 def interpolate_pos_embed(model: nn.Module, state_dict: dict[str, torch.Tensor], name: str = "pos_embed") -> None:
-    """Fit `state_dict[name]` to the grid of `model`, in place. Does nothing where the grids are equal.
+    """Resample `state_dict[name]` (1, P + L, E) to the grid of `model`, in place: bicubic without antialias, as MAE.
 
-    The grid of the file is taken as square unless it has as many patches as the model's own.
+    Nothing changes where the number of patches is the model's; any other grid of the file is taken as square.
 
     Args:
-        name: "pos_embed", or "decoder_pos_embed" for the positions that decoders read.
+        name: "pos_embed", or "decoder_pos_embed" for the positions of the decoders.
 
     Raises:
-        ValueError: the file's number of patches is no square, so that its grid cannot be known.
+        ValueError: the file's number of patches is not a square number, so its grid is unknown.
     """
     if name not in state_dict:
         return
     table = state_dict[name]
-    new_grid = tuple(model.patch_embed.grid_size)
-    num_prefix = model.pos_embed.shape[1] - new_grid[0] * new_grid[1]
+    h, w = model.patch_embed.grid_size
+    num_prefix = model.pos_embed.shape[1] - h * w
     length = table.shape[1] - num_prefix
-    if length == new_grid[0] * new_grid[1]:
+    if length == h * w:
         return
-    side = round(length**0.5) if length > 0 else 0
-    if side * side != length or side == 0:
+    side = round(max(length, 0) ** 0.5)
+    if side == 0 or side * side != length:
         raise ValueError(
-            f"{name} has {length} patches, which is no square grid: cannot fit it to {new_grid[0]} x {new_grid[1]}; "
-            "give the --input_size the file was trained with"
+            f"{name} has {length} patches, which is not a square grid, and cannot be interpolated to {h} x {w}: set "
+            "--input_size to the size the file was trained with"
         )
-    state_dict[name] = resize_pos_embed(table, (side, side), new_grid, num_prefix)
+    state_dict[name] = resample_abs_pos_embed(table, [h, w], [side, side], num_prefix, antialias=False)

@@ -1,8 +1,8 @@
-"""Randomness as a function of where we are, never of what was drawn before.
+"""Random streams as a function of coordinates, never of what was drawn before.
 
-Every random decision is seeded from a hash of its coordinates: a sample from (seed, epoch, index), a micro-step from
-(seed, rank, micro-step). Workers, ranks and restarts then change nothing (our own choice; the official code draws masks
-from NumPy's global state, which no checkpoint holds).
+Every random decision is seeded from a hash of its coordinates: a sample from (seed, epoch, index), a micro-batch from
+(seed, rank, micro-batch). The number of workers and restarts then change nothing. (The official code draws masks from
+NumPy's global state, which its checkpoints do not hold.)
 """
 
 import hashlib
@@ -14,15 +14,15 @@ import torch
 
 
 def stable_hash(*key: int) -> int:
-    """Mix integers into one of 63 bits, the same on every machine and in every process."""
+    """Hash integers to one of 63 bits that is the same on every machine and in every process."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seed_all(*key: int) -> None:
-    """Seed Python, NumPy and torch (the CPU, and CUDA once something runs there) from the hash of `key`.
+    """Seed Python, NumPy and torch (CPU, and CUDA once it is initialised) from the hash of `key`.
 
-    Not by torch.manual_seed: without CUDA it notes the call stack for later, which costs a tenth of loading an image.
+    Not with torch.manual_seed: without CUDA it records a stack trace, a tenth of the time it takes to load an image.
     """
     value = stable_hash(*key)
     random.seed(value)
@@ -33,5 +33,5 @@ def seed_all(*key: int) -> None:
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator of its own, seeded from the hash of `key`."""
+    """A new CPU generator, seeded from the hash of `key`."""
     return torch.Generator().manual_seed(stable_hash(*key))

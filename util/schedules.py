@@ -1,22 +1,37 @@
-"""Learning-rate schedule (MAE, util/schedules.py)."""
+"""Learning rate and EMA decay as functions of the epoch. The easy-to-hard schedule is `util.masking.num_hardest`."""
 
 import math
 
 from torch.optim import Optimizer
 
 
+def lr_at(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
+    """Linear warm-up from 0 to `lr`, then a half-cycle cosine down to `min_lr` (MAE, util/lr_sched.py)."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
 def adjust_learning_rate(
     optimizer: Optimizer, epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float
 ) -> float:
-    """Set the rate for fractional `epoch`: linear warm-up to `lr`, then a half-cycle cosine down to `min_lr`.
+    """Set the lr of every parameter group to `lr_at`, times the group's `lr_scale` (layer-wise lr decay).
 
-    A parameter group's `lr_scale` (layer-wise decay) multiplies it. Returns the unscaled rate.
+    Args:
+        epoch: fractional, counted from 0.
+
+    Returns:
+        The unscaled lr.
     """
-    if epoch < warmup_epochs:
-        rate = lr * epoch / warmup_epochs
-    else:
-        progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-        rate = min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    value = lr_at(epoch, lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs, epochs=epochs)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
-    return rate
+        group["lr"] = value * group.get("lr_scale", 1.0)
+    return value
+
+
+def ema_decay_at(epoch: float, decay: float = 0.999, final: float = 0.9999, ramp_epochs: int = 100) -> float:
+    """Linear from `decay` to `final` over the first `ramp_epochs`, then constant (official code)."""
+    if epoch >= ramp_epochs:
+        return final
+    return decay + (final - decay) * epoch / ramp_epochs

@@ -1,4 +1,4 @@
-"""The learning-rate schedule of the official scripts (tests/golden/vit_*.npz)."""
+"""Learning rate (official values in tests/golden/vit_*.npz) and EMA decay as functions of the epoch."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden import VIT_FILES, load
 
-from util.schedules import adjust_learning_rate
+from util.schedules import adjust_learning_rate, ema_decay_at
 
 
 @pytest.mark.parametrize("name", VIT_FILES)
@@ -21,6 +21,13 @@ def test_learning_rate_schedule(name):
 
 def test_lr_scale_multiplies():
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr_scale": 0.25}, {"params": [torch.zeros(1)]}], lr=0.0)
-    rate = adjust_learning_rate(optimizer, 5, lr=1.0, min_lr=0.0, warmup_epochs=10, epochs=20)
-    assert rate == 0.5
+    lr = adjust_learning_rate(optimizer, 5, lr=1.0, min_lr=0.0, warmup_epochs=10, epochs=20)
+    assert lr == 0.5
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.5]
+
+
+def test_ema_decay_ramps_over_the_first_hundred_epochs():
+    assert ema_decay_at(0) == 0.999
+    assert ema_decay_at(50) == pytest.approx(0.99945)
+    assert ema_decay_at(100) == ema_decay_at(1500) == 0.9999
+    assert ema_decay_at(3, 0.9, 0.99, 0) == 0.99
