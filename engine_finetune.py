@@ -47,7 +47,7 @@ def train_one_epoch(
                 amp.backward(loss / loop.accum_iter)
             loop.meter.update(loss=loss)
         loop.meter.update(grad_norm=amp.step(optimizer, parameters, clip_grad))
-    return loop.means()
+    return loop.meter.mean(all_reduce_sum)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from util.ema import EMATeacher
 from util.masking import MaskSampler
 from util.metrics import rank_accuracy
 from util.run.amp import Amp
+from util.run.distributed import all_reduce_sum
 from util.run.loop import Loop
 
 
@@ -44,7 +45,7 @@ def train_one_epoch(
         clip_grad: maximum norm of the gradient; 0 disables clipping.
 
     Returns:
-        Means over the epoch and all ranks: loss, loss_rec, grad_norm, and with a loss predictor loss_learn and rank_acc.
+        Means over the epoch and all ranks: loss, loss_rec, grad_norm; with a loss predictor loss_learn and rank_acc.
     """
     student.train()
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -76,4 +77,4 @@ def train_one_epoch(
         loop.meter.update(grad_norm=amp.step(optimizer, parameters, clip_grad))
         if teacher is not None:
             teacher.update(ema_decay)
-    return loop.means()
+    return loop.meter.mean(all_reduce_sum)

@@ -21,7 +21,7 @@ from engine_pretrain import train_one_epoch
 from util import masking, rng
 from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, build_loader
-from util.data.sources import Source, build_source, compressed_archive
+from util.data.sources import build_source
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
 from util.ema import EMATeacher
 from util.run import distributed, options
@@ -30,7 +30,7 @@ from util.run.logger import log
 from util.run.loop import Loop
 from util.schedules import ema_decay_at
 from util.weights import load_into, load_pretrained
-from visualize.panel import pick_images, training_panel
+from visualize.panel import pick_panel_images, training_panel
 
 SCRIPT = "main_pretrain"
 TARGETS = ["pixel", "norm_pixel", "ema", "dino", "clip"]
@@ -260,28 +260,6 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
-def panel_images(args: argparse.Namespace, train: Source) -> tuple[Tensor, list[str]] | None:
-    """The images of the panels and their names, from the val split if it can be read at no cost, else from training.
-
-    None without --vis_interval. Rank 0 reads them; all ranks call this together.
-    """
-    if not args.vis_interval:
-        return None
-
-    def from_val() -> tuple[Tensor, list[str]]:
-        if args.data_path is not None:
-            packed, used = (compressed_archive(Path(args.data_path), split) for split in ("val", "train"))
-            if packed not in (None, used):
-                raise ValueError(f"{packed} would have to be decompressed for them")
-        return pick_images(build_source(args.data_path, "val", cache_dir=args.cache_dir), args.input_size)
-
-    try:
-        return distributed.from_rank_zero(from_val)
-    except (ValueError, OSError) as error:
-        log.info("panels    no usable val split, using training images: %s", error)
-        return distributed.from_rank_zero(lambda: pick_images(train, args.input_size))
-
-
 def describe(
     args: argparse.Namespace, num_images: int, model: models_hpm.MaskedAutoencoderViT, masks: masking.MaskSampler
 ) -> None:
@@ -312,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
             "train",
             shapes_count=args.shapes_train,
             cache_dir=args.cache_dir,
-            share=distributed.from_rank_zero,
+            on_rank_zero=distributed.from_rank_zero,
         )
         sampler = EpochSampler(len(source), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
         args.steps_per_epoch = sampler.num_batches // args.accum_iter
@@ -324,7 +302,11 @@ def main(argv: list[str] | None = None) -> None:
             frozen, report = models_teacher.build_teacher(args.target, teacher_weights, args.mean, args.std)
             frozen = frozen.to(device)
             log.info("teacher   %s\n%s", args.target, report)
-        panel = panel_images(args, source)
+        panel_images = None
+        if args.vis_interval:
+            panel_images = distributed.from_rank_zero(
+                lambda: pick_panel_images(args.data_path, source, args.input_size, args.cache_dir)
+            )
 
     # Model, teacher, optimizer
     rng.seed_all(args.seed)
@@ -334,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     describe(args, len(source), model, masks)
     if weights is not None:
         with options.user_mistakes():
-            report = load_into(model, weights, fresh=DECODERS, left_out=("head.", "fc_norm."))
+            report = load_into(model, weights, allow_missing=DECODERS, allow_unexpected=("head.", "fc_norm."))
         log.info("weights of %s\n%s", args.load_from, report)
     student = distributed.wrap_ddp(model, device)  # from here on, all ranks hold the same weights
     teacher = EMATeacher(model) if args.learning_loss or args.target == "ema" else None
@@ -344,6 +326,9 @@ def main(argv: list[str] | None = None) -> None:
         for part in (model, teacher, frozen):
             if part is not None:
                 part.compile(fullgraph=True)
+
+    def feature_target(imgs: Tensor, tokens: Tensor) -> Tensor:  # for the panels, eager
+        return tokens if frozen is None else frozen.forward(imgs)
 
     # Data and loop
     dataset = ImageDataset(source, RandomCrop(args.input_size), args.seed, replace=not args.strict_images)
@@ -380,21 +365,19 @@ def main(argv: list[str] | None = None) -> None:
                 "hard_ratio": num_hardest / masks.num_masked,
             }
         loop.end_epoch(stats, metrics)
-        if panel is not None and world.rank == 0 and (loop.epoch % args.vis_interval == 0 or loop.epoch == args.epochs):
-            images, names = panel
-            picture = training_panel(
+        if args.vis_interval and world.rank == 0 and (loop.epoch % args.vis_interval == 0 or loop.epoch == args.epochs):
+            panel = training_panel(
                 model,
-                teacher,
-                feature_teacher,
-                images,
-                names,
+                None if teacher is None else teacher.module,
+                *panel_images,
                 masks,
                 mean=args.mean,
                 std=args.std,
+                feature_target=feature_target if model.target_dim is not None else None,
                 epochs_done=loop.epoch,
                 seed=args.seed,
             )
-            loop.logger.image("panel", picture, loop.epoch)
+            loop.logger.image("panel", panel, loop.epoch)
     loop.close()
 
 

@@ -11,8 +11,9 @@ from engine_pretrain import train_one_epoch
 from models_hpm import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.metrics import MeanMeter
-from util.run.amp import Precision
-from util.run.logger import Progress, RunLogger
+from util.rng import seed_all
+from util.run.amp import Amp
+from util.run.loop import Loop
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -44,44 +45,60 @@ def run_engine(model, teacher, golden, meta):
     optimizer = torch.optim.AdamW(
         param_groups_weight_decay(model, meta["weight_decay"]), lr=meta["lr"], betas=meta["betas"], fused=True
     )
-    masks, meter, rows = iter(golden["masks"]), MeanMeter(), []
+    rows = []
 
-    def end_of_step(step):
-        means = meter.window(lambda tensor: tensor)
+    def read(loop):
+        means = loop.meter.window(lambda tensor: tensor)
         rows.append([means[name] for name in ("loss_rec", "loss_learn", "grad_norm")])
 
     train_one_epoch(
         model,
         teacher,
+        None,
         [(images,) for images in golden["images"]],
         optimizer,
-        Precision("fp32", torch.device("cpu")),
+        Amp("fp32", torch.device("cpu")),
+        GivenMasks(golden["masks"], 12),
+        StepsOnly(after_step=read),
         to_model_input=lambda images: images,
-        look=lambda images: (teacher.module.predict_loss(images), None),
-        draw_mask=lambda scores, images: next(masks),
-        num_masked=12,
-        accum_iter=1,
         clip_grad=meta["clip_grad"],
-        adjust_lr=lambda epoch: meta["lr"],
         ema_decay=meta["ema_decay"],
-        seed_micro_step=lambda number: None,
-        epoch=0,
-        first_step=0,
-        steps=meta["steps"],
-        progress=silent_progress(),
-        meter=meter,
-        after_step=end_of_step,
     )
     return np.array(rows)
 
 
-def silent_progress():
-    """One that never asks for the numbers of a step, so that tests read those of each."""
-    never = 10**9
-    return Progress(
-        RunLogger(None, None, 0),
-        **{"epoch": 0, "epochs": 1, "first_step": 0, "total_steps": never, "images_per_step": 1, "interval": never},
-    )
+class StepsOnly(Loop):
+    """A loop without a run: it takes the batches as they come and calls `after_step` with itself after each step."""
+
+    def __init__(self, after_step=lambda loop: None, accum_iter=1, seed=None):
+        self.epoch, self.accum_iter, self.meter = 0, accum_iter, MeanMeter()
+        self.after_step, self.seed = after_step, seed
+
+    def steps(self, loader):
+        batches = iter(loader)
+        for step in range(len(loader) // self.accum_iter):
+            yield self._micro_batches(batches, step)
+            self.after_step(self)
+
+    def _micro_batches(self, batches, step):
+        for micro in range(self.accum_iter):
+            self._last_micro_batch = micro == self.accum_iter - 1
+            if self.seed is not None:
+                seed_all(self.seed, step * self.accum_iter + micro)
+            yield next(batches)
+
+
+class GivenMasks:
+    """Stands in for a MaskSampler; the teacher scores the images nevertheless."""
+
+    def __init__(self, masks, num_masked):
+        self.masks, self.num_masked = iter(masks), num_masked
+
+    def num_hardest(self, epoch):
+        return 1
+
+    def draw(self, scores, batch_size, epoch, device):
+        return next(self.masks)
 
 
 VIT_FILES = ["vit_global_pool", "vit_cls_token"]

@@ -2,6 +2,7 @@
 
 import io
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from util.data.datasets import ImageDataset, build_dataset
 from util.data.loader import EpochSampler, build_loader
 from util.data.sources import build_source
 from util.data.transforms import CenterCrop, RandomCrop
-from util.run.bad_images import BadImages, TooManyBadImages
+from util.run import watch
+from util.run.watch import TooManyBadImages, Watch
 
 JPEG = encode(picture(), quality=90)
 LOADS = {
@@ -117,7 +119,7 @@ def test_listed_once_counted_and_the_same_in_any_topology(tmp_path):
         listed = (tmp_path / name / "bad_images.txt").read_text().splitlines()
         assert sorted(listed) == [str(tree / f"train/cat/{i}.jpg") for i in range(4)]
         assert [line["bad_images"] for line in log_lines(tmp_path / name)] == [4, 4]
-        assert "cannot be read and was replaced" in log
+        assert "unreadable training images" in log
     assert_same_training(tmp_path / "a", tmp_path / "b")
     run("main_pretrain", *TRAIN, "--data_path", tree, "--output_dir", tmp_path / "c", "--max_steps", 3)
     run("main_pretrain", *TRAIN, "--data_path", tree, "--output_dir", tmp_path / "c")
@@ -127,7 +129,7 @@ def test_listed_once_counted_and_the_same_in_any_topology(tmp_path):
 def test_over_the_limit_and_strict(tmp_path):
     tree = write_bad(tmp_path / "d")
     with pytest.raises(
-        TooManyBadImages, match=r"4 images cannot be read, more than --max_bad_images 3; they are listed"
+        TooManyBadImages, match=r"4 images cannot be read, more than --max_bad_images 3: repair or remove those listed"
     ):
         run("main_pretrain", *TRAIN, "--data_path", tree, "--output_dir", tmp_path / "a", "--max_bad_images", 3)
     assert len((tmp_path / "a/bad_images.txt").read_text().splitlines()) == 4
@@ -136,19 +138,23 @@ def test_over_the_limit_and_strict(tmp_path):
     assert not (tmp_path / "b/bad_images.txt").exists()
 
 
-def test_ranks_tell_each_other(tmp_path):
-    """Two ranks met different images: one list, one count, on both."""
+def test_ranks_share_one_list(tmp_path, monkeypatch):
+    """Two ranks met different images: one list and one count, on both; what is already listed is not counted again."""
+    monkeypatch.setattr(watch, "gather", lambda mine: [mine, {7, 8}])
 
     def rank(met):
-        bad = BadImages(tmp_path, 2, lambda i: f"/d/{i}.jpg", lambda f: f(), lambda new: [new, {7, 8}])
-        bad._new = met
-        return bad
+        source = SimpleNamespace(name=lambda index: f"/d/{index}.jpg")
+        bare = Watch.__new__(Watch)
+        bare.folder, bare.source, bare.max_bad_images, bare.unreadable = tmp_path, source, 2, met
+        bare._met, bare._listed = (
+            set(),
+            set((tmp_path / "bad_images.txt").read_text().split()) if (tmp_path / "bad_images.txt").exists() else set(),
+        )
+        return bare
 
     with pytest.raises(TooManyBadImages):
-        rank({3, 8}).check()
+        rank({3, 8}).check_images()
     assert (tmp_path / "bad_images.txt").read_text() == "/d/3.jpg\n/d/7.jpg\n/d/8.jpg\n"
     again = rank({3})
-    again.check()
-    assert len(again.known) == 3
-    (tmp_path / "bad_images.txt").write_text("/d/3.jpg\n/d/7.j")  # the crash came as it was written
-    assert rank(set()).known == {"/d/3.jpg"}
+    again.check_images()
+    assert len(again._listed) == 3

@@ -10,7 +10,7 @@ from golden import build_hpm, load
 from torch import nn
 
 from models_hpm import MaskedAutoencoderViT
-from util.run import checkpoint
+from util.run import checkpoint, folder
 from util.weights.load import load_into, load_pretrained, read_meta
 
 SMALL = {
@@ -69,7 +69,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"could not write .*disk full.*the one before is intact"):
+    with pytest.raises(OSError, match=r"could not write .*disk full.*the previous file is intact"):
         checkpoint.save_run(tmp_path, state(2))
     assert checkpoint.newest(tmp_path)[1]["epoch"] == 1
     assert not list(tmp_path.glob("*.partial"))
@@ -94,13 +94,13 @@ def test_a_damaged_file_gives_way_to_the_one_before(tmp_path, caplog):
 
 
 def test_where_a_run_goes_on(tmp_path):
-    def find(resume="", auto_resume=True, script="main_pretrain", folder=tmp_path / "run"):
-        found = checkpoint.find_resume(folder, resume, auto_resume, script)
+    def find(resume="", auto_resume=True):
+        found = checkpoint.find_resume(tmp_path / "run", resume, auto_resume)
         return found and (found[0].name, found[1]["epoch"])
 
     (tmp_path / "run").mkdir()
     assert find() is None
-    checkpoint.write_file(tmp_path / "other.pth", state(7))
+    folder.write_file(tmp_path / "other.pth", state(7))
     assert find(resume=str(tmp_path / "other.pth")) == ("other.pth", 7)
     checkpoint.save_run(tmp_path / "run", state(1))
     assert find() == ("checkpoint-last.pth", 1)
@@ -110,7 +110,7 @@ def test_where_a_run_goes_on(tmp_path):
         find(auto_resume=False)
     (tmp_path / "run/config.json").write_text(json.dumps({"script": "main_finetune"}))
     with pytest.raises(ValueError, match="holds a run of main_finetune, not of main_pretrain"):
-        find()
+        folder.RunFolder(tmp_path / "run", "main_pretrain")
 
 
 def test_what_may_change_when_a_run_goes_on(tmp_path):
@@ -127,13 +127,13 @@ def test_other_peoples_files_are_no_runs(tmp_path):
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "mae.pth")
     with pytest.raises(ValueError, match="was not written by this project's scripts"):
         checkpoint.read_run(tmp_path / "mae.pth")
-    checkpoint.write_file(tmp_path / "new.pth", state(version=99))
+    folder.write_file(tmp_path / "new.pth", state(version=99))
     with pytest.raises(ValueError, match="has version 99, this code reads up to 1"):
         checkpoint.read_run(tmp_path / "new.pth")
 
 
 def test_meta(tmp_path):
-    checkpoint.write_file(tmp_path / "ours.pth", state(5))
+    folder.write_file(tmp_path / "ours.pth", state(5))
     meta = read_meta(tmp_path / "ours.pth")
     assert (meta["epoch"], meta["options"]["lr"], meta["image"]["mean"]) == (5, 0.1, [0.5])
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "mae.pth")

@@ -10,7 +10,7 @@ from util.data.datasets import ImageDataset
 from util.data.loader import ShardSampler, build_loader
 from util.data.sources import ShapesSource
 from util.data.transforms import CenterCrop, ToModelInput
-from util.run.amp import Precision
+from util.run.amp import Amp
 
 CPU = torch.device("cpu")
 TO_INPUT = ToModelInput((0.5,) * 3, (0.2,) * 3, CPU, flip=False)
@@ -25,7 +25,7 @@ def batches(count, batch_size):
 def test_every_image_counts_once(batch_size):
     loader, dataset = batches(23, batch_size)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
-    figures = evaluate(model, loader, Precision("fp32", CPU), TO_INPUT)
+    figures = evaluate(model, loader, Amp("fp32", CPU), TO_INPUT)
     logits = model(TO_INPUT(torch.stack([dataset[i].image for i in range(23)])))
     labels = torch.from_numpy(dataset.labels)
     assert figures["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=1e-4)
@@ -42,21 +42,21 @@ def test_several_heads():
             return torch.stack([right, 1 - right])
 
     loader, _ = batches(20, 20)
-    figures = evaluate(Heads(), loader, Precision("fp32", CPU), TO_INPUT, heads=[" a", " b"])
+    figures = evaluate(Heads(), loader, Amp("fp32", CPU), TO_INPUT, heads=[" a", " b"])
     assert (figures["acc1 a"], figures["acc1 b"]) == (100, 0)
 
 
 def test_fewer_than_five_classes():
     loader, _ = batches(4, 4)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
-    assert evaluate(model, loader, Precision("fp32", CPU), TO_INPUT)["acc5"] == 100
+    assert evaluate(model, loader, Amp("fp32", CPU), TO_INPUT)["acc5"] == 100
 
 
 def test_features_stand_in_the_order_of_the_data():
     loader, dataset = batches(23, 5)
     shuffled = list(loader)[::-1]
     encode = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 6))
-    features = extract_features(encode, shuffled, Precision("fp32", CPU), TO_INPUT, 23, 6)
+    features = extract_features(encode, shuffled, Amp("fp32", CPU), TO_INPUT, 23, 6)
     expected = encode(TO_INPUT(torch.stack([dataset[i].image for i in range(23)])))
     torch.testing.assert_close(features, expected)
 
@@ -64,4 +64,4 @@ def test_features_stand_in_the_order_of_the_data():
 def test_a_missing_image_is_noticed():
     loader, _ = batches(23, 5)
     with pytest.raises(AssertionError, match="each image must come once"):
-        extract_features(nn.Flatten(), list(loader)[1:], Precision("fp32", CPU), TO_INPUT, 23, 768)
+        extract_features(nn.Flatten(), list(loader)[1:], Amp("fp32", CPU), TO_INPUT, 23, 768)

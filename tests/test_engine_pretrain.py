@@ -1,4 +1,4 @@
-"""The engine on any topology: the same masks give the same gradients, whoever computes them."""
+"""The engine on any topology: the same masks give the same gradients, on any number of ranks."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.xdist_group("topology")  # the runs are made once
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Twenty steps of 8 images: each at once, in two micro-steps, on two ranks -> {name: gradients, losses, syncs}."""
+    """Twenty steps of 8 images: each at once, in two micro-batches, on two ranks -> {name: gradients, losses, syncs}."""
     folder = tmp_path_factory.mktemp("topology")
     for name in ("once", "accumulated"):
         run("topology", name, folder / name)
@@ -19,7 +19,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("other", ["accumulated", "two ranks"])
 def test_the_same_gradients(runs, other):
-    """To 1e-5; the relative loss is a mean over pairs, of which each micro-batch has as many."""
+    """To 1e-5; the relative loss is a mean over pairs, the same number in each micro-batch."""
     assert runs["once"]["gradients"].keys() == runs[other]["gradients"].keys()
     for name, gradient in runs["once"]["gradients"].items():
         torch.testing.assert_close(runs[other]["gradients"][name], gradient, rtol=1e-5, atol=1e-5, msg=name)
@@ -30,6 +30,6 @@ def test_the_same_loss_curve_over_twenty_steps(runs, other):
     torch.testing.assert_close(runs[other]["losses"], runs["once"]["losses"], rtol=1e-4, atol=0)
 
 
-def test_gradients_are_exchanged_once_a_step(runs):
-    """With accumulation under DDP, all but the last micro-step run in no_sync."""
+def test_gradients_are_reduced_once_per_step(runs):
+    """With accumulation under DDP, all but the last micro-batch run in no_sync."""
     assert runs["two ranks"]["syncs"] == [False, True] * 20

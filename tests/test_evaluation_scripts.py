@@ -38,7 +38,7 @@ def start(script, folder, pretrained, *more):
 
 def test_fine_tuning(tmp_path, pretrained):
     log = start("main_finetune", tmp_path / "run", pretrained)
-    assert "model     vit_micro_patch16, 10 classes, mean of patches" in log
+    assert "model     vit_micro_patch16, 10 classes, mean of patch tokens" in log
     assert "image     16 pixels in patches of 4" in log
     assert re.search(
         r"loaded +76 tensors\nunused +mask_token \(1\), .*norm \(2\).*\nnewly initialised +fc_norm \(2\), head \(2\)",
@@ -75,14 +75,14 @@ def test_a_class_token_and_random_weights(tmp_path):
     sizes = ["--model", "vit_micro_patch16", "--input_size", 16, "--patch_size", 4]
     log = run("main_finetune", *FINETUNE, *sizes, "--cls_token", "--aa", "", "--output_dir", tmp_path, "--epochs", 1)
     assert "class token" in log
-    assert "no --finetune: from random weights" in log
+    assert "no --finetune: starting from random weights" in log
     assert "norm.weight" in checkpoint(tmp_path)["state_dict"]
 
 
 def test_the_probe(tmp_path, pretrained):
     log = start("main_linprobe", tmp_path / "run", pretrained)
     assert "features  vit_micro_patch16, class token, 16 pixels in patches of 4" in log
-    assert "rate      0.0312, 0.00313 (sgd)" in log
+    assert "schedule  lr 0.0312, 0.00313," in log
     assert log.count("<- best") == 2
     record = log_lines(tmp_path / "run")[-1]
     assert {"test_acc1 lr 0.03125", "test_acc1 lr 0.003125", "best_head", "best_acc1"} <= record.keys()
@@ -126,11 +126,11 @@ def test_stopped_anywhere_they_go_on_as_if_never_stopped(tmp_path, pretrained, s
     start(script, tmp_path / "whole", pretrained)
     start(script, tmp_path / "parts", pretrained, "--max_steps", stop_at)
     log = start(script, tmp_path / "parts", pretrained)
-    assert "going on from" in log
+    assert "Resuming from" in log
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
     accuracy = [[line["best_acc1"] for line in log_lines(tmp_path / name)] for name in ("whole", "parts")]
     assert accuracy[0] == accuracy[1]
-    assert "nothing is left to do" in start(script, tmp_path / "whole", pretrained)
+    assert "Run already complete" in start(script, tmp_path / "whole", pretrained)
 
 
 @pytest.mark.parametrize("script", TRAINING)

@@ -1,28 +1,40 @@
-"""What makes a step fast changes nothing: compiled regions, and a step that never waits for the device."""
+"""What makes a step fast changes nothing: compiled regions, and a step that never synchronises with the device."""
 
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from golden import silent_progress
+from golden import StepsOnly
 from programs import PRETRAIN, checkpoint, log_lines, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import main_pretrain
 from engine_pretrain import train_one_epoch
 from models_hpm import MaskedAutoencoderViT
-from util import rng
 from util.data.transforms import ToModelInput
 from util.ema import EMATeacher
 from util.masking import hard_mask
 from util.metrics import MeanMeter
-from util.run.amp import Precision
+from util.run.amp import Amp
 
 SMALL = {
     **{"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2},
     **{"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
 }
+
+
+class Masks:
+    """Masks of HPM's kind, with more of the hardest patches from step to step."""
+
+    def __init__(self, num_masked):
+        self.num_masked, self.step = num_masked, 0
+
+    def num_hardest(self, epoch):
+        return 1
+
+    def draw(self, scores, batch_size, epoch, device):
+        self.step += 1
+        return hard_mask(scores, 12, (self.step - 1) // 3)
 
 
 def train(steps, device="cpu", compiled=False, num_masked=12, guard=nullcontext):
@@ -32,34 +44,32 @@ def train(steps, device="cpu", compiled=False, num_masked=12, guard=nullcontext)
     model = MaskedAutoencoderViT(**SMALL).to(device)
     teacher = EMATeacher(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    see = partial(teacher.module.predict_loss, return_tokens=True)
     if compiled:
-        see, _ = main_pretrain.compile_regions(model, see, None)
+        model.compile(fullgraph=True)
+        teacher.compile(fullgraph=True)
     images = torch.randint(256, (steps, 4, 3, 16, 16), dtype=torch.uint8)
-    hardest, meter, losses = iter([step // 3 for step in range(steps)]), MeanMeter(), []
-    to_model_input, precision = ToModelInput((0.5,) * 3, (0.25,) * 3, device, flip=True), Precision("fp32", device)
+    losses = []
 
-    def read(step):  # as on a step of the log
-        losses.append(meter.window(lambda tensor: tensor)["loss"])
+    def read(loop):  # as on a step of the log
+        losses.append(loop.meter.window(lambda tensor: tensor)["loss"])
 
+    loop = StepsOnly(seed=0, after_step=read if guard is nullcontext else lambda loop: None)
+    if guard is not nullcontext:
+        loop.meter = Unread()
+    to_model_input, amp = ToModelInput((0.5,) * 3, (0.25,) * 3, device, flip=True), Amp("fp32", device)
     with guard():
         train_one_epoch(
-            *[model, teacher, [(batch,) for batch in images], optimizer, precision],
+            model,
+            teacher,
+            None,
+            [(batch,) for batch in images],
+            optimizer,
+            amp,
+            Masks(num_masked),
+            loop,
             to_model_input=to_model_input,
-            look=lambda batch: (see(batch)[0], None),
-            draw_mask=lambda scores, batch: hard_mask(scores, 12, next(hardest)),
-            num_masked=num_masked,
-            accum_iter=1,
             clip_grad=5.0,
-            adjust_lr=lambda epoch: 1e-3,
             ema_decay=0.99,
-            seed_micro_step=lambda number: rng.seed_all(0, number),
-            epoch=0,
-            first_step=0,
-            steps=steps,
-            progress=silent_progress(),
-            meter=meter if guard is nullcontext else Unread(),
-            after_step=read if guard is nullcontext else lambda step: False,
         )
     return losses
 

@@ -11,9 +11,10 @@ import pytest
 from programs import PRETRAIN, ROOT, checkpoint, command, descendants, launch, run
 
 from util.run import checkpoint as module
+from util.run import folder
 
 
-def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp_path, capsys):
+def test_a_second_run_in_a_folder_is_rejected_and_a_killed_one_leaves_no_lock(tmp_path, capsys):
     """Killed with a process that loads data still there."""
     options = [*PRETRAIN, "--output_dir", tmp_path, "--epochs", 50, "--num_workers", 1, "--log_interval", 1]
     first = subprocess.Popen(
@@ -35,7 +36,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp
             os.kill(pid, signal.SIGSTOP)
         first.kill()
         first.wait()
-        module.FolderLock(tmp_path).release()
+        folder.RunFolder(tmp_path, "main_pretrain").close()
     finally:
         os.killpg(first.pid, signal.SIGKILL)
 
@@ -46,10 +47,10 @@ def test_without_locks_on_the_file_system_a_warning_says_so(tmp_path, monkeypatc
     def unsupported(*_):
         raise OSError(errno.ENOSYS, "not implemented")
 
-    monkeypatch.setattr(module.fcntl, "lockf", unsupported)
-    module.log.propagate = True
-    module.FolderLock(tmp_path)
-    assert "no locks on this file system" in caplog.text
+    monkeypatch.setattr(folder.fcntl, "lockf", unsupported)
+    folder.log.propagate = True
+    folder.RunFolder(tmp_path, "main_pretrain")
+    assert "this file system does not support locks" in caplog.text
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_says_so_with_the_old_checkpoint_intact(tmp_path):
@@ -93,11 +94,11 @@ def test_a_read_only_disk_is_an_error_that_says_so(tmp_path, monkeypatch, fails)
         monkeypatch.setattr(builtins, "open", open_to_read)
     elif fails == "link":
         monkeypatch.setattr(os, "link", read_only)
-        monkeypatch.setattr(module.shutil, "copyfile", read_only)
+        monkeypatch.setattr(folder.shutil, "copyfile", read_only)
     else:
         monkeypatch.setattr(os, "replace", read_only)
     with pytest.raises(
-        OSError, match=r"could not write .*checkpoint-\w+.pth .*Read-only file system; the one before is"
+        OSError, match=r"could not write .*checkpoint-\w+.pth .*Read-only file system; the previous file is"
     ):
         module.save_run(tmp_path, state)
     monkeypatch.undo()
@@ -109,14 +110,14 @@ FAILING = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import main_pretrain
-from util.run import preemption
-agree, calls = preemption.Preemption.agree, []
+from util.run.watch import Watch
+agree, calls = Watch.agree, []
 def fail(self):
     calls.append(1)
     if len(calls) == 3 and os.environ.get("RANK", "1") == "1":
         {fault}
     return agree(self)
-preemption.Preemption.agree = fail
+Watch.agree = fail
 main_pretrain.main(sys.argv[1:])
 """
 
@@ -157,7 +158,7 @@ def test_a_dead_data_worker_ends_the_run(tmp_path):
     assert re.search(r"RuntimeError: DataLoader worker \(pid\D+\d+\) ", done.stderr), done.stderr
 
 
-def test_a_world_of_another_size_than_the_options_need_is_refused(tmp_path):
+def test_a_world_of_another_size_than_the_options_need_is_rejected(tmp_path):
     options = [*PRETRAIN, "--output_dir", tmp_path / "run", "--global_batch", "8"]
     done = launch("main_pretrain", *options, processes=2, check=False)
     assert done.returncode == 1

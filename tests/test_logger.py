@@ -1,10 +1,9 @@
-"""What a run writes, and what it shows."""
+"""The log of a run: files and console."""
 
 import io
 import json
 import logging
 import sys
-import time
 
 import pytest
 import torch
@@ -21,33 +20,37 @@ def lines(caplog):
 
 
 def progress(logger, **kwargs):
-    settings = {"epoch": 0, "epochs": 2, "first_step": 0, "total_steps": 6, "images_per_step": 10, "interval": 3}
+    settings = {"epoch": 0, "epochs": 2, "step": 0, "steps": 6, "global_batch": 10}
     return logs.Progress(logger, **{**settings, **kwargs})
 
 
-def test_lines_come_every_interval_and_at_the_end(tmp_path, lines):
-    logger = logs.RunLogger(tmp_path, tmp_path, keep_epochs=0)
-    bar = progress(logger, total_steps=7)
-    read = []
-    for _ in range(7):
-        if bar.advance():
-            read.append(bar.step)
+def take_steps(bar, count, report_at=()):
+    for _ in range(count):
+        bar.step += 1
+        bar.bar.update()
+        if bar.step in report_at:
             bar.report({"loss": 0.5, "lr": 1e-4})
-    assert read == [3, 6, 7]
-    assert "epoch 1/2  step 3/7  loss 0.5000  lr 1.00e-04" in lines.text
-    assert "img/s  waiting for data 0%  eta" in lines.text
 
 
-def test_a_terminal_has_a_bar_and_keeps_a_line_an_epoch(tmp_path, lines, monkeypatch):
-    """Of the bar, 80 columns are enough for the time that the run will take, and for the loss."""
+def run_logger(folder, log_dir=None, position=0.0):
+    return logs.RunLogger(folder, log_dir or folder, position, {"script": "s"})
+
+
+def test_a_line_has_metrics_throughput_and_time_remaining(tmp_path, lines):
+    bar = progress(run_logger(tmp_path))
+    take_steps(bar, 3, report_at=[3])
+    assert "epoch 1/2  step 3/6  loss 0.5000  lr 1.00e-04  img/s " in lines.text
+    assert "data_wait 0%  eta 0:00:0" in lines.text
+
+
+def test_a_terminal_has_a_bar_and_keeps_one_line_per_epoch(tmp_path, lines, monkeypatch):
+    """80 columns of the bar are enough for the time remaining and the loss."""
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
-    bar = progress(logs.RunLogger(tmp_path, tmp_path, keep_epochs=0))
-    for _ in range(6):
-        if bar.advance():
-            bar.report({"loss": 0.5, "lr": 1e-4})
-    bar.finish()
+    bar = progress(run_logger(tmp_path))
+    take_steps(bar, 6, report_at=[3, 6])
+    bar.bar.close()
     shown = [line for line in screen.getvalue().split("\r") if "3/6" in line]
     assert "epoch 1/2:  50%|" in shown[-1]
     assert ", eta 0:00:0" in shown[-1]
@@ -55,24 +58,16 @@ def test_a_terminal_has_a_bar_and_keeps_a_line_an_epoch(tmp_path, lines, monkeyp
     assert [record.message.split("  loss")[0] for record in lines.records] == ["epoch 1/2  step 6/6"]
 
 
-def test_waiting_for_data_is_measured(tmp_path):
-    def slow():
-        for i in range(4):
-            time.sleep(0.05)
-            yield i
-
-    bar = progress(logs.RunLogger(None, None, 0))
-    assert list(bar.waiting(slow())) == [0, 1, 2, 3]
-    bar.step = 4
-    times = bar.finish()
-    assert 0.2 <= times["data_wait"] * times["epoch_seconds"]
-    assert times["data_wait"] <= 1
-    assert times["images_per_s"] == pytest.approx(40 / times["epoch_seconds"])
+def test_summary_of_an_epoch():
+    bar = progress(run_logger(None, "unused"))
+    take_steps(bar, 4)
+    bar.waited = 2.0
+    times = bar.summary(until=bar.began + 8)
+    assert times == {"epoch_seconds": 8, "images_per_s": 5, "data_wait": 0.25}
 
 
 def test_log_and_tensorboard(tmp_path):
-    logger = logs.RunLogger(tmp_path, tmp_path / "tb", keep_epochs=0)
-    logger.config({"script": "s"})
+    logger = run_logger(tmp_path, tmp_path / "tb")
     logger.epoch({"epoch": 0, "train_loss": 1.5})
     logger.epoch({"epoch": 1, "train_loss": 1.25})
     logger.scalars({"loss": 2.0}, 0.5)
@@ -81,24 +76,25 @@ def test_log_and_tensorboard(tmp_path):
         {"epoch": 0, "train_loss": 1.5},
         {"epoch": 1, "train_loss": 1.25},
     ]
-    assert json.loads((tmp_path / "config.json").read_text()) == {"script": "s"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["script"], config["environment"]["torch"]) == ("s", torch.__version__)
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("epoch/train_loss")] == [(1000, 1.5), (2000, 1.25)]
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(500, 2.0)]
 
 
-def test_lines_of_lost_work_are_cut(tmp_path):
+def test_lines_of_epochs_to_be_repeated_are_cut(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"epoch": e}) + "\n" for e in range(4)) + '{"epoch": 4, "tr')
-    logs.RunLogger(tmp_path, tmp_path, keep_epochs=2).close()
+    run_logger(tmp_path, position=2.0).close()
     assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1]
 
 
 def test_curves_of_a_resumed_run_have_every_epoch_once(tmp_path):
-    """The second epoch is done anew; the first stays, with its panel."""
+    """The second epoch is repeated; the first stays, with its panel."""
     for keep, epochs in ((0, [0, 1]), (1, [1])):
-        logger = logs.RunLogger(tmp_path, tmp_path, keep_epochs=keep)
+        logger = run_logger(tmp_path, position=float(keep))
         for epoch in epochs:
             logger.epoch({"epoch": epoch, "train_loss": float(epoch + 10 * keep)})
             logger.image("panel", torch.zeros(3, 4, 4, dtype=torch.uint8), epoch + 1)
@@ -108,10 +104,32 @@ def test_curves_of_a_resumed_run_have_every_epoch_once(tmp_path):
     assert [e.step for e in events.Images("panel")] == [1000, 2000]
 
 
+def test_resuming_mid_epoch_keeps_the_points_before(tmp_path):
+    """Stopped at 1.4 epochs: what was logged before stays visible, what is repeated is hidden."""
+    logger = run_logger(tmp_path)
+    for epoch in (0.5, 1.2, 1.4, 1.6):
+        logger.scalars({"loss": epoch}, epoch)
+    logger.close()
+    logger = run_logger(tmp_path, position=1.4)
+    logger.scalars({"loss": 9.0}, 1.6)
+    logger.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, round(e.value, 1)) for e in events.Scalars("loss")] == [
+        (500, 0.5),
+        (1200, 1.2),
+        (1400, 1.4),
+        (1600, 9.0),
+    ]
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert logs.describe_environment()["git_commit"] is None
+
+
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    logger = logs.RunLogger(None, None, keep_epochs=0)
-    logger.config({})
+    logger = run_logger(None, "unused")
     logger.scalars({"a": 1.0}, 0)
     logger.epoch({"epoch": 0})
     progress(logger).report({"a": 1.0})

@@ -37,7 +37,7 @@ def test_a_plain_run_leaves_what_it_should(tmp_path):
     assert config["options"]["lr"] == pytest.approx(1.5e-4 * 8 / 256)
     assert config["environment"]["torch"] == torch.__version__
 
-    assert "Shapes, images drawn by the program (no --data_path was given): 48 images, 6 steps an epoch" in log
+    assert "Shapes, images drawn by the program (no --data_path was given): 48 images, 6 steps per epoch" in log
     assert "4 x 4 of 4 pixels, 12 masked" in log
     assert "batch     8 = --batch_size 8 x --accum_iter 1 x 1 process" in log
     assert "epoch 1/2  step 4/6  loss" in log
@@ -49,7 +49,7 @@ def test_a_plain_run_leaves_what_it_should(tmp_path):
 
 
 def test_it_learns(tmp_path):
-    """At a rate at which 36 steps tell: the error falls by far more than it varies from epoch to epoch."""
+    """At an lr at which 36 steps suffice: the error falls by far more than it varies from epoch to epoch."""
     pretrain(tmp_path / "run", "--lr", 3e-3, "--epochs", 6)
     losses = [record["train_loss_rec"] for record in log_lines(tmp_path / "run")]
     assert losses[-1] < 0.75 * losses[0], losses
@@ -69,22 +69,22 @@ def test_workers_change_nothing(tmp_path):
     assert_same_training(tmp_path / "0", tmp_path / "2")
 
 
-def test_a_finished_run_started_again_says_so_and_changes_nothing(tmp_path):
+def test_a_complete_run_started_again_says_so_and_changes_nothing(tmp_path):
     pretrain(tmp_path / "run")
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("[!.]*")}
     log = pretrain(tmp_path / "run")
-    assert "nothing is left to do: 2 of 2 epochs" in log
+    assert "Run already complete (epoch 2/2" in log
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("[!.]*")} == before
 
 
 @pytest.mark.parametrize("stop_at", [3, 6, 9])
-def test_stopped_anywhere_it_goes_on_as_if_never_stopped(tmp_path, stop_at):
-    """Inside the first epoch, at its end, inside the second; the log too is that of one run."""
+def test_stopped_anywhere_it_resumes_as_if_never_stopped(tmp_path, stop_at):
+    """Mid-epoch in the first, at its end, mid-epoch in the second; the log is that of one run too."""
     pretrain(tmp_path / "whole")
-    assert "steps, saved in" in pretrain(tmp_path / "parts", "--max_steps", stop_at)
+    assert "saved in" in pretrain(tmp_path / "parts", "--max_steps", stop_at)
     log = pretrain(tmp_path / "parts")
-    assert "going on from" in log
-    assert "changed since: --max_steps" in log
+    assert "Resuming from" in log
+    assert "Changed since the checkpoint: --max_steps" in log
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
     for a, b in zip(log_lines(tmp_path / "whole"), log_lines(tmp_path / "parts"), strict=True):
         timed = {"epoch_seconds", "images_per_s", "data_wait"}
@@ -93,12 +93,12 @@ def test_stopped_anywhere_it_goes_on_as_if_never_stopped(tmp_path, stop_at):
 
 def test_max_steps_at_the_end_of_an_epoch_has_nothing_left(tmp_path):
     pretrain(tmp_path / "run", "--max_steps", 6)
-    assert "nothing is left to do: 1 of 2 epochs and 0 steps" in pretrain(tmp_path / "run", "--max_steps", 6)
+    assert "Run already complete (epoch 1/2, step 0)" in pretrain(tmp_path / "run", "--max_steps", 6)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_started_again_it_ends_with_the_same_weights(tmp_path, processes):
-    """Killed with no warning once the first checkpoint is there; the second epoch is then done anew."""
+    """Killed with no warning once the first checkpoint is there; the second epoch is then repeated."""
     options = [*PRETRAIN, "--epochs", 3, "--shapes_train", 96]
     ranks("main_pretrain", *options, "--output_dir", tmp_path / "whole", processes=processes)
     killed = tmp_path / "killed"
@@ -125,7 +125,7 @@ def test_two_processes_hold_equal_weights_and_one_log(tmp_path):
 
 def test_the_mae_baseline(tmp_path):
     log = pretrain(tmp_path / "run", "--no-learning_loss", "--norm_pix_loss")
-    assert "target    norm_pixel, predictor none, masks random" in log
+    assert "target    norm_pixel, loss predictor none, masks random" in log
     record = log_lines(tmp_path / "run")[-1]
     assert "train_rank_acc" not in record
     assert "train_loss_learn" not in record
@@ -136,7 +136,7 @@ def test_the_mae_baseline(tmp_path):
 
 
 def test_accumulation(tmp_path):
-    """Four micro-batches of 2 and one of 8 see the same images a step; only masks and flips are drawn differently."""
+    """Four micro-batches of 2 and one of 8 see the same images in each step; only masks and flips are drawn differently."""
     pretrain(tmp_path / "run", "--batch_size", 2, "--global_batch", 8)
     config = json.loads((tmp_path / "run/config.json").read_text())["options"]
     assert (config["accum_iter"], config["steps_per_epoch"], config["lr"]) == (4, 6, pytest.approx(1.5e-4 * 8 / 256))
@@ -157,7 +157,7 @@ def test_each_source_of_images_trains_alike(tmp_path, kind):
     else:
         data = write_tar(tmp_path / f"data.{kind}", mode="w:gz" if kind == "tar.gz" else "w")
     log = pretrain(tmp_path / "run", *SMALL_DATA, "--data_path", data)
-    assert "12 images, 3 steps an epoch" in log
+    assert "12 images, 3 steps per epoch" in log
     pretrain(tmp_path / "reference", *SMALL_DATA, "--data_path", write_tree(tmp_path / "reference-data"))
     assert_same_training(tmp_path / "run", tmp_path / "reference")
 
@@ -184,8 +184,8 @@ def test_variants_train(tmp_path, options):
     assert 0 <= record["train_rank_acc"] <= 1
 
 
-def test_weights_to_begin_with(tmp_path):
-    """From a whole checkpoint, and from MAE's encoder alone, whose decoders stay fresh."""
+def test_initial_weights(tmp_path):
+    """From a whole checkpoint, and from MAE's encoder alone, whose decoders are newly initialised."""
     pretrain(tmp_path / "a", "--epochs", 1)
     log = pretrain(tmp_path / "b", "--load_from", tmp_path / "a/checkpoint-last.pth", "--epochs", 1, "--lr", 0)
     assert "newly initialised  none" in log
@@ -199,7 +199,7 @@ def test_weights_to_begin_with(tmp_path):
     assert torch.equal(a["blocks.5.mlp.fc2.weight"], c["blocks.5.mlp.fc2.weight"])
 
 
-def test_another_epoch_to_start_at(tmp_path):
+def test_start_epoch(tmp_path):
     pretrain(tmp_path / "run", "--start_epoch", 1)
     assert [line["epoch"] for line in log_lines(tmp_path / "run")] == [1]
 
@@ -207,7 +207,7 @@ def test_another_epoch_to_start_at(tmp_path):
 def test_resume_from_a_file_continues_in_a_new_folder(tmp_path):
     pretrain(tmp_path / "a", "--save_interval", 1)
     log = pretrain(tmp_path / "b", "--resume", tmp_path / "a/checkpoint-1.pth")
-    assert "epoch 1, step 0" in log
+    assert "(epoch 1, step 0)" in log
     assert_same_training(tmp_path / "a", tmp_path / "b")
 
 
@@ -219,7 +219,7 @@ def test_resume_from_a_file_continues_in_a_new_folder(tmp_path):
         (["--norm_pix_loss"], "was trained with --target pixel, now it is norm_pixel"),
         (["--patch_size", "8"], "was trained with --patch_size 4, now it is 8"),
         (["--no-learning_loss"], "was trained with --learning_loss True, now it is False"),
-        (["--no-auto_resume"], "holds a run: leave --no-auto_resume out"),
+        (["--no-auto_resume"], "holds a run: omit --no-auto_resume"),
         (["--shapes_train", "40"], "is at step 3 of an epoch of 6 steps, an epoch now has 5"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -234,7 +234,7 @@ def test_changes_that_a_run_cannot_make(tmp_path, change, message, capsys):
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_folder_of_another_script_is_refused_untouched(tmp_path, capsys):
+def test_a_folder_of_another_script_is_rejected_unchanged(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text('{"script": "main_finetune"}')
     with pytest.raises(SystemExit):
@@ -243,13 +243,13 @@ def test_a_folder_of_another_script_is_refused_untouched(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path):
     pretrain(tmp_path / "whole")
     pretrain(tmp_path / "run")
     (tmp_path / "run/checkpoint-last.pth").write_bytes(b"half a file")
     log = pretrain(tmp_path / "run")
     assert "checkpoint-last.pth is not a checkpoint" in log
-    assert "going on from" in log
+    assert "Resuming from" in log
     assert_same_training(tmp_path / "whole", tmp_path / "run")
 
 
@@ -260,9 +260,9 @@ def test_experiment_and_log_dir(tmp_path):
     assert list((tmp_path / "tb").glob("*tfevents*"))
 
 
-def test_official_options_without_effect_are_reported(tmp_path):
+def test_ignored_official_options_are_reported(tmp_path):
     log = pretrain(tmp_path / "run", "--epochs", 1, "--local_rank", 0, "--dist_on_itp")
-    assert "without effect here: --local_rank, --dist_on_itp" in log
+    assert "ignored options: --local_rank, --dist_on_itp" in log
 
 
 def test_the_weights_load_into_a_fresh_model_by_their_official_names(tmp_path):

@@ -1,31 +1,26 @@
-"""Where each strategy masks, as the pre-training script wires it: which patches, how many, and how that changes."""
+"""Where each strategy masks, as the options of the pre-training script say: which patches, how many, and how that changes."""
 
 import pytest
 import torch
 
 import main_pretrain
+from util.masking import MaskSampler
 from util.run.distributed import World
 
 GRID, MASKED, EPOCHS = (8, 8), 48, 10
 
 
 def masks(options, epoch, images=400):
-    """Masks (B, L) of an epoch for images whose patch i has predicted loss i; and whether the teacher was asked."""
+    """Masks (B, L) of an epoch for images whose patch i has predicted loss i, and the number chosen by it."""
     text = f"--model mae_vit_micro_patch16 --input_size 32 --patch_size 4 --epochs {EPOCHS} {options}"
     args = main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(text.split()), World(0, 1, 0, 1))
-    asked = []
-
-    def see(batch):
-        asked.append(len(batch))
-        return torch.arange(64.0).expand(len(batch), -1), torch.zeros(len(batch), 64, 128)
-
-    count, look, draw_mask = main_pretrain.masks_of_epoch(args, epoch, GRID, see, None)
-    batch = torch.zeros(images, 3, 32, 32)
-    scores, _ = look(batch)
-    mask = draw_mask(scores, batch)
+    sampler = MaskSampler.from_options(vars(args), GRID)
+    count = sampler.num_hardest(epoch)
+    scores = torch.arange(64.0).expand(images, -1) if count else None  # the engine runs no teacher where it is 0
+    mask = sampler.draw(scores, images, epoch)
     assert mask.dtype == torch.bool
     assert (mask.sum(1) == mask.sum(1)[0]).all()
-    return mask, count, bool(asked)
+    return mask, count
 
 
 def always_masked(mask):
@@ -49,10 +44,9 @@ def hardest(count):
 )
 def test_the_hardest_are_always_masked_and_the_rest_at_random(options, counts):
     for epoch, count in counts.items():
-        mask, chosen, asked = masks(options, epoch)
+        mask, chosen = masks(options, epoch)
         assert mask.sum(1)[0] == MASKED
         assert chosen == count
-        assert asked == (count > 0)
         assert always_masked(mask) == hardest(count)
         if count < MASKED:
             others = mask[:, : 64 - count].float().mean(0)
@@ -61,24 +55,24 @@ def test_the_hardest_are_always_masked_and_the_rest_at_random(options, counts):
 
 def test_the_easiest():
     for epoch, count in {0: 2, 9: 24}.items():
-        mask, chosen, _ = masks("--mask_strategy easiest", epoch)
+        mask, chosen = masks("--mask_strategy easiest", epoch)
         assert chosen == count
         assert always_masked(mask) == set(range(count))
 
 
 @pytest.mark.parametrize("options", ["--mask_strategy random", "--no-learning_loss"])
-def test_random_asks_no_teacher(options):
+def test_random_needs_no_teacher(options):
     for epoch in (0, 9):
-        mask, count, asked = masks(options, epoch)
-        assert (count, asked) == (0, False)
+        mask, count = masks(options, epoch)
+        assert count == 0
         assert mask.sum(1)[0] == MASKED
         assert (mask.float().mean(0) - 0.75).abs().max() < 0.12
 
 
-def test_patterns_switch_mining_off():
+def test_patterns_disable_mining():
     for option in ("--mask_block", "--mask_regular"):
-        mask, count, asked = masks(option, 9)
-        assert (count, asked) == (0, False)
+        mask, count = masks(option, 9)
+        assert count == 0
         assert mask.sum(1)[0] == MASKED
     visible = ~masks("--mask_block", 9)[0].view(-1, 8, 8)
     assert (visible.any(1).sum(1) == 4).all()
@@ -88,6 +82,6 @@ def test_patterns_switch_mining_off():
 
 @pytest.mark.parametrize(("ratio", "masked"), [(0.5, 32), (0.6, 39), (0.9, 58)])
 def test_any_ratio(ratio, masked):
-    mask, count, _ = masks(f"--mask_ratio {ratio}", 9)
+    mask, count = masks(f"--mask_ratio {ratio}", 9)
     assert mask.sum(1)[0] == masked
     assert count == masked // 2

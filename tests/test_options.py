@@ -12,8 +12,7 @@ import main_linprobe
 import main_pretrain
 from export import __main__ as export
 from util import masking
-from util.run import distributed, options
-from util.run import loop as training
+from util.run import checkpoint, distributed, loop, options
 from visualize import __main__ as visualize
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +27,11 @@ OFFICIAL_PRETRAIN = """--batch_size 32 --accum_iter 8 --model mae_vit_base_patch
 def only_names(node):
     """Lists of options that may not change, or that have no effect, are no use of them."""
     return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("FIXED", "UNREAD")
+
+
+def is_given(node):
+    """`given.batch_size`: what util/run/options.py resolves for several scripts."""
+    return isinstance(node, ast.Attribute) and ast.unparse(node.value) == "given"
 
 
 def read_from_a_mapping(module):
@@ -48,11 +52,11 @@ def test_every_declared_option_is_read(script):
     }  # getattr(args, "name")
     if hasattr(script, "MaskSampler") or hasattr(script, "masking"):
         read |= set(read_from_a_mapping(masking))
-    if hasattr(script, "TrainingLoop"):
-        loop = ast.walk(ast.parse(Path(training.__file__).read_text()))
-        read |= {n.attr for n in loop if isinstance(n, ast.Attribute) and ast.unparse(n.value).endswith("settings")}
+    if hasattr(script, "Loop"):
+        read |= set(read_from_a_mapping(loop)) | set(read_from_a_mapping(checkpoint))
+    read |= {n.attr for n in ast.walk(ast.parse(Path(options.__file__).read_text())) if is_given(n)}
     declared = {action.dest for action in script.get_args_parser()._actions} - {"help"}
-    assert declared - read == set(script.get_args_parser().without_effect)
+    assert declared - read == set(script.get_args_parser().ignored)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
@@ -94,7 +98,7 @@ def test_official_names_map_onto_ours():
     for spelling in ("--local_rank=1", "--local-rank=1"):
         parser = main_pretrain.get_args_parser()
         args = parser.parse_args([spelling, "--dist_url", "env://", "--dist_on_itp"])
-        assert parser.given_without_effect(vars(args)) == ["--local_rank", "--dist_on_itp", "--dist_url"]
+        assert [name for name in parser.ignored if getattr(args, name)] == ["local_rank", "dist_on_itp", "dist_url"]
 
 
 def test_global_batch_sets_the_accumulation():
@@ -107,31 +111,31 @@ def test_global_batch_sets_the_accumulation():
 
 
 MISTAKES = {
-    "--epochs 0": "argument --epochs: '0' is not a whole number of 1 or more",
-    "--epochs 1.5": "'1.5' is not a whole number",
-    "--epochs nan": "is not a whole number",
-    "--batch_size -4": "'-4' is not a whole number of 1 or more",
-    "--lr nan": "'nan' is not a number of 0 or more",
-    "--mask_ratio 1": "'1' is not a number above 0 and below 1",
-    "--std 0 1 1": "'0' is not a number above 0",
-    "--alpha_T 1.5": "'1.5' is not a number of 0 or more and of 1 or less",
-    "--model mae_vit_bse_patch16": "there is no model 'mae_vit_bse_patch16'; did you mean mae_vit_base_patch16",
-    "--precision int8": "invalid choice: 'int8'",
+    "--epochs 0": "argument --epochs: expected an integer >= 1, got '0'",
+    "--epochs 1.5": "expected an integer >= 1, got '1.5'",
+    "--epochs nan": "expected an integer >= 1, got 'nan'",
+    "--batch_size -4": "expected an integer >= 1, got '-4'",
+    "--lr nan": "expected a number >= 0, got 'nan'",
+    "--mask_ratio 1": "expected a number > 0 and < 1, got '1'",
+    "--std 0 1 1": "expected a number > 0",
+    "--alpha_T 1.5": "expected a number >= 0 and <= 1, got '1.5'",
+    "--model mae_vit_bse_patch16": "unknown value 'mae_vit_bse_patch16'; did you mean mae_vit_base_patch16",
+    "--precision int8": "unknown value 'int8'",
     "--epoch 3": "unrecognized arguments: --epoch 3; did you mean --epochs?",
     "--warmup_epochs 400": "--warmup_epochs 400 leaves nothing of --epochs 400",
     "--start_epoch 400": "--start_epoch 400 leaves nothing of --epochs 400",
     "--input_size 225": "patch size 16 does not divide an image of 225 x 225",
-    "--token_size 16": "--token_size 16: images of 224 in patches of 16 have 14 x 14 patches",
+    "--token_size 16": "--token_size 16: images of 224 pixels in patches of 16 have 14 x 14 patches",
     "--mask_ratio 0.999": "--mask_ratio 0.999 masks 196 of 196 patches",
     "--decoder_num_heads 7": "decoder width 512 is not a multiple of its 7 heads",
     "--norm_pix_loss --target pixel": "--target and --norm_pix_loss name different targets (pixel, norm_pixel)",
     "--mask_block --mask_regular": "give one",
     "--mask_block --mask_ratio 0.6": "--mask_block requires --mask_ratio 0.75, got 0.6",
     "--mask_regular --input_size 240": "even grid of patches, not 15 x 15",
-    "--mask_block --mask_strategy hardest": "--mask_strategy hardest would too",
+    "--mask_block --mask_strategy hardest": "--mask_block and --mask_strategy hardest both choose the masks",
     "--no-learning_loss --mask_strategy hardest": "--mask_strategy hardest needs the loss predictor",
     "--global_batch 100 --batch_size 64": "change --batch_size to a divisor of 100",
-    "--device cuda": "this PyTorch sees no CUDA device",
+    "--device cuda": "this PyTorch finds no CUDA device",
     "--precision fp16": "--precision fp16 needs CUDA",
     "--data_path /nowhere": "--data_path /nowhere does not exist",
     "--shapes_train 10": "10 images do not fill one optimizer step of 64",
@@ -156,14 +160,27 @@ def test_a_mistake_ends_before_any_work_in_a_line_or_two(text, message, capsys, 
     assert "Traceback" not in written.err
 
 
-def test_only_rank_zero_speaks(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit):
+def test_another_rank_names_itself(capsys, monkeypatch):
+    """After a moment, in which torchrun ends it if rank 0 made the same mistake."""
+    waited = []
+    monkeypatch.setattr(options.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as stop:
         main_pretrain.get_args_parser().parse_args(["--epochs", "0"])
-    assert capsys.readouterr().err == ""
+    assert stop.value.code == 2
+    assert "error: rank 3: argument --epochs: expected an integer >= 1, got '0'" in capsys.readouterr().err
+    assert waited == [2]
 
 
-def test_worker_count():
-    assert options.worker_count(5, 8, 1) == 5
-    assert 1 <= options.worker_count(None, 8, 1) <= 8
-    assert options.worker_count(None, 8, 10_000) == 1
+def test_number_of_workers():
+    assert resolve("--num_workers 5").num_workers == 5
+    assert 1 <= resolve().num_workers <= 8
+    assert resolve(world=distributed.World(0, 10_000, 0, 10_000)).num_workers == 1
+
+
+def test_help_states_each_default_once():
+    for script in SCRIPTS:
+        text = script.get_args_parser().format_help()
+        assert "None)" not in text
+        assert "(default: )" not in text
+        assert "(default: (default" not in text

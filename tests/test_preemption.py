@@ -1,4 +1,4 @@
-"""Signals, timed saves, and going on after them: whole programs, ended in the middle."""
+"""Signals, timed checkpoints and resuming: whole programs, stopped mid-epoch."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from programs import (
     run,
 )
 
-from util.run.preemption import EXIT_STATUS, Preempted, Preemption
+from util.run.watch import EXIT_STATUS, Preempted, Watch
 
 FINETUNE = [
     *["--model", "vit_micro_patch16", "--input_size", "16", "--patch_size", "4", "--shapes_train", "96"],
@@ -59,15 +59,15 @@ def signalled(script, options, number, after, processes=1, whom=lambda process: 
     return process.returncode, shown + out + err
 
 
-def going_on_is_exact(script, options, tmp_path, number):
-    """What a signal ended in tmp_path/parts goes on to the weights and the log of a run that nobody stopped."""
+def assert_resume_is_exact(script, options, tmp_path, number):
+    """The run that a signal stopped in tmp_path/parts resumes to the weights and the log of an uninterrupted run."""
     state = checkpoint(tmp_path / "parts")
     assert state["stopped"] == number.name
     assert 0 < state["epoch"] * 12 + state["step"] < 24
     assert run_status(tmp_path / "parts") == 75
     run(script, *options, "--output_dir", tmp_path / "whole")
     log = run(script, *options, "--output_dir", tmp_path / "parts")
-    assert f"epoch {state['epoch']}, step {state['step']}" in log
+    assert f"(epoch {state['epoch']}, step {state['step']})" in log
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
     assert checkpoint(tmp_path / "parts")["stopped"] == ""
     assert run_status(tmp_path / "parts") == 0
@@ -76,33 +76,33 @@ def going_on_is_exact(script, options, tmp_path, number):
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
 
 
-def test_a_signal_saves_inside_the_epoch_and_the_run_goes_on_bitwise(tmp_path):
-    """The whole program and its data workers are told, as a scheduler does it."""
+def test_a_signal_saves_mid_epoch_and_the_run_resumes_bitwise(tmp_path):
+    """The whole program and its data loading workers get the signal, as a scheduler sends it."""
     options = [*TRAINING["main_pretrain"], "--num_workers", 2]
     status, out = signalled("main_pretrain", [*options, "--output_dir", tmp_path / "parts"], signal.SIGTERM, after=2)
     assert status == EXIT_STATUS == 75
-    assert "SIGTERM: saving, then ending with status 75" in out
+    assert "Received SIGTERM: saving checkpoint and exiting with status 75" in out
     assert "Traceback" not in out
-    going_on_is_exact("main_pretrain", options, tmp_path, signal.SIGTERM)
+    assert_resume_is_exact("main_pretrain", options, tmp_path, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("script", ["main_finetune", "main_linprobe"])
-def test_so_do_the_other_training_scripts(tmp_path, script, monkeypatch):
+def test_the_other_training_scripts_resume_bitwise(tmp_path, script, monkeypatch):
     """Mixup, erasing, drop path and batch statistics included. The signal comes in the third step, to this process."""
-    agree, calls = Preemption.agree, []
+    agree, calls = Watch.agree, []
 
-    def told(self):
+    def signalled_once(self):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
         return agree(self)
 
-    monkeypatch.setattr(Preemption, "agree", told)
+    monkeypatch.setattr(Watch, "agree", signalled_once)
     options = [*TRAINING[script], "--num_workers", 0]
     with pytest.raises(Preempted) as stop:
         run(script, *options, "--output_dir", tmp_path / "parts")
     assert stop.value.code == 75
-    going_on_is_exact(script, options, tmp_path, signal.SIGUSR1)
+    assert_resume_is_exact(script, options, tmp_path, signal.SIGUSR1)
 
 
 def second_rank(process):
@@ -110,8 +110,8 @@ def second_rank(process):
     return min(pid for pid in descendants(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
 
 
-def test_two_ranks_stop_together_and_go_on_bitwise(tmp_path):
-    """A signal to one rank alone: the other hears of it."""
+def test_two_ranks_stop_together_and_resume_bitwise(tmp_path):
+    """A signal to one rank stops the other too."""
     options = [*TRAINING["main_pretrain"], "--num_workers", 1]
     run_options = [*options, "--output_dir", tmp_path / "parts"]
     status, out = signalled("main_pretrain", run_options, signal.SIGTERM, 2, processes=2, whom=second_rank)
@@ -150,14 +150,14 @@ def test_status_of_runs(tmp_path):
     assert stop.value.code == 2
 
 
-def test_timed_saves_inside_an_epoch(tmp_path, monkeypatch):
-    """By a clock that moves on a minute at each look."""
-    from util.run import checkpoint as module
+def test_timed_checkpoints_mid_epoch(tmp_path, monkeypatch):
+    """With a clock that advances a minute each time it is read."""
+    from util.run import loop
 
-    saved, save_run = [], module.save_run
-    monkeypatch.setattr(module, "save_run", lambda f, state, also: saved.append(state) or save_run(f, state, also))
+    saved, save_run = [], loop.save_run
+    monkeypatch.setattr(loop, "save_run", lambda f, state, also: saved.append(state) or save_run(f, state, also))
     clock = SimpleNamespace(monotonic=iter(range(0, 10**6, 60)).__next__)
-    monkeypatch.setattr("util.run.preemption.time", clock)
+    monkeypatch.setattr("util.run.watch.time", clock)
     run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path, "--save_every_minutes", 3, "--epochs", 1)
     steps = [(state["epoch"], state["step"]) for state in saved]
     assert steps[-1] == (1, 0)
@@ -166,17 +166,16 @@ def test_timed_saves_inside_an_epoch(tmp_path, monkeypatch):
     assert {state["stopped"] for state in saved} == {""}
 
 
-def test_a_stop_at_the_last_step_of_an_epoch_leaves_the_evaluation_for_later(tmp_path, monkeypatch):
+def test_a_stop_at_the_last_step_of_an_epoch_postpones_the_evaluation(tmp_path, monkeypatch):
     options = [*FINETUNE, "--num_workers", 0, "--epochs", 1]
     run("main_finetune", *options, "--output_dir", tmp_path / "whole")
     calls = []
 
     def at_the_end(self):
         calls.append(1)
-        self.stopped_by = "SIGTERM" if len(calls) == 12 else ""
-        return bool(self.stopped_by), False
+        return (int(signal.SIGTERM) if len(calls) == 12 else 0), 0
 
-    monkeypatch.setattr(Preemption, "agree", at_the_end)
+    monkeypatch.setattr(Watch, "agree", at_the_end)
     monkeypatch.setattr("main_finetune.evaluate", lambda *a, **k: pytest.fail("evaluated"))
     with pytest.raises(Preempted):
         run("main_finetune", *options, "--output_dir", tmp_path / "parts")
@@ -187,19 +186,19 @@ def test_a_stop_at_the_last_step_of_an_epoch_leaves_the_evaluation_for_later(tmp
     assert log_lines(tmp_path / "whole")[0]["test_acc1"] == log_lines(tmp_path / "parts")[0]["test_acc1"]
 
 
-def test_handlers_are_given_back(tmp_path):
+def test_signal_handlers_are_restored(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path, "--epochs", 1)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-def test_resuming_on_another_number_of_ranks_goes_on_and_says_that_the_order_differs(tmp_path):
-    """The same global batch from two processes, then from one with two micro-steps."""
+def test_resuming_with_another_world_size_says_what_differs(tmp_path):
+    """The same global batch from two processes, then from one with two micro-batches."""
     options = [*PRETRAIN, "--batch_size", 4, "--global_batch", 8]
     ranks("main_pretrain", *options, "--output_dir", tmp_path, "--max_steps", 4)
     log = run("main_pretrain", *options, "--output_dir", tmp_path)
-    assert "epoch 0, step 4" in log
-    assert "the order differs from that of 2 processes" in log
-    assert "changed since: --processes: 2 -> 1" in log
+    assert "(epoch 0, step 4)" in log
+    assert "World size changed (2 -> 1)" in log
+    assert "--processes" not in log
     assert json.loads((tmp_path / "config.json").read_text())["options"]["accum_iter"] == 2
     assert len(log_lines(tmp_path)) == 2

@@ -1,15 +1,14 @@
-"""Twenty steps of the engine with given masks, on a topology that is named (see test_engine_pretrain)."""
+"""Twenty steps of the engine with given masks, on a named topology (see test_engine_pretrain)."""
 
 import torch
-from golden import silent_progress
+from golden import GivenMasks, StepsOnly
 
 import engine_pretrain
 from models_hpm import MaskedAutoencoderViT
 from util.ema import EMATeacher
 from util.masking import random_mask
-from util.metrics import MeanMeter
 from util.run import distributed
-from util.run.amp import Precision
+from util.run.amp import Amp
 
 STEPS, IMAGES = 20, 8
 CPU = torch.device("cpu")
@@ -19,9 +18,9 @@ def main(argv):
     """NAME OUTPUT"""
     name, output = argv
     world = distributed.read_environment()
-    distributed.start(world, CPU, 1)
-    micro_steps = {"once": 1, "accumulated": 2, "two ranks": 2}[name]
-    per_rank = IMAGES // world.size // micro_steps
+    distributed.setup(world, "cpu", "fp32", 1)
+    micro_batches = {"once": 1, "accumulated": 2, "two ranks": 2}[name]
+    per_rank = IMAGES // world.size // micro_batches
 
     torch.manual_seed(0)
     model = MaskedAutoencoderViT(
@@ -31,14 +30,14 @@ def main(argv):
     images, masks = torch.randn(STEPS * IMAGES, 3, 16, 16), random_mask(STEPS * IMAGES, 16, 12)
 
     def mine(tensor):
-        """What this rank gets of the images or masks, by micro-step, as EpochSampler deals them out."""
-        return tensor.view(STEPS * micro_steps, world.size, per_rank, *tensor.shape[1:])[:, world.rank]
+        """What this rank gets of the images or masks, by micro-batch, as EpochSampler shards them."""
+        return tensor.view(STEPS * micro_batches, world.size, per_rank, *tensor.shape[1:])[:, world.rank]
 
-    student = distributed.wrap(model, CPU)
+    student = distributed.wrap_ddp(model, CPU)
     teacher = EMATeacher(model)
-    given, meter, losses, first, syncs = iter(mine(masks)), MeanMeter(), [], {}, []
+    losses, first, syncs = [], {}, []
 
-    class Watched(Precision):
+    class Watched(Amp):
         def backward(self, loss):
             syncs.append(getattr(student, "require_backward_grad_sync", True))
             super().backward(loss)
@@ -47,28 +46,22 @@ def main(argv):
             first.update({} if first else {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
             return super().step(optimizer, parameters, clip_grad)
 
+    def read(loop):
+        losses.append(loop.meter.window(distributed.all_reduce_sum)["loss"])
+
     engine_pretrain.train_one_epoch(
         student,
         teacher,
+        None,
         [(batch,) for batch in mine(images)],
         torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True),
         Watched("fp32", CPU),
+        GivenMasks(mine(masks), 12),
+        StepsOnly(after_step=read, accum_iter=micro_batches),
         to_model_input=lambda batch: batch,
-        look=lambda batch: (teacher.module.predict_loss(batch), None),
-        draw_mask=lambda scores, batch: next(given),
-        num_masked=12,
-        accum_iter=micro_steps,
         clip_grad=5.0,
-        adjust_lr=lambda epoch: 1e-3,
         ema_decay=0.99,
-        seed_micro_step=lambda number: None,
-        epoch=0,
-        first_step=0,
-        steps=STEPS,
-        progress=silent_progress(),
-        meter=meter,
-        after_step=lambda step: losses.append(meter.window(distributed.all_reduce_sum)["loss"]),
     )
     if world.rank == 0:
         torch.save({"gradients": first, "losses": torch.tensor(losses), "syncs": syncs}, output)
-    distributed.stop()
+    distributed.shutdown()

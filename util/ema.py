@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMATeacher:
@@ -19,6 +19,14 @@ class EMATeacher:
         self._teacher_parameters = list(self.module.parameters())
         self._student_parameters = list(student.parameters())
         self._buffers = list(zip(self.module.buffers(), student.buffers(), strict=True))
+
+    def score(self, imgs: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Teacher forward: (B, C, H, W) -> predicted loss (B, L), None without a predictor; patch tokens (B, L, E)."""
+        return self.module.predict_loss(imgs, return_tokens=True)
+
+    def compile(self, fullgraph: bool) -> None:
+        """torch.compile the teacher forward; `module` itself stays eager."""
+        self.score = torch.compile(self.score, fullgraph=fullgraph)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def update(self, decay: float) -> None:

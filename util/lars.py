@@ -12,6 +12,8 @@ class LARS(torch.optim.Optimizer):
     Vectors get neither weight decay nor scaling.
     """
 
+    _step_supports_amp_scaling = True  # takes `found_inf`, as PyTorch's fused optimizers do
+
     def __init__(
         self,
         params: Iterable[nn.Parameter] | Iterable[dict],
@@ -29,6 +31,7 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        skip = torch.as_tensor(getattr(self, "found_inf", 0.0)) > 0  # decided on the device, by util/run/amp.py
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -43,6 +46,7 @@ class LARS(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if "mu" not in state:
                     state["mu"] = torch.zeros_like(parameter)
-                state["mu"].mul_(group["momentum"]).add_(update)
-                parameter.add_(state["mu"], alpha=-group["lr"])
+                momentum = state["mu"].mul(group["momentum"]).add_(update)
+                state["mu"].copy_(torch.where(skip, state["mu"], momentum))
+                parameter.add_(torch.where(skip, 0.0, state["mu"]), alpha=-group["lr"])
         return loss

@@ -3,7 +3,7 @@
     .venv/bin/torchrun --nproc_per_node=2 tests/stress/leaving.py --rounds 1000
 
 Threads of a gloo group let go of tensors, for which they need the GIL, while the main thread takes the group down.
-Without what `distributed.stop` does about it, threads outlive the group, and torch 2.9 hangs within a few rounds.
+Without what `distributed.shutdown` does about it, threads outlive the group, and torch 2.9 hangs within a few rounds.
 """
 
 import argparse
@@ -39,18 +39,19 @@ def main() -> None:
     world = distributed.read_environment()
     for number in range(args.rounds):
         before = threads()
-        distributed.start(world, CPU, 1)
+        distributed.setup(world, "cpu", "fp32", 1)
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # rank 0 opens a store of its own from the second round on
-        model = distributed.wrap(torch.nn.Linear(4, 4), CPU)
+        model = distributed.wrap_ddp(torch.nn.Linear(4, 4), CPU)
         model(torch.ones(2, 4)).sum().backward()
-        hearsay = distributed.Hearsay(1)
-        hearsay([1])
-        assert hearsay.listen() == [1]
+        group = torch.distributed.new_group(backend="gloo")  # as util/run/watch.py
+        told = torch.tensor([world.rank])
+        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX, group=group, async_op=True).wait()
+        assert told.item() == world.size - 1
         os.environ["MASTER_PORT"] = str(distributed.from_rank_zero(free_port))
         assert distributed.all_reduce_sum(torch.ones(1000)).sum() == 1000 * world.size
-        del hearsay
+        del group
         of_the_group = threads() - before
-        distributed.stop()
+        distributed.shutdown()
         if number:  # the first round may start others, that stay
             assert of_the_group
             deadline = time.monotonic() + 5  # the kernel lists a thread for a moment longer than it can be joined

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from programs import descendants  # noqa: E402
 
 import main_pretrain  # noqa: E402
-from util.run.preemption import Preemption  # noqa: E402
+from util.run.watch import Watch  # noqa: E402
 
 torch.set_num_threads(1)
 OPTIONS = [
@@ -43,16 +43,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--first", type=int, default=200, help="step of the first look")
     args = parser.parse_args()
-    looks, calls, agree = {}, [0], Preemption.agree
+    looks, calls, agree = {}, [0], Watch.agree
 
-    def look(self: Preemption) -> tuple[bool, bool]:
+    def look(self: Watch) -> tuple[int, int]:
         calls[0] += 1
         if calls[0] % args.first == 0 or calls[0] == args.steps:
             looks[calls[0]] = resident()
             print(f"step {calls[0]}: {sum(looks[calls[0]]) / 1024:.1f} MiB in all, {looks[calls[0]]} KiB", flush=True)
         return agree(self)
 
-    Preemption.agree = look
+    Watch.agree = look
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         epochs = -(-args.steps // 100)
         main_pretrain.main([*OPTIONS, "--epochs", str(epochs), "--max_steps", str(args.steps), "--output_dir", folder])

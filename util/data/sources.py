@@ -131,3 +131,17 @@ def count_classes(train: Source, val: Source, nb_classes: int | None) -> int:
     if nb_classes is not None and nb_classes > needed:
         log.info("--nb_classes %d: %d outputs have no images in the data", nb_classes, nb_classes - needed)
     return nb_classes or needed
+
+
+def build_splits(
+    data_path: str | None,
+    shapes_counts: tuple[int, int],
+    cache_dir: str | None,
+    on_rank_zero: Callable[[Callable[[], ImageFiles]], ImageFiles],
+) -> tuple[Source, Source]:
+    """`build_source` for train and val; `shapes_counts` are their numbers of images if `data_path` is None."""
+    train, val = (
+        build_source(data_path, split, shapes_count=count, cache_dir=cache_dir, on_rank_zero=on_rank_zero)
+        for split, count in zip(("train", "val"), shapes_counts, strict=True)
+    )
+    return train, val

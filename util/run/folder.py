@@ -125,8 +125,7 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            owner = read_config(path).get("script", script)
-            if owner != script:
+            if (path / CONFIG).exists() and (owner := read_config(path).get("script")) != script:
                 raise ValueError(f"{path} holds a run of {owner}, not of {script}: choose another --output_dir")
             self._file = open(path / LOCK, "a+")  # noqa: SIM115 - open as long as the run lasts
         except OSError as error:

@@ -69,9 +69,10 @@ class RunLogger:
         log_dir: folder of the TensorBoard events.
         position: epochs completed, as a fraction. Later lines and events belong to work that will be repeated: lines
             are cut, events hidden.
+        config: what this run is, for config.json.
     """
 
-    def __init__(self, folder: Path | None, log_dir: Path, position: float) -> None:
+    def __init__(self, folder: Path | None, log_dir: Path, position: float, config: dict[str, Any]) -> None:
         self.folder = folder
         self.writer = None
         if folder is None:
@@ -81,14 +82,9 @@ class RunLogger:
         if (folder / LOG).exists():
             kept = [line for line in read_log(folder) if line["epoch"] < int(position)]
             write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(folder / CONFIG, json.dumps(config | {"environment": describe_environment()}, indent=2) + "\n")
         purge_step = int(position * 1000) + 1 if position else None
         self.writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
-
-    def config(self, script: str, options: dict[str, Any]) -> None:
-        """config.json: what this run is."""
-        if self.folder is not None:
-            content = {"script": script, "options": options, "environment": describe_environment()}
-            write_text(self.folder / CONFIG, json.dumps(content, indent=2) + "\n")
 
     def scalars(self, values: dict[str, float], epoch: float) -> None:
         """To TensorBoard. The x-axis is thousandths of an epoch, so that runs of any batch size compare (MAE)."""
@@ -116,7 +112,7 @@ class RunLogger:
 
 
 class Progress:
-    """Shows the steps of an epoch: a bar on a terminal, elsewhere a line every `interval` steps.
+    """Shows the steps of an epoch: a bar on a terminal, elsewhere a line every `log_interval` steps.
 
     Args:
         epoch, epochs: number of the epoch from 0, and of how many; for the time remaining in the run.
@@ -124,13 +120,12 @@ class Progress:
         global_batch: images per step over all ranks.
 
     Attributes:
-        waited: seconds spent waiting for data; who waits adds to it.
+        step: optimizer steps completed. Whoever takes them counts them here.
+        waited: seconds spent waiting for data. Whoever waits adds to it.
     """
 
-    def __init__(
-        self, logger: RunLogger, epoch: int, epochs: int, step: int, steps: int, global_batch: int, interval: int
-    ) -> None:
-        self.logger, self.interval, self.global_batch = logger, interval, global_batch
+    def __init__(self, logger: RunLogger, epoch: int, epochs: int, step: int, steps: int, global_batch: int) -> None:
+        self.logger, self.global_batch = logger, global_batch
         self.epoch, self.epochs = epoch, epochs
         self.step, self.first_step, self.steps = step, step, steps
         self.waited = 0.0
@@ -146,12 +141,6 @@ class Progress:
             dynamic_ncols=True,
             leave=False,
         )
-
-    def advance(self) -> bool:
-        """Count a completed optimizer step. True when metrics should be read, which waits for the device."""
-        self.step += 1
-        self.bar.update()
-        return self.step % self.interval == 0 or self.step == self.steps
 
     def report(self, values: dict[str, float]) -> None:
         """Show the means since the last report, with throughput and time remaining."""
@@ -174,10 +163,9 @@ class Progress:
             where = f"epoch {self.epoch + 1}/{self.epochs}  step {self.step}/{self.steps}"
             log.info("%s  %s  eta %s", where, metrics, eta)
 
-    def finish(self) -> dict[str, float]:
-        """Close the bar. Seconds of the epoch, images per second, and the share of time spent waiting for data."""
-        self.bar.close()
-        seconds = max(time.perf_counter() - self.began, 1e-9)
+    def summary(self, until: float) -> dict[str, float]:
+        """Seconds of the epoch up to the time `until`, images per second, share of time spent waiting for data."""
+        seconds = max(until - self.began, 1e-9)
         return {
             "epoch_seconds": seconds,
             "images_per_s": (self.step - self.first_step) * self.global_batch / seconds,

@@ -13,12 +13,13 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util.data.datasets import Sample, Source
+from util.data.datasets import Sample
 from util.data.loader import EpochSampler
+from util.data.sources import Source
 from util.metrics import MeanMeter
 from util.rng import seed_all
-from util.run.checkpoint import Run, is_finished, save_run
 from util.run.amp import Amp
+from util.run.checkpoint import Run, is_finished, save_run
 from util.run.distributed import all_reduce_sum, from_rank_zero, shutdown
 from util.run.folder import BEST, LAST
 from util.run.logger import Progress, RunLogger
@@ -46,13 +47,13 @@ class Loop:
                 with loop.no_sync(model):
                     ...
             loop.meter.update(loss=...)
-        return loop.means()
+        return loop.meter.mean(all_reduce_sum)
 
     Args:
         run: the run's folder, and the checkpoint to resume from.
         options: every option, resolved; saved in checkpoints and config.json.
-        stateful: what has a state, by its key in the checkpoint. One is the `optimizer`, whose default lr is the peak of
-            the schedule.
+        stateful: what has a state, by its key in the checkpoint. One is the `optimizer`, whose default lr is the peak
+            of the schedule.
         sampler: the order of the training images.
         source: the training images.
 
@@ -120,10 +121,11 @@ class Loop:
 
     def epochs(self) -> Iterator[int]:
         """The remaining epochs. The first one may start mid-epoch."""
-        if self.finished:
+        options = self.options
+        if is_finished(self.epoch, self.step, options):
             log.info("Run already complete (epoch %d/%d, step %d)", self.epoch, self.options["epochs"], self.step)
             return
-        options, folder, rank = self.options, self.run.folder, self.sampler.rank
+        folder = self.run.folder
         self.watch = Watch(
             folder,
             self.source,
@@ -135,10 +137,13 @@ class Loop:
             max_bad_images=options["max_bad_images"],
             timeout_minutes=options["dist_timeout"],
         )
-        position = self.epoch + self.step / self.steps_per_epoch
-        self.logger = RunLogger(folder if rank == 0 else None, Path(options["log_dir"] or folder), position)
-        self.logger.config(self.run.script, options)
-        while not (self.finished or self.stopped):
+        self.logger = RunLogger(
+            folder if self.sampler.rank == 0 else None,
+            Path(options["log_dir"] or folder),
+            self.epoch + self.step / self.steps_per_epoch,
+            {"script": self.run.script, "options": options},
+        )
+        while not (self.stopped or is_finished(self.epoch, self.step, options)):
             self.sampler.set_position(self.epoch, self.step * self.accum_iter)
             self.progress = Progress(
                 self.logger,
@@ -147,7 +152,6 @@ class Loop:
                 self.step,
                 self.steps_per_epoch,
                 options["global_batch"],
-                options["log_interval"],
             )
             yield self.epoch
 
@@ -157,13 +161,15 @@ class Loop:
         Sets the learning rate before a step. After it, logs every `log_interval` steps, saves a checkpoint when one is
         due, and ends early where the run must stop.
         """
-        options = self.options
-        optimizer = self.stateful["optimizer"]
+        options, steps, optimizer = self.options, self.steps_per_epoch, self.stateful["optimizer"]
+        end = steps
+        if options["max_steps"] is not None:
+            end = min(steps, options["max_steps"] - self.epoch * steps)
         batches = iter(loader)
-        while self.step < self.steps_per_epoch and not self.stopped:
+        while self.step < end and not self.stopped:
             lr = adjust_learning_rate(
                 optimizer,
-                self.epoch + self.step / self.steps_per_epoch,
+                self.epoch + self.step / steps,
                 lr=optimizer.defaults["lr"],
                 min_lr=options["min_lr"],
                 warmup_epochs=options["warmup_epochs"],
@@ -171,13 +177,14 @@ class Loop:
             )
             yield self._micro_batches(batches)
             self.step += 1
-            if self.progress.advance():
+            self.progress.step += 1
+            self.progress.bar.update()
+            if self.step % options["log_interval"] == 0 or self.step == steps:
                 self.progress.report({**self.meter.window(all_reduce_sum), "lr": lr})
-            self.stopped = self.watch.after_step(self.epoch, self.step, self.steps_per_epoch, self._save_mid_epoch)
-            if not self.stopped and self.step < self.steps_per_epoch and is_finished(self.epoch, self.step, options):
-                self._save_mid_epoch()
-                self.stopped = True
-        self.times = self.progress.finish()
+            self.stopped = self.watch.after_step(self.epoch, self.step, steps, self._save_mid_epoch)
+        self.stopped = self.stopped or self.step < steps
+        self.progress.bar.close()
+        self._trained_until = time.perf_counter()
 
     def _micro_batches(self, batches: Iterator[Sample]) -> Iterator[Sample]:
         """The micro-batches of a step. What is drawn after each depends on (seed, rank, its number in the run) only."""
@@ -197,10 +204,6 @@ class Loop:
             return nullcontext()
         return model.no_sync()
 
-    def means(self) -> dict[str, float]:
-        """Means of the epoch so far over all ranks."""
-        return self.meter.mean(all_reduce_sum)
-
     def end_epoch(self, stats: dict[str, float], metrics: dict[str, Any], accuracy: float | None = None) -> None:
         """Log and save a completed epoch.
 
@@ -215,7 +218,7 @@ class Loop:
             if accuracy > (self.best or 0.0):
                 also.append(BEST)
             self.best = line["best_acc1"] = max(self.best or 0.0, accuracy)
-        self.logger.epoch(line | self.watch.metrics() | self.times)
+        self.logger.epoch(line | self.watch.metrics() | self.progress.summary(self._trained_until))
         self.epoch, self.step, self.meter = self.epoch + 1, 0, MeanMeter()
         if self.epoch % self.options["save_interval"] == 0 or self.epoch == self.options["epochs"]:
             also.append(f"checkpoint-{self.epoch}.pth")
@@ -241,19 +244,16 @@ class Loop:
         Raises:
             Preempted: a signal stopped the run.
         """
-        stopped_by = ""
-        if self.watch is not None:
-            log.info(
-                "Done: epoch %d/%d, step %d, saved in %s",
-                self.epoch,
-                self.options["epochs"],
-                self.step,
-                self.run.folder / LAST,
-            )
-            self.logger.close()
-            self.watch.close()
-            stopped_by = self.watch.stopped_by
+        if self.watch is None:  # no epoch was left
+            self.run.close()
+            return shutdown()
+        if self.stopped and not self.watch.stopped_by:  # by --max_steps
+            self._save_mid_epoch()
+        path = self.run.folder / LAST
+        log.info("Done: epoch %d/%d, step %d, saved in %s", self.epoch, self.options["epochs"], self.step, path)
+        self.logger.close()
+        self.watch.close()
         self.run.close()
         shutdown()
-        if stopped_by:
+        if self.watch.stopped_by:
             raise Preempted()

@@ -66,12 +66,13 @@ class OptionParser(argparse.ArgumentParser):
 
     def accept_ignored(self, *names: str) -> None:
         """Accept official options that nothing reads, with or without a value, so that official commands work."""
-        group = self.add_argument_group("official options that are accepted and ignored")
+        if not self.ignored:
+            self._ignored_group = self.add_argument_group("official options that are accepted and ignored")
         for name in names:
             spellings = [f"--{name}"]
             if name == "local_rank":
                 spellings.append("--local-rank")
-            group.add_argument(*spellings, nargs="?", const=True, help="ignored")
+            self._ignored_group.add_argument(*spellings, nargs="?", const=True, help="ignored")
             self.ignored.append(name)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

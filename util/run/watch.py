@@ -18,8 +18,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from util.data.datasets import Source
 from util.data.loader import EpochSampler
+from util.data.sources import Source
 from util.run.amp import Amp, NonFinite
 from util.run.distributed import from_rank_zero, gather
 from util.run.folder import BAD_IMAGES, BAD_STEPS, write_text
@@ -83,7 +83,9 @@ class Watch:
         self._skipped = 0
         self.unreadable: set[int] = set()
         self._met: set[int] = set()
-        self._listed: set[str] = set(from_rank_zero(self._read_bad_images))
+        path = folder / BAD_IMAGES
+        text = from_rank_zero(lambda: path.read_text(errors="surrogateescape") if path.exists() else "")
+        self._listed = set(text.splitlines())
         self._group = self._work = None
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
@@ -179,13 +181,9 @@ class Watch:
         )
         if len(self._listed) > self.max_bad_images:
             raise TooManyBadImages(
-                f"{len(self._listed)} images cannot be read, more than --max_bad_images {self.max_bad_images}: they are "
-                f"listed in {path}; repair or remove them, or raise the limit"
+                f"{len(self._listed)} images cannot be read, more than --max_bad_images {self.max_bad_images}: repair "
+                f"or remove those listed in {path}, or raise the limit"
             )
-
-    def _read_bad_images(self) -> list[str]:
-        path = self.folder / BAD_IMAGES
-        return path.read_text(errors="surrogateescape").splitlines() if path.exists() else []
 
     def metrics(self) -> dict[str, int]:
         """Counts for the log: skipped steps of this process and unreadable images of the run, where there are any."""

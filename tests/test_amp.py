@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from util.run.amp import Precision, default_precision
+from util.run.amp import Amp, default_precision
+from util.run.distributed import World, setup
 
 CPU = torch.device("cpu")
 
@@ -10,11 +11,11 @@ CPU = torch.device("cpu")
 def one_step(clip_grad, name="fp32"):
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    precision = Precision(name, CPU)
-    precision.backward(model(torch.ones(2, 4)).square().sum() * 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    amp = Amp(name, CPU)
+    amp.backward(model(torch.ones(2, 4)).square().sum() * 10)
     before, gradient = model.weight.detach().clone(), model.weight.grad.clone()
-    norm = precision.step(optimizer, list(model.parameters()), clip_grad)
+    norm = amp.step(optimizer, list(model.parameters()), clip_grad)
     return norm, before - model.weight.detach(), gradient, model
 
 
@@ -42,13 +43,13 @@ def test_default_precision(monkeypatch):
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_autocast_computes_in_what_was_asked_for(name, dtype):
-    with Precision(name, CPU).autocast():
+    with Amp(name, CPU).autocast():
         assert nn.Linear(3, 3)(torch.ones(1, 3)).dtype == dtype
 
 
 def test_fp16_needs_cuda():
     with pytest.raises(ValueError, match="--precision fp16 needs CUDA, the device is cpu"):
-        Precision("fp16", CPU)
+        Amp("fp16", CPU)
 
 
 def test_attention_without_the_fused_kernel_where_that_is_faster():
@@ -57,10 +58,10 @@ def test_attention_without_the_fused_kernel_where_that_is_faster():
     model = nn.Sequential(Attention(8, num_heads=2), Attention(8, num_heads=2))
     x = torch.randn(2, 5, 8)
     expected = model(x)
-    Precision("bf16", CPU).choose_attention(model)
+    Amp("bf16", CPU).choose_attention(model)
     assert not any(block.fused_attn for block in model)
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
-    Precision("fp32", CPU).choose_attention(model)
+    Amp("fp32", CPU).choose_attention(model)
     assert all(block.fused_attn for block in model)
 
 
@@ -68,6 +69,6 @@ def test_float32_is_float32(monkeypatch):
     """PyTorch lets convolutions run in TF32 unless told otherwise."""
     torch.set_float32_matmul_precision("high")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    Precision("fp32", CPU)
+    setup(World(0, 1, 0, 1), "cpu", "fp32", 1)
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cudnn.allow_tf32
