@@ -10,6 +10,7 @@ import argparse
 import copy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,16 @@ def build_optimizer(args: argparse.Namespace, heads: nn.ModuleList) -> torch.opt
     ]
     if args.optimizer == "lars":
         return LARS(groups, lr=args.lr[0], weight_decay=args.weight_decay)
-    return torch.optim.SGD(groups, lr=args.lr[0], momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    return sgd_with_momentum(groups, args.lr[0], args.weight_decay)
+
+
+def sgd_with_momentum(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.SGD:
+    """Fused SGD, which can skip steps on the device. It would leave the momentum uninitialised if the first were one."""
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    for group in groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def sum_over_heads(logits: Tensor, labels: Tensor) -> Tensor:

@@ -146,10 +146,8 @@ def test_ranks_share_one_list(tmp_path, monkeypatch):
         source = SimpleNamespace(name=lambda index: f"/d/{index}.jpg")
         bare = Watch.__new__(Watch)
         bare.folder, bare.source, bare.max_bad_images, bare.unreadable = tmp_path, source, 2, met
-        bare._met, bare._listed = (
-            set(),
-            set((tmp_path / "bad_images.txt").read_text().split()) if (tmp_path / "bad_images.txt").exists() else set(),
-        )
+        path = tmp_path / "bad_images.txt"
+        bare._met, bare._listed = set(), set(path.read_text().split() if path.exists() else [])
         return bare
 
     with pytest.raises(TooManyBadImages):

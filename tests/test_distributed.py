@@ -45,13 +45,13 @@ def test_environment():
 
 @pytest.mark.parametrize("missing", sorted(FULL))
 def test_a_partial_environment_is_an_error(missing):
-    with pytest.raises(ValueError, match=f"{missing} is not set: start with torchrun, or unset"):
+    with pytest.raises(ValueError, match=f"torchrun sets {missing}, which is missing: start with torchrun, or unset"):
         distributed.read_environment({name: value for name, value in FULL.items() if name != missing})
 
 
 @pytest.mark.parametrize("change", [{"RANK": "8"}, {"WORLD_SIZE": "two"}, {"LOCAL_RANK": "-1"}])
 def test_an_impossible_environment_is_an_error(change):
-    with pytest.raises(ValueError, match=r"must be numbers|do not fit each other"):
+    with pytest.raises(ValueError, match=r"must be numbers|are inconsistent"):
         distributed.read_environment({**FULL, **change})
 
 

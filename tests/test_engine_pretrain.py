@@ -9,7 +9,7 @@ pytestmark = pytest.mark.xdist_group("topology")  # the runs are made once
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Twenty steps of 8 images: each at once, in two micro-batches, on two ranks -> {name: gradients, losses, syncs}."""
+    """Twenty steps of 8 images: at once, in two micro-batches, on two ranks -> {name: gradients, losses, syncs}."""
     folder = tmp_path_factory.mktemp("topology")
     for name in ("once", "accumulated"):
         run("topology", name, folder / name)

@@ -136,7 +136,7 @@ def test_the_mae_baseline(tmp_path):
 
 
 def test_accumulation(tmp_path):
-    """Four micro-batches of 2 and one of 8 see the same images in each step; only masks and flips are drawn differently."""
+    """Four micro-batches of 2 and one of 8 see the same images in each step; only masks and flips differ."""
     pretrain(tmp_path / "run", "--batch_size", 2, "--global_batch", 8)
     config = json.loads((tmp_path / "run/config.json").read_text())["options"]
     assert (config["accum_iter"], config["steps_per_epoch"], config["lr"]) == (4, 6, pytest.approx(1.5e-4 * 8 / 256))

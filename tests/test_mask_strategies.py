@@ -1,4 +1,4 @@
-"""Where each strategy masks, as the options of the pre-training script say: which patches, how many, and how that changes."""
+"""Where each strategy masks, given the options of the pre-training script: which patches and how many, by epoch."""
 
 import pytest
 import torch
