@@ -105,7 +105,7 @@ def build_optimizer(args: argparse.Namespace, heads: nn.ModuleList) -> torch.opt
 
 
 def sgd_with_momentum(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.SGD:
-    """Fused SGD, which can skip steps on the device. It would leave the momentum uninitialised if the first were one."""
+    """Fused SGD, which can skip steps on the device; if that is the first, the momentum must be initialised already."""
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
     for group in groups:
         for parameter in group["params"]:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as tv
 
 from benchmarks.report import ratio, table, with_range
-from benchmarks.step import ALONE, Case, Trainer
+from benchmarks.trainer import ALONE, Case, Trainer
 from util.data import decode
 from util.data.datasets import ImageDataset
 from util.data.files import ImageFiles
@@ -38,7 +38,7 @@ from util.data.sources import find_images
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
 from util.run import distributed, options
 from util.run.amp import default_precision
-from util.run.logger import Progress, RunLogger, log, setup_logging
+from util.run.logger import log, setup_logging
 
 
 class OfficialDataset(Dataset):
@@ -206,11 +206,19 @@ def whole_loop(case: Case, files: ImageFiles, size: int, device: torch.device, w
     batches = endless(build_loader(dataset, sampler, workers, pin_memory=device.type == "cuda"), sampler)
     next(batches)  # the workers are up
     trainer.steps(2)
-    progress = Progress(RunLogger(None, None, 0), 0, 1, 0, steps + 1, case.batch_size, steps + 1)
-    trainer.steps(steps, batches, progress)
-    loaded = progress.finish()
+    waited = 0.0
+
+    def timed() -> Iterator:
+        nonlocal waited
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - start
+            yield batch
+
+    step = trainer.steps(steps, timed())["step"]
     synthetic = case.batch_size / trainer.steps(steps)["step"]
-    row = [str(case), str(workers), f"{synthetic:.0f}", f"{loaded['images_per_s']:.0f}", f"{loaded['data_wait']:.1%}"]
+    row = [str(case), str(workers), f"{synthetic:.0f}", f"{case.batch_size / step:.0f}", f"{waited / steps / step:.1%}"]
     header = ["case", "workers", "images/s without loading", "images/s", "waiting for data"]
     log.info("\nthe whole loop\n%s", table(header, [row]))
 

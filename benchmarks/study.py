@@ -35,15 +35,15 @@ import main_knn
 import main_linprobe
 import main_pretrain
 import models_hpm
-from benchmarks.step import ALONE
+from benchmarks.trainer import ALONE
 from util import masking
 from util.data.datasets import ImageDataset
 from util.data.sources import build_source, find_images
 from util.data.transforms import CenterCrop, ToModelInput
 from util.rng import generator
 from util.run import checkpoint, distributed, options
-from util.run.logger import cpu_threads, log, setup_logging
-from visualize.curves import read_log
+from util.run.folder import LAST, read_log
+from util.run.logger import log, setup_logging
 
 PIXEL, NORM = ["--target", "pixel"], ["--target", "norm_pixel"]
 MAE, PREDICTOR = ["--no-learning_loss"], ["--mask_strategy", "random"]
@@ -245,7 +245,7 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
         main_pretrain.main([str(word) for word in pretrain])
     epochs_log = read_log(folder / "pretrain")
 
-    weights = ["--finetune", folder / "pretrain" / checkpoint.LAST, "--global_pool"]
+    weights = ["--finetune", folder / "pretrain" / LAST, "--global_pool"]
     knn = main_knn.main([str(word) for word in [*shared, *weights, "--batch_size", args.batch_size]])
     probe = ["--epochs", args.probe_epochs, "--warmup_epochs", 0, "--blr", *args.probe_blr]
     main_linprobe.main([str(w) for w in [*trained, *weights, *probe, "--output_dir", folder / "linprobe"]])
@@ -266,8 +266,12 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
     images = json.loads((folder / "pretrain/config.json").read_text())["options"]["steps_per_epoch"] * args.batch_size
     row["images_per_s"], row["seconds"] = round(rate, 1), round(epochs * images / rate, 1)
     row["data_wait"] = round(sum(line["data_wait"] for line in epochs_log) / len(epochs_log), 4)
-    row["spearman"] = rank_correlations(args, folder / "pretrain" / checkpoint.LAST, device)
-    row["device"] = torch.cuda.get_device_name() if device.type == "cuda" else cpu_threads()
+    row["spearman"] = rank_correlations(args, folder / "pretrain" / LAST, device)
+    row["device"] = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    )
     row["torch"] = torch.__version__
     row["date"] = datetime.date.today().isoformat()
     return row

@@ -1,54 +1,29 @@
-"""The benchmarks' arithmetic against PyTorch's counter, and the scripts as a person runs them."""
+"""The arithmetic of the benchmarks, and the scripts as a person runs them."""
 
 import pytest
 import torch
 from images import write_tar
 from programs import run
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
-import models_hpm
-from benchmarks import arithmetic
-from benchmarks.step import PARTS, Case, Trainer, peak_of_process
-from util.masking import count_masked, random_mask
-
-SIZES = [("mae_vit_micro_patch16", 32, 8, 0.6), ("mae_vit_base_patch16", 224, 16, 0.75)]
+import main_pretrain
+from benchmarks.step import peak_of_process
+from benchmarks.trainer import ALONE, PARTS, Case, Trainer, step_flops
 
 
-@pytest.mark.parametrize("learning_loss", [True, False])
-@pytest.mark.parametrize(("name", "size", "patch", "ratio"), SIZES)
-def test_the_formula_is_what_torch_counts(name, size, patch, ratio, learning_loss):
-    """Without the fused attention, whose backward pass computes a product again."""
-    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes alone: nothing is computed
-        check_counts(models_hpm.MODELS[name](img_size=size, patch_size=patch, learning_loss=learning_loss), ratio)
+def options_of(method):
+    argv = Case("mae_vit_base_patch16", method, "fp32", "no", 8).options()
+    return main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(argv), ALONE)
 
 
-def check_counts(model, ratio):
-    for block in (module for module in model.modules() if hasattr(module, "fused_attn")):
-        block.fused_attn = False
-    images = torch.empty(2, 3, *model.img_size)
-    num_patches = model.patch_embed.num_patches
-    num_masked = count_masked(num_patches, ratio)
-    with FlopCounterMode(display=False) as student:
-        model(images, random_mask(2, num_patches, num_masked), num_masked=num_masked)["loss"].backward()
-    assert student.get_total_flops() == 2 * 2 * arithmetic.student_macs(model, num_masked)
-    if model.learning_loss:
-        with FlopCounterMode(display=False) as teacher:
-            model.predict_loss(images)
-        assert teacher.get_total_flops() == 2 * 2 * arithmetic.teacher_macs(model)
-
-
-def test_a_step_of_the_base_model():
-    """67.9 G multiply-accumulates an image, 2.33 times MAE's."""
-    with torch.device("meta"):
-        hpm, mae = (models_hpm.mae_vit_base_patch16(learning_loss=on) for on in (True, False))
-    hpm, mae = (arithmetic.step_flops(model, 147, 8) / 16 for model in (hpm, mae))
+def test_operations_of_a_step_of_the_base_model():
+    """67.9 G multiply-accumulates per image, 2.33 times MAE's."""
+    hpm, mae = (step_flops(options_of(method), 8) / 8 / 2 for method in ("hpm", "mae"))
     assert round(hpm / 1e9, 1) == 67.9
     assert round(hpm / mae, 2) == 2.33
 
 
 def test_step_prints_its_tables():
-    """Eager and both methods; the parts are those that the engine has."""
+    """Both methods, eager; the parts are those of the engine."""
     tiny = ["--model", "mae_vit_micro_patch16", "--input_size", "16", "--patch_size", "4", "--device", "cpu"]
     log = run(
         "benchmarks.step", *tiny, "--compile", "no", "--batch_size", 2, "--repeats", 2, "--product_side", 64, "--parts"
@@ -61,18 +36,18 @@ def test_step_prints_its_tables():
 
 
 def test_parts_add_up_to_the_step():
-    """Whatever the stopwatch books, it books all of it once."""
+    """All of the time is booked once."""
     size = ["--input_size", "16", "--patch_size", "4"]
     trainer = Trainer(Case("mae_vit_micro_patch16", "hpm", "fp32", "no", 2), torch.device("cpu"), size)
     seconds = trainer.steps(3)
     step = seconds.pop("step")
-    assert set(seconds) == {"data", "teacher", "encoder", "decoders", "losses", "optimizer", "EMA", "mask", "rest"}
+    assert set(seconds) == set(PARTS)
     assert all(value > 0 for value in seconds.values())
     assert sum(seconds.values()) == pytest.approx(step, rel=1e-3)
 
 
 def test_peak_memory_is_that_of_the_case_alone():
-    """A process starts with the record of the one that it was forked from: not with that of 3 GiB here."""
+    """Not that of the process it was forked from, which holds 3 GiB here."""
     size = ["--input_size", "16", "--patch_size", "4"]
     small = Case("mae_vit_micro_patch16", "mae", "fp32", "no", 2)
     held = torch.ones(3 * 2**28)
@@ -88,7 +63,7 @@ def test_data_prints_its_tables():
     assert "HPM micro, fp32, eager, batch 2 |" in log
 
 
-def test_data_refuses_an_archive(tmp_path, capsys):
+def test_data_rejects_an_archive(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("benchmarks.data", "--data_path", write_tar(tmp_path / "data.tar"))
     assert "is an archive: give the folder of its files" in capsys.readouterr().err
