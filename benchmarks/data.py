@@ -1,4 +1,4 @@
-"""Images a second that the input path delivers, beside the official one with Pillow and torchvision.
+"""Images per second of the input pipeline, next to the official one with Pillow and torchvision.
 
     python -m benchmarks.data --workers 0 2
     python -m benchmarks.data --data_path /imagenet --images 2000 --workers 0 4 8 --loop
@@ -42,7 +42,7 @@ from util.run.logger import log, setup_logging
 
 
 class OfficialDataset(Dataset):
-    """What the official code does for an image: ImageFolder's loader, then torchvision's transforms with Pillow."""
+    """The official pipeline for an image: ImageFolder's loader, then torchvision's transforms with Pillow."""
 
     def __init__(self, files: ImageFiles, size: int) -> None:
         self.files = files
@@ -66,14 +66,14 @@ class OfficialDataset(Dataset):
 
 
 class PillowFiles(ImageFiles):
-    """The same files where simplejpeg is missing."""
+    """The same files decoded without simplejpeg."""
 
     def load(self, index: int) -> np.ndarray:
         return decode._decode_with_pillow(self.read(index))
 
 
 def draw_photograph(seed: int, height: int = 375, width: int = 500) -> bytes:
-    """A JPEG that costs what a photograph does: texture at every scale, edges, three quarters without subsampling."""
+    """A JPEG that costs as much as a photograph: texture at every scale, edges, three quarters without subsampling."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.zeros(1, 3, height, width)
     for cells in (3, 6, 12, 25, 50, 100, 200):
@@ -97,7 +97,7 @@ def draw_photographs(folder: Path, count: int) -> Path:
 
 
 def pack(files: ImageFiles, folder: Path) -> dict[str, ImageFiles]:
-    """The files as loose ones, in a tar, and in a .tar.gz with its cache."""
+    """The same images as files, in a tar, and in a .tar.gz with its cache."""
     for name, mode in (("images.tar", "w"), ("images.tar.gz", "w:gz")):
         with tarfile.open(folder / name, mode, **({"compresslevel": 1} if "gz" in mode else {})) as tar:
             for index in range(len(files)):
@@ -108,7 +108,7 @@ def pack(files: ImageFiles, folder: Path) -> dict[str, ImageFiles]:
 
 
 def each(work: Callable[[int], object], count: int) -> Callable[[], int]:
-    """A pass that does something for each image; called, it gives how many there were."""
+    """A function that processes every image and returns their number."""
 
     def run() -> int:
         for index in range(count):
@@ -119,7 +119,7 @@ def each(work: Callable[[int], object], count: int) -> Callable[[], int]:
 
 
 def one_thread(sources: dict[str, ImageFiles], size: int, batch_size: int) -> dict[str, Callable[[], int]]:
-    """Passes over the images in this process; the first is the official path."""
+    """Passes over the images in this process; the first is the official pipeline."""
     files = sources["folder"]
     data, count = [files.read(index) for index in range(len(files))], len(files)
     official, pillow = OfficialDataset(files, size), ImageDataset(as_pillow(files), RandomCrop(size))
@@ -150,7 +150,7 @@ def as_pillow(files: ImageFiles) -> PillowFiles:
 def through_loader(
     sources: dict[str, ImageFiles], size: int, batch_size: int, workers: int
 ) -> dict[str, Callable[[], int]]:
-    """Passes of a loader, which copies each batch as pinning its memory would; the first is the official path."""
+    """Passes of a loader that copies each batch, as pinning its memory would; the first is the official pipeline."""
     datasets: dict[str, Dataset] = {"official: Pillow, torchvision, float32": OfficialDataset(sources["folder"], size)}
     datasets |= {f"this project, {name}": ImageDataset(s, RandomCrop(size)) for name, s in sources.items()}
 
@@ -165,7 +165,7 @@ def through_loader(
 
 
 def measure(passes: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds an image of each pass, and of this process's own work, round by round after one that does not count."""
+    """Seconds per image of each pass, wall clock and CPU time of this process, by round after a warm-up round."""
     seconds = defaultdict(list)
     for number in range(repeats + 1):
         for name, run in passes.items():
@@ -177,7 +177,7 @@ def measure(passes: dict[str, Callable[[], int]], repeats: int) -> dict[str, lis
 
 
 def show(title: str, seconds: dict[str, list[tuple[float, float]]], workers: int = 0) -> None:
-    """A table; processor time, which others on the machine disturb less, only where no worker does the work."""
+    """Log a table; with CPU time, which other load disturbs less, where no worker does the work."""
     clocks = ["times the official", "by processor time"][: 1 if workers else 2]
     official = next(iter(seconds.values()))
     rows = []
@@ -187,7 +187,7 @@ def show(title: str, seconds: dict[str, list[tuple[float, float]]], workers: int
         for clock in range(len(clocks)):
             row.append(with_range(ratio([v[clock] for v in official], [v[clock] for v in values])))
         rows.append(row)
-    log.info("\n%s\n%s", title, table(["variant", "ms an image", "images/s", *clocks], rows))
+    log.info("\n%s\n%s", title, table(["variant", "ms per image", "images/s", *clocks], rows))
 
 
 def endless(loader: DataLoader, sampler: EpochSampler) -> Iterator:
@@ -199,12 +199,12 @@ def endless(loader: DataLoader, sampler: EpochSampler) -> Iterator:
 
 
 def whole_loop(case: Case, files: ImageFiles, size: int, device: torch.device, workers: int, steps: int) -> None:
-    """Train from the files, and on random images that wait for nothing: what loading costs."""
+    """Train from the files, and on random images in memory: the cost of loading."""
     trainer = Trainer(case, device, ["--input_size", str(size)])
     sampler = EpochSampler(len(files), case.batch_size)
     dataset = ImageDataset(files, RandomCrop(size))
     batches = endless(build_loader(dataset, sampler, workers, pin_memory=device.type == "cuda"), sampler)
-    next(batches)  # the workers are up
+    next(batches)  # waits for the workers to start
     trainer.steps(2)
     waited = 0.0
 
@@ -219,28 +219,28 @@ def whole_loop(case: Case, files: ImageFiles, size: int, device: torch.device, w
     step = trainer.steps(steps, timed())["step"]
     synthetic = case.batch_size / trainer.steps(steps)["step"]
     row = [str(case), str(workers), f"{synthetic:.0f}", f"{case.batch_size / step:.0f}", f"{waited / steps / step:.1%}"]
-    header = ["case", "workers", "images/s without loading", "images/s", "waiting for data"]
+    header = ["case", "workers", "images/s without loading", "images/s", "data_wait"]
     log.info("\nthe whole loop\n%s", table(header, [row]))
 
 
 def get_args_parser() -> options.OptionParser:
-    parser = options.OptionParser(__doc__.split("\n")[0])
-    parser.add_argument("--data_path", help="folder that holds train/CLASS/*.jpg; left out: drawn photographs")
-    parser.add_argument("--images", type=options.COUNT, default=256, help="how many of them")
-    parser.add_argument("--input_size", type=options.COUNT, default=224, help="side of the crops, in pixels")
-    parser.add_argument("--batch_size", type=options.COUNT, default=64, help="images in a batch of the loader")
-    parser.add_argument("--workers", nargs="+", type=options.COUNT_OR_ZERO, default=[0, 2], help="loader processes")
+    parser = options.OptionParser((__doc__ or "").split("\n")[0])
+    parser.add_argument("--data_path", help="folder with train/CLASS/*.jpg (default: synthetic photographs)")
+    parser.add_argument("--images", type=options.COUNT, default=256, help="number of images")
+    parser.add_argument("--input_size", type=options.COUNT, default=224, help="crop size in pixels")
+    parser.add_argument("--batch_size", type=options.COUNT, default=64, help="images per batch of the loader")
+    parser.add_argument("--workers", nargs="+", type=options.COUNT_OR_ZERO, default=[0, 2], help="data loading workers")
     parser.add_argument("--repeats", type=options.COUNT, default=7, help="rounds, of which the median is taken")
     options.add_switch(parser, "loop", False, "also train from the files, with as many workers as --workers ends with")
-    parser.add_argument("--model", default="mae_vit_tiny_patch16", help="what --loop trains")
-    parser.add_argument("--steps", type=options.COUNT, default=20, help="how many steps --loop takes")
+    parser.add_argument("--model", default="mae_vit_tiny_patch16", help="model of --loop")
+    parser.add_argument("--steps", type=options.COUNT, default=20, help="steps of --loop")
     parser.add_argument("--compile", choices=["no", "yes"], default="no", help="whether --loop compiles")
-    parser.add_argument("--device", help="of --loop; default: cuda where there is one")
+    parser.add_argument("--device", help="device of --loop (default: cuda where available)")
     return parser
 
 
 def choose_images(data_path: str, count: int, batch_size: int) -> ImageFiles:
-    """`count` loose files of a data set, at random but always the same.
+    """`count` files of a data set, a fixed random choice.
 
     Raises:
         ValueError: an archive, or fewer images than a batch has.

@@ -48,8 +48,8 @@ from util.run.logger import log, setup_logging
 PIXEL, NORM = ["--target", "pixel"], ["--target", "norm_pixel"]
 MAE, PREDICTOR = ["--no-learning_loss"], ["--mask_strategy", "random"]
 
-# What a variant changes in main_pretrain's options. `_long` trains --long_factor times the epochs, `_slow` has the
-# paper's EMA decay, which is made for runs of many more steps; `_mask_tokens` has the teacher read its predictions at
+# The options of main_pretrain.py that a variant changes. `_long` trains --long_factor times the epochs, `_slow` has the
+# paper's EMA decay, which is meant for runs of many more steps; `_mask_tokens` has the teacher read its predictions at
 # mask tokens (`predict_at_mask_tokens`).
 VARIANTS = {
     "mae_pixel": [*MAE, *PIXEL],
@@ -69,7 +69,7 @@ VARIANTS = {
 }
 MAIN = list(VARIANTS)[:6]
 
-# Options that make a run what it is: two lines with the same values of these are of the same run.
+# Options that identify a run: two lines with the same values are the same run.
 BUDGET = [
     *["data", "train_images", "val_images", "model", "input_size", "patch_size", "epochs", "batch_size", "blr"],
     *["precision", "ema_decay", "ema_decay_final", "long_factor"],
@@ -78,58 +78,63 @@ BUDGET = [
 
 
 def get_args_parser() -> options.OptionParser:
-    parser = options.OptionParser(__doc__.split("\n")[0])
+    parser = options.OptionParser((__doc__ or "").split("\n")[0])
     group = parser.add_argument_group("what to run")
-    group.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=MAIN, help="which of the grid")
-    group.add_argument(
-        "--seeds", nargs="+", type=options.SEED, default=[0, 1, 2], help="a run of each variant for each"
-    )
-    group.add_argument("--results", default="docs/study/study.jsonl", help="file of one line a finished run")
-    group.add_argument("--work_dir", default="study_runs", help="folder of checkpoints and logs; needed to go on only")
-    group.add_argument("--jobs", type=options.COUNT, default=1, help="runs at a time; they share out the CPU's cores")
-    group.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    group.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=MAIN, help="variants to run")
+    group.add_argument("--seeds", nargs="+", type=options.SEED, default=[0, 1, 2], help="seeds of each variant")
+    group.add_argument("--results", default="docs/study/study.jsonl", help="results file, one line per run")
+    group.add_argument("--work_dir", default="study_runs", help="folder of checkpoints and logs; needed to resume only")
+    group.add_argument("--jobs", type=options.COUNT, default=1, help="parallel runs, which share the CPU cores")
+    group.add_argument("--device", help="cuda or cpu (default: cuda where available)")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", help="as main_pretrain's; left out: Shapes")
+    group.add_argument("--data_path", help="as in main_pretrain.py (default: Shapes)")
     group.add_argument(
-        "--train_images", type=options.COUNT, help="so many training images, evenly chosen; default: all"
+        "--train_images", type=options.COUNT, help="number of training images, evenly chosen (default: all)"
     )
-    group.add_argument("--val_images", type=options.COUNT, help="so many validation images; default: all")
-    group.add_argument("--mean", type=options.number(float), nargs=3, help="mean colour; default: ImageNet's")
-    group.add_argument("--std", type=options.POSITIVE, nargs=3, help="its standard deviation; default likewise")
+    group.add_argument("--val_images", type=options.COUNT, help="number of validation images (default: all)")
+    group.add_argument("--mean", type=options.number(float), nargs=3, help="channel means (default: ImageNet's)")
+    group.add_argument(
+        "--std", type=options.POSITIVE, nargs=3, help="channel standard deviations (default: ImageNet's)"
+    )
 
     group = parser.add_argument_group("budget")
     known = list(models_hpm.MODELS)
-    group.add_argument("--model", type=options.one_of(known, "model"), default="mae_vit_micro_patch16", help="size")
-    group.add_argument("--input_size", type=options.COUNT, default=32, help="side of the images, in pixels")
-    group.add_argument("--patch_size", type=options.COUNT, default=4, help="side of a patch")
-    group.add_argument("--epochs", type=options.COUNT, default=20, help="of pre-training")
-    group.add_argument("--batch_size", type=options.COUNT, default=128, help="images a step, in every stage")
+    group.add_argument("--model", choices=known, metavar="MODEL", default="mae_vit_micro_patch16", help="model size")
+    group.add_argument("--input_size", type=options.COUNT, default=32, help="image size in pixels")
+    group.add_argument("--patch_size", type=options.COUNT, default=4, help="patch size in pixels")
+    group.add_argument("--epochs", type=options.COUNT, default=20, help="epochs of pre-training")
+    group.add_argument("--batch_size", type=options.COUNT, default=128, help="global batch size of every stage")
+    group.add_argument("--blr", type=options.POSITIVE, default=2e-3, help="base learning rate of pre-training")
+    group.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="precision of every stage")
     group.add_argument(
-        "--blr", type=options.POSITIVE, default=2e-3, help="learning rate of pre-training per 256 images"
+        "--ema_decay",
+        type=options.SHARE,
+        default=0.99,
+        help="EMA decay at the start (the paper's 0.999 is for long runs)",
     )
-    group.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of every stage")
-    group.add_argument(
-        "--ema_decay", type=options.SHARE, default=0.99, help="of the teacher; the paper's 0.999 is for long runs"
-    )
-    group.add_argument("--ema_decay_final", type=options.SHARE, default=0.999, help="and at the end of the run")
+    group.add_argument("--ema_decay_final", type=options.SHARE, default=0.999, help="EMA decay at the end")
     group.add_argument(
         "--long_factor",
         type=options.number(float, low=1),
         default=2.0,
-        help="epochs of the _long variants, times --epochs: HPM's time over MAE's, which the report shows",
+        help="epochs of the _long variants as a multiple of --epochs: HPM's time over MAE's, as the report shows",
     )
-    group.add_argument("--probe_epochs", type=options.COUNT, default=10, help="of the linear probe")
+    group.add_argument("--probe_epochs", type=options.COUNT, default=10, help="epochs of the linear probe")
     group.add_argument(
-        "--probe_blr", type=options.POSITIVE, nargs="+", default=[0.03, 0.1, 0.3], help="its learning rates, best taken"
+        "--probe_blr",
+        type=options.POSITIVE,
+        nargs="+",
+        default=[0.03, 0.1, 0.3],
+        help="base learning rates of the linear probe; the best counts",
     )
-    group.add_argument("--finetune_epochs", type=options.COUNT, default=5, help="of fine-tuning")
-    group.add_argument("--finetune_blr", type=options.POSITIVE, default=2e-3, help="its learning rate")
+    group.add_argument("--finetune_epochs", type=options.COUNT, default=5, help="epochs of fine-tuning")
+    group.add_argument("--finetune_blr", type=options.POSITIVE, default=2e-3, help="base learning rate of fine-tuning")
     group.add_argument(
         "--rank_images", type=options.COUNT, default=256, help="validation images of the rank correlation"
     )
-    group.add_argument("--rank_masks", type=options.COUNT, default=32, help="random masks of each")
-    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help="do this run here, whatever has a line")
+    group.add_argument("--rank_masks", type=options.COUNT, default=32, help="random masks per image")
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help="run only this one, in this process")
     return parser
 
 
@@ -137,13 +142,13 @@ def get_args_parser() -> options.OptionParser:
 
 
 def key(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
-    """What a run is."""
+    """What identifies a run."""
     values = {**vars(args), "data": Path(args.data_path).name if args.data_path else "Shapes"}
     return {"variant": variant, "seed": seed, **{name: values[name] for name in BUDGET}}
 
 
 def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
-    """Where a run keeps its checkpoints: runs of other data or another budget have other folders."""
+    """Folder of a run's checkpoints: runs on other data or with another budget have other folders."""
     budget = {name: value for name, value in key(args, variant, seed).items() if name in BUDGET}
     digest = hashlib.sha256(json.dumps(budget).encode()).hexdigest()[:8]
     return Path(args.work_dir, f"{Path(budget['data']).stem}-{digest}", f"{variant}-{seed}")
@@ -156,7 +161,7 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
 
 def append_result(path: Path, row: dict[str, Any]) -> None:
-    """One line more; several runs may write to the file."""
+    """Append a line; several runs may write to the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
@@ -164,7 +169,7 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
 
 
 def subset(data_path: str, counts: dict[str, int | None], folder: Path) -> str:
-    """An archive of evenly chosen images of both splits, as many of each class as of any other; made once.
+    """An archive of evenly chosen images of both splits, the same number from each class; written once.
 
     Raises:
         ValueError: there are fewer images than asked for.
@@ -191,7 +196,7 @@ def subset(data_path: str, counts: dict[str, int | None], folder: Path) -> str:
 
 
 def run_all(args: argparse.Namespace, argv: list[str]) -> int:
-    """The runs that have no line yet, `args.jobs` at a time; the exit status."""
+    """Do the runs that have no line yet, `args.jobs` at a time. Returns the exit status."""
     done = [{name: row[name] for name in ("variant", "seed", *BUDGET)} for row in read_results(args.results)]
     grid = itertools.product(args.seeds, args.variants)  # a seed of all variants before the next seed
     pending = [(variant, seed) for seed, variant in grid if key(args, variant, seed) not in done]
@@ -228,7 +233,7 @@ def run_all(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
-    """Pre-train and evaluate; the line of results."""
+    """Pre-train and evaluate. Returns the line of results."""
     folder = run_folder(args, variant, seed)
     epochs = round(args.epochs * (args.long_factor if variant.endswith("_long") else 1))
     shared = ["--data_path", args.data_path] if args.data_path else []
@@ -262,7 +267,7 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
     row["finetune"] = read_log(folder / "finetune")[-1]["test_acc1"]
     for name in ("loss_rec", "rank_acc"):
         row[name] = [round(line[f"train_{name}"], 5) for line in epochs_log if f"train_{name}" in line]
-    rate = statistics.median(line["images_per_s"] for line in epochs_log)  # whatever disturbed some of the epochs
+    rate = statistics.median(line["images_per_s"] for line in epochs_log)  # robust to other load during some epochs
     images = json.loads((folder / "pretrain/config.json").read_text())["options"]["steps_per_epoch"] * args.batch_size
     row["images_per_s"], row["seconds"] = round(rate, 1), round(epochs * images / rate, 1)
     row["data_wait"] = round(sum(line["data_wait"] for line in epochs_log) / len(epochs_log), 4)
@@ -284,8 +289,8 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
 def predict_at_mask_tokens(
     model: models_hpm.MaskedAutoencoderViT, imgs: Tensor, return_tokens: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`predict_loss`, but read where the predictor was trained to answer: at mask tokens, one beside each patch of the
-    whole image. (B, C, H, W) -> (B, L). Our own; HPM reads it at the patches themselves."""
+    """`predict_loss` at mask tokens, where the predictor was trained, one next to each patch of the whole image:
+    (B, C, H, W) -> (B, L). Our own variant; HPM predicts at the visible patches."""
     latent = model.forward_encoder(imgs)  # (B, 1 + L, E)
     seen = model.decoder_embed(latent) + model.decoder_pos_embed  # (B, 1 + L, F)
     hidden = (model.mask_token + model.decoder_pos_embed[:, 1:]).expand(len(imgs), -1, -1)  # (B, L, F)
@@ -294,7 +299,7 @@ def predict_at_mask_tokens(
 
 
 def teacher_of(variant: str) -> AbstractContextManager:
-    """How the EMA teacher of a variant scores the patches: as published, but for `_mask_tokens`."""
+    """Context in which the EMA teacher scores patches as the variant says: as published except for `_mask_tokens`."""
     if not variant.endswith("_mask_tokens"):
         return nullcontext()
     return mock.patch.object(models_hpm.MaskedAutoencoderViT, "predict_loss", predict_at_mask_tokens)
@@ -312,8 +317,8 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 def masked_errors(
     model: models_hpm.MaskedAutoencoderViT, imgs: Tensor, masks: int, ratio: float
 ) -> tuple[Tensor, Tensor]:
-    """Of each patch, averaged over those of `masks` random masks that hide it: its true error (B, L), and what the
-    predictor expects of it (B, L) when it sees the other patches only, as in training."""
+    """True error and predicted loss of each patch, (B, L) both, averaged over those of `masks` random masks that hide it.
+    The model sees the visible patches only, as in training."""
     num_patches = model.patch_embed.num_patches
     num_masked = masking.count_masked(num_patches, ratio)
     errors, expected, count = torch.zeros(3, len(imgs), num_patches, device=imgs.device)

@@ -1,4 +1,4 @@
-"""Tables and plots of benchmarks/study.py's results, each figure with its spread over the seeds.
+"""Tables and plots of benchmarks/study.py's results, each metric with its spread over the seeds.
 
     python -m benchmarks.study_report docs/study/study.jsonl --plots docs/study
 
@@ -21,7 +21,7 @@ from util.run.logger import setup_logging
 
 Row = dict[str, Any]
 
-# Column title: the figure of a run, None where it has none.
+# Column title: the metric of a run, None if it has none.
 FIGURES: dict[str, Callable[[Row], float | None]] = {
     "k-NN (20)": lambda row: row["knn"]["20"],
     "linear": lambda row: row["linear"],
@@ -39,9 +39,9 @@ RANKING: dict[str, Callable[[Row], float | None]] = {
 
 
 def get_args_parser() -> options.OptionParser:
-    parser = options.OptionParser(__doc__.split("\n")[0])
+    parser = options.OptionParser((__doc__ or "").split("\n")[0])
     parser.add_argument("results", nargs="?", default="docs/study/study.jsonl", help="what benchmarks.study wrote")
-    parser.add_argument("--plots", help="folder for the plots; left out: tables only")
+    parser.add_argument("--plots", help="folder for the plots (default: tables only)")
     return parser
 
 
@@ -56,7 +56,7 @@ def by_budget(rows: Sequence[Row]) -> list[tuple[Row, dict[str, list[Row]]]]:
 
 
 def spread(values: Sequence[float | None], digits: int = 2) -> str:
-    """45.13 ± 0.21; one run has no spread, which is said."""
+    """45.13 ± 0.21; for a single run, the value and that it has no spread."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
@@ -66,7 +66,7 @@ def spread(values: Sequence[float | None], digits: int = 2) -> str:
 
 
 def differences(runs: dict[str, list[Row]], a: str, b: str, figure: Callable[[Row], float]) -> str:
-    """a - b, seed by seed: mean and standard deviation of the differences, and how many of them are above zero."""
+    """a - b, seed by seed: mean and standard deviation of the differences, and how many are above zero."""
     values = [{row["seed"]: figure(row) for row in runs[name]} for name in (a, b)]
     found = [values[0][seed] - values[1][seed] for seed in values[0].keys() & values[1].keys()]
     if len(found) < 2:
@@ -77,7 +77,7 @@ def differences(runs: dict[str, list[Row]], a: str, b: str, figure: Callable[[Ro
 
 
 def pairs(runs: dict[str, list[Row]]) -> list[tuple[str, str]]:
-    """Which variants to set against each other: what each step of the method adds, for either target."""
+    """Pairs of variants to compare: what each part of the method adds, for either target."""
     wanted = [("mae_norm", "mae_pixel"), ("hpm_norm", "mae_pixel")]
     for target in ("pixel", "norm"):
         mae, long, predictor, hpm = (
@@ -90,11 +90,11 @@ def pairs(runs: dict[str, list[Row]]) -> list[tuple[str, str]]:
 
 
 def limits(rows: Sequence[Row]) -> str:
-    """How much a figure means at best, and whether the images came in time."""
+    """The standard error of an accuracy, and the time spent waiting for data."""
     waits = [100 * row["data_wait"] for row in rows]
     text = f"Waiting for data: {min(waits):.1f} to {max(waits):.1f} % of a run's pre-training."
     images = rows[0]["val_images"]
-    if images:  # all of a data set is not counted in a line
+    if images:  # a line does not record the size of a whole data set
         shares = [figure(row) / 100 for row in rows for figure in FIGURES.values()]
         errors = [100 * math.sqrt(share * (1 - share) / images) for share in shares]
         text += f" Standard error of a figure from {images} images: {min(errors):.2f} to {max(errors):.2f}."
@@ -102,7 +102,7 @@ def limits(rows: Sequence[Row]) -> str:
 
 
 def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
-    """Everything about one data set and budget."""
+    """Tables and comparisons of one data set and budget."""
     some = next(iter(runs.values()))[0]
     text = [
         f"### {budget['data']}: {budget['model']}, {budget['input_size']} pixels in patches of {budget['patch_size']}, "
