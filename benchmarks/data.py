@@ -3,10 +3,10 @@
     python -m benchmarks.data --workers 0 2
     python -m benchmarks.data --data_path /imagenet --images 2000 --workers 0 4 8 --loop
 
-Without --data_path it draws photographs of ImageNet's mean size and weight (500 x 375, about 105 kB as JPEG). The same
-images are read from loose files, from a tar by offset, and from the tar that a .tar.gz was decompressed to. All
-variants run again and again, one after the other; figures are medians, and ratios to the official path are taken within
-a round. The files come from the page cache: what is measured is the processor's work, not a disk's.
+Without --data_path it generates photographs of ImageNet's mean size (500 x 375, about 105 kB as JPEG). The same images
+are read from files, from a tar by offset, and from the tar that a .tar.gz was decompressed to. All variants run
+interleaved; values are medians, and ratios to the official pipeline are taken within a round. The files come from the
+page cache: the CPU is measured, not the disk.
 """
 
 import io

@@ -3,10 +3,10 @@
     python -m benchmarks.study --data_path cifar10_images.tar.gz --patch_size 4 --input_size 32 --jobs 2
     python -m benchmarks.study_report docs/study/study.jsonl
 
-A run is one variant with one seed: pre-training, then k-NN, linear probe and fine-tuning of its encoder, and how well
-the predicted loss of patches orders their true one. Every stage is one of the scripts, in a process of the run's own. A
-run that ends appends one line to --results; started again, the study leaves out what has a line there, and a run that
-was stopped goes on from its checkpoint.
+A run is one variant with one seed: pre-training, then k-NN, linear probe and fine-tuning of its encoder, and the rank
+correlation of predicted and true patch losses. Every stage is one of the scripts; each run has its own process. A
+complete run appends one line to --results. Started again, the study skips the runs that have a line there and resumes
+those that were stopped.
 """
 
 import argparse
@@ -317,7 +317,7 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 def masked_errors(
     model: models_hpm.MaskedAutoencoderViT, imgs: Tensor, masks: int, ratio: float
 ) -> tuple[Tensor, Tensor]:
-    """True error and predicted loss of each patch, (B, L) both, averaged over those of `masks` random masks that hide it.
+    """True error and predicted loss of each patch, both (B, L): means over those of `masks` random masks that hide it.
     The model sees the visible patches only, as in training."""
     num_patches = model.patch_embed.num_patches
     num_masked = masking.count_masked(num_patches, ratio)
@@ -332,7 +332,7 @@ def masked_errors(
 
 
 def rank_correlations(args: argparse.Namespace, path: Path, device: torch.device) -> dict[str, float]:
-    """How predicted losses of an image's patches follow their true errors, mean over validation images: predicted
+    """Rank correlation of predicted and true patch losses, mean over validation images: predicted
     from the whole image by the EMA teacher, which chooses the masks so, and by the student; by the teacher from the
     whole image at mask tokens; and by the student from the visible patches, as it was trained to (`masked`). Empty
     without a predictor."""
