@@ -33,6 +33,7 @@ from util.run.checkpoint import Run
 from util.run.logger import log
 from util.run.loop import Loop
 from util.weights.load import DECODERS, load_into, load_pretrained, read_meta
+from util.weights.meta import defaults_of
 
 SCRIPT = "main_finetune"
 
