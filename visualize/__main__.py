@@ -9,9 +9,12 @@ start and at the end of training, the reconstruction, and the true error. docs/v
 
 import argparse
 import copy
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 import models_hpm
@@ -20,9 +23,10 @@ from util.data.sources import ShapesSource, find_images
 from util.masking import MaskSampler
 from util.pos_embed import interpolate_pos_embed
 from util.run import distributed, options
+from util.run.folder import write_atomic
 from util.run.logger import log, setup_logging
 from util.weights.load import load_into, load_pretrained, read_meta
-from visualize import curves, draw
+from visualize import draw
 from visualize.panel import PATCH_STATS, center_crops, panel
 
 SCRIPT = "main_pretrain"  # which writes the checkpoints
@@ -57,8 +61,8 @@ def get_args_parser() -> options.OptionParser:
         "--patch_stats",
         choices=list(PATCH_STATS),
         default="image",
-        help="for models of normalised pixels: take mean and variance of each masked patch from the image (reveals "
-        "part of the answer), or the average over the visible patches",
+        help="models of normalised pixels: mean and variance of each masked patch from the image (reveals part of the "
+        "answer), or the average over the visible patches",
     )
     group.add_argument(
         "--scale",
@@ -71,9 +75,7 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--input_size", type=options.COUNT, help="input resolution (default: the run's, or 224)")
     group.add_argument("--cache_dir", help="folder for decompressed .tar.gz archives (default: ~/.cache/hpm)")
     group = parser.add_argument_group("checkpoints without metadata (official HPM, MAE)")
-    group.add_argument(
-        "--model", type=options.one_of(list(models_hpm.MODELS), "model"), help=f"default: {FOREIGN['model']}"
-    )
+    group.add_argument("--model", choices=list(models_hpm.MODELS), metavar="MODEL", help=f"default: {FOREIGN['model']}")
     group.add_argument("--target", choices=TARGETS, help="reconstruction target (default: pixel)")
     options.add_switch(group, "norm_pix_loss", None, "official name of --target norm_pixel")
     options.add_switch(group, "relative", None, "the predictor ranks patches; otherwise it predicts loss values")
@@ -88,8 +90,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     """Complete the options with the checkpoint's metadata.
 
     Raises:
-        ValueError: neither or both of --checkpoint and --runs, an option that contradicts the checkpoint, or an epoch
-            beyond the run's last.
+        ValueError: options that contradict each other or the checkpoint.
     """
     args = copy.copy(args)
     if bool(args.checkpoint) == bool(args.runs):
@@ -102,10 +103,10 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(f"--target {args.target} contradicts --norm_pix_loss {args.norm_pix_loss}: give only one")
         args.target = target
     meta = read_meta(args.checkpoint)
-    if meta and meta["script"] != SCRIPT:
-        raise ValueError(f"{args.checkpoint} was written by {meta['script']}: pictures need a pre-training checkpoint")
     trained = meta.get("options", {})
     image = meta.get("image", {"mean": list(transforms.IMAGENET_MEAN), "std": list(transforms.IMAGENET_STD)})
+    if meta and meta["script"] != SCRIPT:
+        raise ValueError(f"{args.checkpoint} was written by {meta['script']}: pictures need a pre-training checkpoint")
     for name in FIXED:
         given = getattr(args, name)
         if name in trained and given not in (None, trained[name]):
@@ -113,8 +114,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     for name, value in {**FOREIGN, **trained, **image}.items():
         if getattr(args, name, "") is None:
             setattr(args, name, value)
-    args.trained = trained
-    args.epochs_done = meta.get("epoch")
+    args.trained, args.epochs_done = trained, meta.get("epoch")
     args.epoch = args.epochs - 1 if args.epoch is None else args.epoch
     if args.epoch >= args.epochs:
         raise ValueError(f"--epoch {args.epoch}: the run has {args.epochs} epochs, counted from 0")
@@ -133,7 +133,7 @@ def build_model(args: argparse.Namespace, which: str) -> models_hpm.MaskedAutoen
         settings["decoder_num_heads"] = args.trained["decoder_num_heads"]
     if args.target in ("pixel", "norm_pixel"):
         settings["target_dim"] = None
-    elif args.target is not None and "decoder_pred.weight" in weights:  # features can be as wide as a patch of pixels
+    elif args.target and "decoder_pred.weight" in weights:  # features can be as wide as a patch of pixels
         settings["target_dim"] = len(weights["decoder_pred.weight"])
     model = models_hpm.build_for(args.model, weights, **settings)
     interpolate_pos_embed(model, weights, "decoder_pos_embed")
@@ -164,8 +164,8 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     return center_crops(images, args.input_size)
 
 
-def draw_pictures(args: argparse.Namespace) -> list[bytes]:
-    """The pictures of --checkpoint as image files: all images in one, or one each."""
+def draw_pictures(args: argparse.Namespace) -> list[Image.Image]:
+    """The pictures of --checkpoint: all images in one, or one each."""
     model = build_model(args, args.which)
     settings = {**args.trained, "mask_ratio": args.mask_ratio, "epochs": args.epochs}
     if not model.learning_loss:
@@ -197,24 +197,37 @@ def draw_pictures(args: argparse.Namespace) -> list[bytes]:
     path = Path(args.checkpoint).resolve()
     done = "" if args.epochs_done is None else f", {args.epochs_done} of {args.epochs} epochs"
     heading = f"{path.parent.name}/{path.name}, {args.model}, {args.which}{done}"
-    parts = drawn.split_rows() if args.one_file_each else [drawn]
-    return [draw.encode(draw.draw_grid(part, heading, args.cell), Path(args.output).suffix) for part in parts]
+    parts = [drawn]
+    if args.one_file_each:
+        rows = zip(drawn.rows, drawn.captions, strict=True)
+        parts = [drawn._replace(rows=[row], captions=[caption]) for row, caption in rows]
+    return [draw.draw_grid(part, heading, args.cell) for part in parts]
 
 
 def main(argv: list[str] | None = None) -> None:
     setup_logging(enabled=True)
     with options.user_mistakes():
         args = resolve_options(get_args_parser().parse_args(argv))
-        output = Path(args.output)
-        draw.check_output(output, PLOTS if args.runs else PICTURES)
+        output, formats = Path(args.output), PLOTS if args.runs else PICTURES
+        suffix = output.suffix.lower()
+        if suffix not in formats or output.is_dir():
+            raise ValueError(f"--output {output}: expected the name of a picture, {', '.join(formats)}")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()  # raises before the work if nothing can be written there
         if args.runs:
-            files = [curves.plot(args.runs, output.suffix.lower().removeprefix("."))]
+            try:
+                from visualize import curves
+            except ImportError as error:
+                raise ValueError("plots require matplotlib: pip install matplotlib") from error
+            figure = curves.plot(curves.read_runs(args.runs))
+            savers = [partial(figure.savefig, format=suffix.removeprefix("."), dpi=130)]
         else:
-            files = draw_pictures(args)
-        digits = len(str(len(files)))
-        for number, content in enumerate(files, start=1):
+            kind = Image.registered_extensions()[suffix]
+            savers = [partial(picture.save, format=kind) for picture in draw_pictures(args)]
+        digits = len(str(len(savers)))
+        for number, save in enumerate(savers, start=1):
             path = output.with_stem(f"{output.stem}-{number:0{digits}}") if args.one_file_each else output
-            draw.write(path, content)
+            write_atomic(path, save)
             log.info("wrote %s", path)
 
 

@@ -3,13 +3,11 @@
 Shapes: H, W image, h, w grid of patches, P patch size, L = h * w. Images are (H, W, 3) uint8 arrays.
 """
 
-import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 BACKGROUND, INK, FAINT = (255, 255, 255), (30, 30, 30), (110, 110, 110)
 HIDDEN = (200, 200, 200)  # colour of masked patches
@@ -17,15 +15,9 @@ COLOR, PALE = 0.75, 0.75  # opacity of a heat map; of white over patches without
 COLUMN, MIN_COLUMN, GAP, MARGIN, LINE = 192, 96, 8, 14, 16
 LEGEND = 372  # width of the colour scale with its labels
 
-# From black over purple and orange to pale yellow: lightness increases evenly, so it also reads in greyscale.
-_SCALE = np.array(
-    [(0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10)]
-    + [(249, 201, 50), (252, 255, 164)],
-    dtype=np.float64,
-)
-
-
-# ------------------------------------------------------------------------------------------------- values to pixels
+# matplotlib's inferno: lightness increases evenly, so it also reads in greyscale.
+_INFERNO = ("#000004", "#1f0c48", "#550f6d", "#88226a", "#ba3655", "#e35933", "#f98c0a", "#f9c932", "#fcffa4")
+_SCALE = np.array([ImageColor.getrgb(color) for color in _INFERNO], dtype=np.float64)
 
 
 def colorize(values: np.ndarray) -> np.ndarray:
@@ -84,29 +76,12 @@ def to_image(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
     return (channels.transpose(1, 2, 0).clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-# ----------------------------------------------------------------------------------------------------------- layout
-
-
-@dataclass(frozen=True)
-class Panel:
-    """The content of a grid.
-
-    Attributes:
-        titles: (title, note) of each column; a note may be empty.
-        rows: one image per column in each row, all of one size.
-        captions: (name, metrics) of each row. The name is shortened if both do not fit on a line.
-        has_scale: draw the colour scale of the heat maps below the grid.
-    """
+class Panel(NamedTuple):
+    """(title, note) of each column, rows of equally sized images, and (name, metrics) of each row."""
 
     titles: list[tuple[str, str]]
     rows: list[list[np.ndarray]]
     captions: list[tuple[str, str]]
-    has_scale: bool = True
-
-    def split_rows(self) -> list["Panel"]:
-        """One panel per row."""
-        pairs = zip(self.rows, self.captions, strict=True)
-        return [Panel(self.titles, [row], [caption], self.has_scale) for row, caption in pairs]
 
 
 def column_width(side: int, wanted: int) -> int:
@@ -116,10 +91,9 @@ def column_width(side: int, wanted: int) -> int:
 
 
 def draw_grid(panel: Panel, heading: str = "", column: int = COLUMN) -> Image.Image:
-    """Rows of images under column titles, with a caption below each row.
+    """Rows of images under column titles, a caption below each row, a heading above them all.
 
     Args:
-        heading: a line above the grid.
         column: approximate width of an image, in pixels.
     """
     title_font, text_font = ImageFont.load_default(14), ImageFont.load_default(12)
@@ -137,7 +111,7 @@ def draw_grid(panel: Panel, heading: str = "", column: int = COLUMN) -> Image.Im
     row_height = cell_height + LINE + GAP
     bottom = top + row_height * len(panel.rows)
 
-    canvas = Image.new("RGB", (full + 2 * MARGIN, bottom + (LINE + 6 if panel.has_scale else 0) + MARGIN), BACKGROUND)
+    canvas = Image.new("RGB", (full + 2 * MARGIN, bottom + LINE + 6 + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, MARGIN - 2), _shorten(heading, full, title_font), INK, title_font)
     for number, lines in enumerate(heads):
@@ -153,8 +127,7 @@ def draw_grid(panel: Panel, heading: str = "", column: int = COLUMN) -> Image.Im
         metrics = f"    {metrics}"
         name = _shorten(name, full - round(text_font.getlength(metrics)), text_font)
         draw.text((MARGIN, y + cell_height + 3), name + metrics, INK, text_font)
-    if panel.has_scale:
-        _draw_scale(canvas, bottom + 4, text_font)
+    _draw_scale(canvas, bottom + 4, text_font)
     return canvas
 
 
@@ -162,14 +135,11 @@ def _draw_scale(canvas: Image.Image, y: int, font: ImageFont.ImageFont) -> None:
     """The colour scale as it looks over a middle grey, and the colour of patches without an error."""
     bar = heat_map(np.full((14, 160, 3), 128, np.uint8), np.tile(np.linspace(0, 1, 160), 14), (14, 160), 1)
     pale = np.full((14, 14, 3), PALE * 255 + (1 - PALE) * 128, np.uint8)
-    draw, x = ImageDraw.Draw(canvas), MARGIN
-    for item in ("easy", bar, "hard   ", pale, "visible, no error"):
-        if isinstance(item, str):
-            draw.text((x, y), item, INK, font)
-            x += round(font.getlength(item)) + 8
-        else:
-            canvas.paste(Image.fromarray(item), (x, y + 1))
-            x += item.shape[1] + 8
+    draw = ImageDraw.Draw(canvas)
+    for x, text in ((0, "easy"), (202, "hard"), (266, "visible, no error")):
+        draw.text((MARGIN + x, y), text, INK, font)
+    for x, swatch in ((34, bar), (244, pale)):
+        canvas.paste(Image.fromarray(swatch), (MARGIN + x, y + 1))
 
 
 def _wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
@@ -191,44 +161,3 @@ def _shorten(text: str, width: int, font: ImageFont.ImageFont) -> str:
         keep -= 1
         short = f"{text[: (keep + 1) // 2]}...{text[len(text) - keep // 2 :]}"
     return short
-
-
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def check_output(path: Path, suffixes: Sequence[str]) -> None:
-    """Check that a picture can be written to `path`, before the work. Creates its folder.
-
-    Raises:
-        ValueError: unsupported suffix, or `path` is a folder.
-        OSError: the folder cannot be created or written to.
-    """
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"--output {path}: supported formats are {', '.join(suffixes)}")
-    if path.is_dir():
-        raise ValueError(f"--output {path} is a folder: give the name of a picture in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    partial.touch()
-    partial.unlink()
-
-
-def encode(picture: Image.Image, suffix: str) -> bytes:
-    """The content of an image file in the format of `suffix`."""
-    buffer = io.BytesIO()
-    picture.save(buffer, Image.registered_extensions()[suffix.lower()])
-    return buffer.getvalue()
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    partial = _partial(path)
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from models_hpm import MaskedAutoencoderViT, gather_tokens, split_mask
-from util.data.datasets import ImageDataset, Source, build_source, compressed_archive
+from util.data.archives import compressed_archive
+from util.data.datasets import ImageDataset
+from util.data.sources import Source, build_source
 from util.data.transforms import CenterCrop, ToModelInput
 from util.masking import MaskSampler
 from util.metrics import rank_accuracy
@@ -29,14 +31,11 @@ PATCH_STATS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- during training
-
-
 def pick_panel_images(
     data_path: str | None, train: Source, size: int, cache_dir: str | None = None
 ) -> tuple[Tensor, list[str]]:
-    """The images of a run's panels and their names: of the val split if there is one that can be read without
-    decompressing another archive, else of the training images."""
+    """`pick_images` of the val split if there is one that can be read without decompressing another archive, else of
+    the training images."""
     try:
         if data_path is not None:
             packed, present = (compressed_archive(Path(data_path), split) for split in ("val", "train"))
@@ -49,7 +48,7 @@ def pick_panel_images(
 
 
 def pick_images(source: Source, size: int, count: int = 8) -> tuple[Tensor, list[str]]:
-    """`count` images of a source, evenly spaced: centre crops (N, 3, S, S) uint8 and names."""
+    """Centre crops (N, 3, S, S) uint8 of `count` images, evenly spaced over the source, and their names."""
     count = min(count, len(source))
     return center_crops([(source, len(source) * i // count) for i in range(count)], size)
 
@@ -74,15 +73,11 @@ def training_panel(
     epochs_done: int,
     seed: int,
 ) -> Tensor:
-    """The panel (3, H, W) uint8 of a run after `epochs_done` epochs, with the masks of the last of them. The arguments
-    are those of `panel`."""
-    settings = {"mean": mean, "std": std, "epoch": epochs_done - 1, "seed": seed, "feature_target": feature_target}
+    """The `panel` of a run after `epochs_done` epochs, with the masks of the last of them: (3, H, W) uint8."""
+    settings = {"mean": mean, "std": std, "feature_target": feature_target, "epoch": epochs_done - 1, "seed": seed}
     drawn = panel(student, teacher, images, names, masks, **settings)
     picture = draw_grid(drawn, f"{epochs_done} of {masks.epochs} epochs")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-# -------------------------------------------------------------------------------------------------------------- panel
 
 
 def panel(
@@ -101,18 +96,14 @@ def panel(
     patch_stats: str = "image",
     scale: str = "author",
 ) -> Panel:
-    """One row of pictures per image.
+    """One row of pictures for each image (B, 3, H, W) uint8. The state of the model is untouched.
 
     Args:
-        model: reconstructs and predicts the loss of masked patches.
-        teacher: predicts the loss of all patches, which selects the masks; None for random masks.
-        images: (B, 3, H, W) uint8.
-        names: of the images, for the captions.
-        mean, std: of the images the model was trained on.
-        epoch: whose mask to draw and to reconstruct from, counted from 0.
-        seed: of the random part of the masks, the same in all epochs, so that only the selected patches differ.
-        other_epochs: whose masks to draw, too.
-        feature_target: for models that reconstruct features; without it they have neither error nor losses.
+        model: reconstructs the images and predicts the loss of the masked patches.
+        teacher: predicts the loss of all patches, by which the masks are chosen; None for random masks.
+        epoch: whose mask to reconstruct from, counted from 0. The masks of `other_epochs` are drawn as well.
+        seed: of the random part of the masks, the same in all epochs, so that only the chosen patches differ.
+        feature_target: of models that reconstruct features. Without it they have neither error nor losses.
         patch_stats: see `reconstruct`.
         scale: how values become colours, a name in `SCALES`.
     """
@@ -123,43 +114,41 @@ def panel(
         if teacher is not None:
             scores, tokens = teacher.predict_loss(imgs, return_tokens=True)  # (B, L), (B, L, E)
         target = feature_target(imgs, tokens) if feature_target else None  # (B, L, D)
-        scores = None if scores is None else scores.float().cpu()  # the masks do not depend on the device
-        drawn = {e: masks.draw(scores, len(imgs), e, generator(seed)) for e in {epoch, *other_epochs}}  # (B, L)
-        result = reconstruct_and_score(model, imgs, drawn[epoch].to(device), target, patch_stats)
+        scores = None if scores is None else scores.float().cpu()  # so that the masks do not depend on the device
+        mask_of = {e: masks.draw(scores, len(imgs), e, generator(seed)) for e in {epoch, *other_epochs}}  # (B, L)
+        result = reconstruct_and_score(model, imgs, mask_of[epoch].to(device), target, patch_stats)
 
-    drawn = {e: mask.numpy() for e, mask in drawn.items()}
     result = {name: value.float().cpu().numpy() for name, value in result.items()}
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-    grid, patch = masks.grid_size, model.patch_embed.patch_size[0]
+    grid, patch, to_scale = masks.grid_size, model.patch_embed.patch_size[0], SCALES[scale]
     columns = [("image", "", list(pixels))]
     if scores is not None:
-        pairs = zip(pixels, scores.numpy(), strict=True)
-        maps = [heat_map(image, SCALES[scale](values), grid, patch) for image, values in pairs]
+        maps = [heat_map(x, to_scale(s), grid, patch) for x, s in zip(pixels, scores.numpy(), strict=True)]
         columns.append(("predicted hardness", "all patches visible", maps))
     titles = mask_titles(masks, [epoch, *other_epochs])
     for e, title in titles.items():
-        hidden = [hide(image, mask, grid, patch) for image, mask in zip(pixels, drawn[e], strict=True)]
+        hidden = [hide(x, mask, grid, patch) for x, mask in zip(pixels, mask_of[e].numpy(), strict=True)]
         columns.append((title, mask_note(masks, e), hidden))
     note = f"from the {titles.get(epoch, 'mask')}"
     if "reconstruction" in result:
         stats = f"{note}; {PATCH_STATS[patch_stats]}" if model.norm_pix_loss else note
         columns.append(("reconstruction", stats, [to_image(x, mean, std) for x in result["reconstruction"]]))
     if "errors" in result:
-        values = [masked_scale(SCALES[scale], *pair) for pair in zip(result["errors"], drawn[epoch], strict=True)]
-        maps = [heat_map(*given, grid, patch, shown=mask) for *given, mask in zip(pixels, values, drawn[epoch])]
-        columns.append(("true error" if model.target_dim is None else "true error of features", note, maps))
+        title = "true error" if model.target_dim is None else "true error of features"
+        triples = zip(pixels, result["errors"], mask_of[epoch].numpy(), strict=True)
+        maps = [heat_map(x, masked_scale(to_scale, e, mask), grid, patch, shown=mask) for x, e, mask in triples]
+        columns.append((title, note, maps))
     metrics = [name for name in ("rank_acc", "loss_rec", "loss_learn") if name in result]
     return Panel(
         titles=[(title, note) for title, note, _ in columns],
         rows=[list(row) for row in zip(*(pictures for _, _, pictures in columns), strict=True)],
         captions=[(name, "    ".join(f"{m} {result[m][i]:.3f}" for m in metrics)) for i, name in enumerate(names)],
-        has_scale=scores is not None or "errors" in result,
     )
 
 
 @contextmanager
 def untouched(model: MaskedAutoencoderViT, device: torch.device, seed: int) -> Iterator[None]:
-    """Run a model in eval mode, without gradients and with the RNG seeded by `seed`; restore mode and RNG afterwards."""
+    """Use a model in eval mode, without gradients, with the RNG seeded by `seed`; then restore its mode and the RNG."""
     training = model.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
@@ -173,22 +162,16 @@ def untouched(model: MaskedAutoencoderViT, device: torch.device, seed: int) -> I
 def reconstruct_and_score(
     model: MaskedAutoencoderViT, imgs: Tensor, mask: Tensor, target: Tensor | None = None, patch_stats: str = "image"
 ) -> dict[str, Tensor]:
-    """Reconstruct normalised images (B, C, H, W) from their visible patches and compute losses per image.
-
-    Args:
-        mask: (B, L) bool, True = masked.
-        target: (B, L, D) for models of features; without it they return nothing.
-        patch_stats: see `reconstruct`.
+    """Reconstruct images (B, C, H, W) under masks (B, L) and compute the losses of each image.
 
     Returns:
         `errors` (B, L), 0 for visible patches; `loss_rec` (B,); with a loss predictor `loss_learn` and `rank_acc` (B,);
-        for pixels `reconstruction` (B, C, H, W).
+        for pixels `reconstruction` (B, C, H, W). Nothing for a model of features without its `target` (B, L, D).
     """
     if model.target_dim is not None and target is None:
         return {}
-    out = model.forward(
-        imgs, mask, target
-    )  # not model(...), which a compiled model would recompile for this batch size
+    # Not model(...): a compiled model would be recompiled for this batch size
+    out = model.forward(imgs, mask, target)
     patch_loss = out["patch_loss"]  # (B, M)
     result = {
         "errors": torch.zeros(mask.shape, device=imgs.device).masked_scatter_(mask, patch_loss),
@@ -209,9 +192,8 @@ def reconstruct(
     """Images (B, C, H, W) with predictions (B, M, D) in place of the masked patches (B, L); visible ones are unchanged.
 
     Args:
-        patch_stats: for models of normalised pixels. "image" takes each patch's mean and variance from the image, which
-            reveals part of the answer; "none" uses one mean and standard deviation for all patches, the averages over
-            the visible ones.
+        patch_stats: of models of normalised pixels. "image" takes each patch's mean and variance from the image, which
+            reveals part of the answer; "none" uses the averages of mean and standard deviation over the visible ones.
     """
     patches = model.patchify(imgs.float())  # (B, L, D)
     ids_visible, ids_masked = split_mask(mask, pred.shape[1])
