@@ -8,12 +8,14 @@ import pytest
 import torch
 from images import encode, members, picture, write_tar, write_tree
 from PIL import Image
-from programs import PRETRAIN, assert_same_training, ranks, run
+from programs import PRETRAIN, assert_same_training, checkpoint, ranks, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
+from util.data.sources import build_source
 from util.run.distributed import World
-from visualize import draw as pictures
+from visualize import panel as visualize_panel
+from visualize.panel import pick_images, pick_panel_images
 
 DATA = ["--batch_size", 4]  # the sets of tests/images.py have 12 images
 
@@ -31,9 +33,9 @@ def panels(folder):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """(what was drawn, its heading) of each panel."""
-    calls, draw = [], pictures.draw_grid
-    monkeypatch.setattr(pictures, "draw_grid", lambda *given: (calls.append(given), draw(*given))[1])
+    """(panel, heading) of each picture."""
+    calls, original = [], visualize_panel.draw_grid
+    monkeypatch.setattr(visualize_panel, "draw_grid", lambda *given: (calls.append(given), original(*given))[1])
     return calls
 
 
@@ -43,7 +45,7 @@ def drawn(monkeypatch):
     ids=lambda options: " ".join(options) or "HPM",
 )
 def test_panels_change_nothing_in_the_training(tmp_path, drawn, options):
-    """Bitwise, also where the run stops within an epoch and goes on."""
+    """Bitwise, also if the run stops mid-epoch and is resumed."""
     pretrain(tmp_path / "without", *options)
     pretrain(tmp_path / "with", *options, "--vis_interval", 1, "--max_steps", 9)
     pretrain(tmp_path / "with", *options, "--vis_interval", 1)
@@ -60,10 +62,10 @@ def test_panels_change_nothing_in_the_training(tmp_path, drawn, options):
     assert ("reconstruction" in titles) == ("ema" not in options)
     assert ("predicted hardness" in titles) == ("--no-learning_loss" not in options)
     assert "true error" in titles[-1]
-    assert all("loss_rec" in words[-2 if "rank_acc" in " ".join(words) else -1] for _, words in first.captions)
+    assert all("loss_rec" in metrics for _, metrics in first.captions)
 
 
-def test_how_often(tmp_path, drawn):
+def test_vis_interval(tmp_path, drawn):
     assert list(panels_at("--vis_interval", 3, "--epochs", 4, folder=tmp_path / "a")) == [3000, 4000]
     assert panels_at("--vis_interval", 0, folder=tmp_path / "b") == {}
 
@@ -79,32 +81,25 @@ def panels_at(*options, folder):
     return panels(folder)
 
 
-def test_the_mask_is_that_of_the_epoch_and_the_teachers(tmp_path, drawn, monkeypatch):
-    seen, original = [], main_pretrain.panel
-    monkeypatch.setattr(main_pretrain, "panel", lambda *a, **k: (seen.append((a, k)), original(*a, **k))[1])
-    teachers, init = [], main_pretrain.EMATeacher.__init__
-    monkeypatch.setattr(
-        main_pretrain.EMATeacher, "__init__", lambda self, model: (init(self, model), teachers.append(self.module))[0]
-    )
+def test_the_mask_is_the_teachers_in_the_last_epoch(tmp_path, drawn, monkeypatch):
+    calls, original = [], main_pretrain.training_panel
+    monkeypatch.setattr(main_pretrain, "training_panel", lambda *a, **k: (calls.append((a, k)), original(*a, **k))[1])
     pretrain(tmp_path / "run", "--vis_interval", 1, "--ema_decay", 0.5)
-    assert [dict(panel.titles).get("mask at the end") for panel, _ in drawn][-1] == "12 of 16, 6 of them the hardest"
-    (student, *_, plan), given = seen[-1]
-    assert (given["epochs"], given["epoch"], plan.epochs) == ([1], 1, 2)
-    images = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        assert torch.equal(given["look"](images)[0], teachers[0].predict_loss(images))
-        assert not torch.equal(teachers[0].predict_loss(images), student.predict_loss(images))
+    assert dict(drawn[-1][0].titles)["mask at the end"] == "12 of 16, 6 of them the hardest"
+    (student, teacher, *_, masks), given = calls[-1]
+    assert (given["epochs_done"], masks.epochs) == (2, 2)
+    saved = checkpoint(tmp_path / "run")
+    for model, name in ((student, "state_dict"), (teacher, "ema_state_dict")):
+        assert all(torch.equal(value, saved[name][key]) for key, value in model.state_dict().items())
+    assert not torch.equal(student.mask_token, teacher.mask_token)
 
 
-def shown(data_path, **more):
-    text = [*PRETRAIN, "--data_path", data_path, "--vis_interval", 1]
-    args = main_pretrain.get_args_parser().parse_args([str(word) for word in text])
-    args = main_pretrain.resolve_options(args, World(0, 1, 0, 1))
-    return main_pretrain.images_to_show(args, main_pretrain.build_source(args.data_path, "train"))
+def shown(data_path):
+    return pick_panel_images(str(data_path), build_source(str(data_path), "train"), 16)
 
 
 def test_which_images(tmp_path, caplog):
-    """Of the val split, all over it; of training where there is none, or none that can be read as it is."""
+    """Evenly spaced over the val split; of training if there is none that is readable without decompression."""
     logging.getLogger("hpm").propagate = True
     caplog.set_level(logging.INFO, logger="hpm")
     images, names = shown(write_tree(tmp_path / "both"))
@@ -113,23 +108,28 @@ def test_which_images(tmp_path, caplog):
     assert len(names) == len(images) == 8
     assert torch.equal(images, shown(write_tar(tmp_path / "both.tar"))[0])
     assert torch.equal(images, shown(write_tar(tmp_path / "both.tar.gz", mode="w:gz"))[0])
-    assert "of training images" not in caplog.text
+    assert "training images" not in caplog.text
 
     train = members(("train",))
     of_train, _ = shown(write_tree(tmp_path / "train", train))
-    assert "panels    of training images: --data_path" in caplog.text
+    assert "falling back to training images: --data_path" in caplog.text
     assert not torch.equal(of_train, images)
     packed = write_tree(tmp_path / "packed", train)
     write_tar(packed / "val.tar.gz", members(("val",)), mode="w:gz")
     assert torch.equal(shown(packed)[0], of_train)
-    assert "val.tar.gz would have to be decompressed" in caplog.text
+    assert "val.tar.gz is compressed" in caplog.text
     damaged = write_tree(tmp_path / "damaged", train | {"val/cat/0.jpg": encode(picture())[:100]})
     assert torch.equal(shown(damaged)[0], of_train)
-    few = write_tree(tmp_path / "few", train | {"val/cat/0.jpg": encode(picture())})
-    assert len(shown(few)[1]) == 1
 
 
-def test_one_rank_draws_and_the_others_do_not_wait_for_it(tmp_path):
+def test_fewer_than_eight_images_are_shown_once_each(tmp_path):
+    files = {f"val/cat/{i}.jpg": encode(picture(i)) for i in range(5)}
+    source = build_source(str(write_tree(tmp_path / "few", files)), "val")
+    assert pick_images(source, 16)[1] == [f"cat/{i}.jpg" for i in range(5)]
+    assert pick_images(source, 16, count=2)[1] == ["cat/0.jpg", "cat/2.jpg"]
+
+
+def test_only_rank_zero_draws(tmp_path):
     options = [*PRETRAIN, "--epochs", 1, "--output_dir", tmp_path / "run", "--vis_interval", 1]
     ranks("main_pretrain", *options)
     assert list(panels(tmp_path / "run")) == [1000]

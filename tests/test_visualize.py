@@ -1,4 +1,4 @@
-"""The visualizer as a whole program, on checkpoints that pre-training's own options describe."""
+"""python -m visualize as a whole program, on checkpoints with the options of pre-training."""
 
 import json
 import sys
@@ -15,15 +15,14 @@ from util.run import checkpoint
 from util.run.distributed import World
 from util.weights.load import load_pretrained
 from visualize import __main__ as visualize
-from visualize import curves
-from visualize import draw as pictures
+from visualize import curves, draw
 
 SMALL = "--model mae_vit_micro_patch16 --input_size 16 --patch_size 4 --decoder_depth 1 --epochs 4"
-SEEN = ["image", "predicted hardness", "mask at the start", "mask at the end", "reconstruction", "true error"]
+TITLES = ["image", "predicted hardness", "mask at the start", "mask at the end", "reconstruction", "true error"]
 
 
 def parts(options=""):
-    """Options of a run and a model with its teacher, as the script builds them, untrained."""
+    """Options of a run, a student and a teacher, untrained."""
     args = main_pretrain.get_args_parser().parse_args(f"{SMALL} {options}".split())
     args = main_pretrain.resolve_options(args, World(0, 1, 0, 1))
     student, teacher = main_pretrain.build_model(args), main_pretrain.build_model(args)
@@ -50,12 +49,12 @@ def hpm(tmp_path_factory):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What the program drew: (model, settings, panel) of each call."""
+    """(model, other arguments, panel) of each call of `panel`."""
     calls, original = [], visualize.panel
 
-    def keep(model, images, names, plan, **settings):
-        calls.append((model, {"images": images, "names": names, "plan": plan, **settings}))
-        calls[-1] += (original(model, images, names, plan, **settings),)
+    def keep(model, teacher, images, names, masks, **settings):
+        given = {"teacher": teacher, "images": images, "names": names, "masks": masks, **settings}
+        calls.append((model, given, original(model, teacher, images, names, masks, **settings)))
         return calls[-1][2]
 
     monkeypatch.setattr(visualize, "panel", keep)
@@ -66,79 +65,81 @@ def titles(panel):
     return [title for title, _ in panel.titles]
 
 
-def draw(drawn, output, *options):
+def run_and_get(drawn, output, *options):
     run("visualize", "--num_images", 2, "--output", output, *options)
     return drawn[-1]
 
 
-def test_a_checkpoint_and_nothing_else(hpm, drawn, tmp_path, monkeypatch):
-    """Everything comes from the file: model, colours, target, schedule; the images are Shapes."""
+def test_a_checkpoint_is_enough(hpm, drawn, tmp_path, monkeypatch):
+    """Model, mean and std, target and schedule come from the file; the images are Shapes."""
     monkeypatch.chdir(tmp_path)
     log = run("visualize", "--checkpoint", hpm)
     assert "wrote visualization.png" in log
     model, given, panel = drawn[0]
     assert (len(given["names"]), given["images"].shape) == (8, (8, 3, 16, 16))
     assert given["names"][0].startswith("Shapes val ")
-    assert (given["mean"], given["epochs"], given["epoch"]) == ([0.4, 0.5, 0.6], [0, 3, 3], 3)
+    assert (given["mean"], given["other_epochs"], given["epoch"]) == ([0.4, 0.5, 0.6], [0, 3], 3)
     assert (given["patch_stats"], given["scale"]) == ("image", "author")
     assert model.norm_pix_loss
-    plan = given["plan"]
-    assert (plan.strategy, plan.alphas, plan.epochs, plan.mask_ratio) == ("easy_to_hard", (0.0, 0.5), 4, 0.75)
-    assert titles(panel) == SEEN
+    masks = given["masks"]
+    assert (masks.strategy, masks.epochs, masks.num_masked) == ("easy_to_hard", 4, 12)
+    assert [masks.num_hardest(epoch) for epoch in range(4)] == [1, 3, 4, 6]
+    assert titles(panel) == TITLES
     assert torch.equal(model.state_dict()["mask_token"], load_pretrained(hpm)["mask_token"])
     written = np.asarray(Image.open(tmp_path / "visualization.png"))
     heading = f"{hpm.parent.name}/hpm.pth, mae_vit_micro_patch16, student, 3 of 4 epochs"
-    assert (written == np.asarray(pictures.draw_grid(panel, heading))).all()
+    assert (written == np.asarray(draw.draw_grid(panel, heading))).all()
     assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["visualization.png"]
 
 
-def test_every_option_does_what_it_says(hpm, drawn, tmp_path):
+def test_every_option_takes_effect(hpm, drawn, tmp_path):
     output = ["--checkpoint", hpm]
-    plain = draw(drawn, tmp_path / "a.png", *output)
-    model, given, panel = draw(drawn, tmp_path / "b.png", *output, "--which", "ema", "--epoch", 1, "--seed", 5)
+    plain = run_and_get(drawn, tmp_path / "a.png", *output)
+    model, given, panel = run_and_get(drawn, tmp_path / "b.png", *output, "--which", "ema", "--epoch", 1, "--seed", 5)
     ema = load_pretrained(hpm, "ema")
     assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())
     assert (given["epoch"], given["seed"]) == (1, 5)
-    assert titles(panel) == [*SEEN[:3], "mask of epoch 1", *SEEN[3:]]
+    assert titles(panel) == [*TITLES[:3], "mask of epoch 1", *TITLES[3:]]
     assert given["names"] != plain[1]["names"]
-    given = draw(drawn, tmp_path / "c.png", *output, "--mask_ratio", 0.5, "--input_size", 24, "--split", "train")[1]
-    assert (given["plan"].num_masked, given["plan"].grid_size) == (18, (6, 6))
+    given = run_and_get(drawn, tmp_path / "c.png", *output, "--mask_ratio", 0.5, "--input_size", 24, "--split", "train")[1]
+    assert (given["masks"].num_masked, given["masks"].grid_size) == (18, (6, 6))
     assert given["names"][0].startswith("Shapes train")
-    panel = draw(drawn, tmp_path / "d.png", *output, "--patch_stats", "none", "--scale", "rank")[2]
+    panel = run_and_get(drawn, tmp_path / "d.png", *output, "--patch_stats", "none", "--scale", "rank")[2]
     assert "no patch statistics" in dict(panel.titles)["reconstruction"]
     assert (panel.rows[0][1] != plain[2].rows[0][1]).any()
-    draw(drawn, tmp_path / "e.png", *output, "--cell", 100)
+    run_and_get(drawn, tmp_path / "e.png", *output, "--cell", 100)
     assert Image.open(tmp_path / "e.png").width < Image.open(tmp_path / "a.png").width
-    model, given, _ = draw(drawn, tmp_path / "f.jpg", *output, "--mean", 0.1, 0.2, 0.3, "--std", 1, 1, 1)
+    model, given, _ = run_and_get(drawn, tmp_path / "f.jpg", *output, "--mean", 0.1, 0.2, 0.3, "--std", 1, 1, 1)
     assert (given["mean"], given["std"]) == ([0.1, 0.2, 0.3], [1, 1, 1])
     assert Image.open(tmp_path / "f.jpg").format == "JPEG"
 
 
-def test_a_file_for_each_image(hpm, drawn, tmp_path):
-    panel = draw(drawn, tmp_path / "each.png", "--checkpoint", hpm, "--one_file_each")[2]
+def test_one_file_per_image(hpm, drawn, tmp_path):
+    panel = run_and_get(drawn, tmp_path / "each.png", "--checkpoint", hpm, "--one_file_each")[2]
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["each-1.png", "each-2.png"]
     heading = f"{hpm.parent.name}/hpm.pth, mae_vit_micro_patch16, student, 3 of 4 epochs"
-    for number, part in enumerate(panel.each(), start=1):
+    for number, (row, caption) in enumerate(zip(panel.rows, panel.captions, strict=True), start=1):
+        part = draw.Panel(panel.titles, [row], [caption])
         written = np.asarray(Image.open(tmp_path / f"each-{number}.png"))
-        assert (written == np.asarray(pictures.draw_grid(part, heading))).all()
+        assert (written == np.asarray(draw.draw_grid(part, heading))).all()
 
 
-def test_images_from_everywhere(hpm, drawn, tmp_path):
+def test_images_from_files_folders_and_archives(hpm, drawn, tmp_path):
     tree = write_tree(tmp_path / "tree")
     (tree / "empty").mkdir()
     archives = [write_tar(tmp_path / "a.tar"), write_tar(tmp_path / "b.tar.gz", mode="w:gz")]
     flat = write_tree(tmp_path / "flat", {f"{i}.jpg": encode(picture(i)) for i in range(3)})
     for source in (tree, *archives):
-        names = draw(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", source, "--num_images", 99)[1]["names"]
+        names = run_and_get(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", source, "--num_images", 99)[1]["names"]
         assert len(names) == len(members())
-        names = draw(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", source, "--split", "val")[1]["names"]
+        names = run_and_get(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", source, "--split", "val")[1]["names"]
         assert len(names) == 2
     run("visualize", "--checkpoint", hpm, "--images", flat, "--output", tmp_path / "o.png")
     assert sorted(drawn[-1][1]["names"]) == ["flat/0.jpg", "flat/1.jpg", "flat/2.jpg"]
     files = [flat / "2.jpg", flat / "0.jpg", tree / "val/dog/1.jpg"]
     run("visualize", "--checkpoint", hpm, "--images", *files, "--output", tmp_path / "o.png")
     assert drawn[-1][1]["names"] == ["flat/2.jpg", "flat/0.jpg", "dog/1.jpg"]  # all of them, in their order
-    names = draw(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", flat, *archives[:1])[1]["names"]
+    names = run_and_get(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", flat, *archives[:1])[1]["names"]
     assert len(names) == 2
 
 
@@ -148,23 +149,23 @@ def test_images_from_everywhere(hpm, drawn, tmp_path):
         ("--no-learning_loss", ["image", "mask", "reconstruction", "true error"]),
         ("--mask_strategy hardest", ["image", "predicted hardness", "mask", "reconstruction", "true error"]),
         ("--mask_regular", ["image", "predicted hardness", "mask", "reconstruction", "true error"]),
-        ("--target ema", [*SEEN[:4], "true error of features"]),
-        ("--no-relative --vis_mask_ratio 0.5 --decoder_num_heads 2 --decoder_embed_dim 32", SEEN),
+        ("--target ema", [*TITLES[:4], "true error of features"]),
+        ("--no-relative --vis_mask_ratio 0.5 --decoder_num_heads 2 --decoder_embed_dim 32", TITLES),
     ],
 )
-def test_runs_of_every_kind(drawn, tmp_path, options, expected):
+def test_columns_of_each_kind_of_run(drawn, tmp_path, options, expected):
     path = save(tmp_path / "run.pth", options)
-    model, given, panel = draw(drawn, tmp_path / "o.png", "--checkpoint", path)
+    model, given, panel = run_and_get(drawn, tmp_path / "o.png", "--checkpoint", path)
     assert titles(panel) == expected
     assert model.relative == ("--no-relative" not in options)
-    assert given["plan"].pattern == ("regular" if "regular" in options else None)
+    assert given["masks"].pattern == ("regular" if "regular" in options else None)
     if "heads" in options:
         assert model.decoder_blocks[0].attn.num_heads == 2
         assert model.vis_mask_ratio == 0
 
 
-def test_features_as_wide_as_a_patch_are_no_pixels(drawn, tmp_path):
-    """As ViT-B's are: 768 is 16 * 16 * 3, and the shapes do not tell."""
+def test_features_as_wide_as_a_patch_are_not_pixels(drawn, tmp_path):
+    """As ViT-B's: 768 is 16 * 16 * 3, so the target cannot be inferred from tensor shapes."""
     path = save(tmp_path / "run.pth", "--target ema --input_size 16 --patch_size 8")
     state = torch.load(path, weights_only=True)
     for name in ("state_dict", "ema_state_dict"):
@@ -174,33 +175,33 @@ def test_features_as_wide_as_a_patch_are_no_pixels(drawn, tmp_path):
     del state["format"]
     torch.save(state, tmp_path / "foreign.pth")
     options = ["--checkpoint", tmp_path / "foreign.pth", "--model", "mae_vit_micro_patch16", "--input_size", 16]
-    assert "reconstruction" in titles(draw(drawn, tmp_path / "o.png", *options)[2])
-    assert "reconstruction" not in titles(draw(drawn, tmp_path / "o.png", *options, "--target", "dino")[2])
+    assert "reconstruction" in titles(run_and_get(drawn, tmp_path / "o.png", *options)[2])
+    assert "reconstruction" not in titles(run_and_get(drawn, tmp_path / "o.png", *options, "--target", "dino")[2])
 
 
 FOREIGN = ["--model", "mae_vit_micro_patch16", "--input_size", 16]
 
 
 @pytest.mark.parametrize("kind", ["official HPM", "MAE with decoder"])
-def test_other_peoples_files(drawn, tmp_path, kind):
+def test_official_checkpoints(drawn, tmp_path, kind):
     _, student, teacher = parts("--no-learning_loss" if kind.startswith("MAE") else "")
     official = {"epoch": 9, "state_dict": {f"module.{name}": value for name, value in student.state_dict().items()}}
     official |= {"ema_state_dict": teacher.state_dict(), "optimizer": {}, "model": "mae_vit_micro_patch16"}
     torch.save(official if kind == "official HPM" else {"model": student.state_dict()}, tmp_path / "file.pth")
     options = ["--checkpoint", tmp_path / "file.pth", *FOREIGN]
-    model, given, panel = draw(drawn, tmp_path / "o.png", *options)
+    model, given, panel = run_and_get(drawn, tmp_path / "o.png", *options)
     assert torch.equal(model.mask_token, student.mask_token)
     assert not model.norm_pix_loss
     assert given["mean"] == [0.485, 0.456, 0.406]
     plain = ["image", "mask", "reconstruction", "true error"]
-    assert titles(panel) == (plain if kind.startswith("MAE") else SEEN)
+    assert titles(panel) == (plain if kind.startswith("MAE") else TITLES)
     for switch in (["--norm_pix_loss"], ["--target", "norm_pixel"]):
-        assert draw(drawn, tmp_path / "o.png", *options, *switch)[0].norm_pix_loss
+        assert run_and_get(drawn, tmp_path / "o.png", *options, *switch)[0].norm_pix_loss
     more = ["--epochs", 20, "--epoch", 19, "--no-relative"]
-    model, given, _ = draw(drawn, tmp_path / "o.png", *options, *more)
-    assert (given["epoch"], given["plan"].epochs, model.relative) == (19, 20, False)
+    model, given, _ = run_and_get(drawn, tmp_path / "o.png", *options, *more)
+    assert (given["epoch"], given["masks"].epochs, model.relative) == (19, 20, False)
     if kind == "official HPM":
-        model, *_ = draw(drawn, tmp_path / "o.png", *options, "--which", "ema")
+        model, *_ = run_and_get(drawn, tmp_path / "o.png", *options, "--which", "ema")
         assert torch.equal(model.mask_token, teacher.mask_token)
 
 
@@ -213,14 +214,14 @@ MISTAKES = {
     "--checkpoint encoder.pth": "an encoder alone, without the decoder",
     "--checkpoint half.pth": "an encoder alone, without the decoder",
     "--checkpoint finetuned.pth": "an encoder alone, without the decoder",
-    "--checkpoint classifier.pth": "is of main_finetune: pictures need a pre-training checkpoint",
+    "--checkpoint classifier.pth": "was written by main_finetune: pictures need a pre-training checkpoint",
     "--checkpoint foreign.pth": "is this the right --model?",
     "--checkpoint foreign.pth --which ema": "has no EMA teacher",
-    "--checkpoint HPM --model mae_vit_base_patch16": "says mae_vit_micro_patch16; leave the option out",
-    "--checkpoint HPM --target pixel": "--target pixel: HPM says norm_pixel; leave the option out",
-    "--checkpoint HPM --no-norm_pix_loss": "--target pixel: HPM says norm_pixel; leave the option out",
-    "--checkpoint HPM --norm_pix_loss --target ema": "give one of the two",
-    "--checkpoint HPM --epochs 9": "--epochs 9: HPM says 4; leave the option out",
+    "--checkpoint HPM --model mae_vit_base_patch16": "contradicts HPM (mae_vit_micro_patch16): omit the option",
+    "--checkpoint HPM --target pixel": "--target pixel contradicts HPM (norm_pixel): omit the option",
+    "--checkpoint HPM --no-norm_pix_loss": "--target pixel contradicts HPM (norm_pixel): omit the option",
+    "--checkpoint HPM --norm_pix_loss --target ema": "give only one",
+    "--checkpoint HPM --epochs 9": "--epochs 9 contradicts HPM (4): omit the option",
     "--checkpoint HPM --epoch 4": "--epoch 4: the run has 4 epochs, counted from 0",
     "--checkpoint HPM --mask_ratio 0.999": "--mask_ratio 0.999 masks 16 of 16 patches",
     "--checkpoint HPM --input_size 18": "patch size 4 does not divide an image of 18 x 18",
@@ -233,16 +234,16 @@ MISTAKES = {
     "--checkpoint HPM --device cuda": "this PyTorch sees no CUDA device",
     "--checkpoint HPM --device gpu": "--device gpu",
     "--checkpoint HPM --output /proc/a.png": "/proc",
-    "--checkpoint HPM --output a.txt": "pictures are written as .png, .jpg",
-    "--checkpoint HPM --output nothing": "pictures are written as",
+    "--checkpoint HPM --output a.txt": "expected the name of a picture, .png, .jpg",
+    "--checkpoint HPM --output nothing": "expected the name of a picture",
     "--checkpoint HPM --outptu a.png": "did you mean --output",
-    "--runs nothing": "nothing holds no log.jsonl: give folders of runs",
-    "--runs nothing --output a.jpg": "pictures are written as .png, .svg, .pdf",
+    "--runs nothing": "nothing contains no log.jsonl with a completed epoch: give run folders",
+    "--runs nothing --output a.jpg": "expected the name of a picture, .png, .svg, .pdf",
 }
 
 
 @pytest.mark.parametrize(("text", "message"), MISTAKES.items(), ids=MISTAKES)
-def test_a_mistake_ends_in_a_line(hpm, text, message, tmp_path, capsys, monkeypatch):
+def test_mistakes_end_with_one_line(hpm, text, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     _, student, _ = parts()
@@ -284,8 +285,8 @@ def write_log(folder, epochs=3, predictor=True):
     return folder
 
 
-def test_plots_of_one_run_and_of_several(tmp_path, monkeypatch):
-    """Every curve is there, with all its points, in one colour a run; runs without a predictor have fewer."""
+def test_plots_of_one_and_of_several_runs(tmp_path, monkeypatch):
+    """One line per run in each plot, with all points; runs without a predictor lack some."""
     from matplotlib.figure import Figure
 
     figures, savefig = [], Figure.savefig
@@ -296,11 +297,11 @@ def test_plots_of_one_run_and_of_several(tmp_path, monkeypatch):
     assert list(axes) == list(curves.CURVES)
     first, second = axes["reconstruction loss"].lines
     assert (first.get_xdata().tolist(), first.get_ydata().tolist()) == ([1, 2, 3], [1, 1 / 2, 1 / 3])
-    assert (second.get_xdata().tolist(), second.get_marker()) == ([1], "o")  # a single point can be seen
-    assert len(axes["rank accuracy (0.5 is chance)"].lines) == 1
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["hpm", "mae"]
-    labels = [handle.get_color() for handle in figures[0].legends[0].legend_handles]
-    assert labels == [first.get_color(), second.get_color()]
+    assert (second.get_xdata().tolist(), second.get_marker()) == ([1], "o")  # so that a single point is visible
+    assert [len(line.get_xdata()) for line in axes["rank accuracy (0.5 is chance)"].lines] == [3, 0]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["hpm", "a/mae"]
+    colours = [handle.get_color() for handle in figures[0].legends[0].legend_handles]
+    assert colours == [first.get_color(), second.get_color()]
     assert Image.open(tmp_path / "both.png").format == "PNG"
     run("visualize", "--runs", mae, "--output", tmp_path / "one.svg")
     assert [axis.get_title() for axis in figures[1].axes if axis.get_title()] == [
@@ -310,34 +311,48 @@ def test_plots_of_one_run_and_of_several(tmp_path, monkeypatch):
     assert (tmp_path / "one.svg").read_text().startswith("<?xml")
 
 
-def test_runs_are_called_by_what_tells_them_apart(tmp_path):
-    assert curves.short_names(["a/run", "b/run"]) == ["a/run", "b/run"]
-    assert curves.short_names(["out/x/1", "out/y/1", "out/y/2"]) == ["x/1", "y/1", "y/2"]
-    assert curves.short_names(["runs/hpm/", "runs/mae"]) == ["hpm", "mae"]
-    assert curves.short_names(["run"]) == ["run"]
-    assert curves.short_names(["run", "./run"]) == ["run", "run"]
+def test_runs_are_named_relative_to_their_common_parent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out/x/1", "out/y/1", "out/y/2"):
+        write_log(tmp_path / folder)
+    assert list(curves.read_runs(["out/x/1", "out/y/1", "out/y/2"])) == ["x/1", "y/1", "y/2"]
+    assert list(curves.read_runs(["out/y/1/", str(tmp_path / "out/y/2")])) == ["1", "2"]
+    assert list(curves.read_runs(["out/x/1"])) == ["1"]
 
 
-def test_logs_as_killed_runs_leave_them(tmp_path):
+def test_logs_of_killed_runs(tmp_path):
     file = write_log(tmp_path / "run") / "log.jsonl"
     whole = file.read_text()
     file.write_text(whole + whole[:20])
-    assert len(curves.read_log(tmp_path / "run")) == len(curves.read_log(file)) == 3
-    file.write_text(whole[:20] + "\n" + whole)
-    with pytest.raises(ValueError, match=r"log\.jsonl, line 1 is not a line of a log"):
-        curves.read_log(file)
+    assert len(curves.read_runs([tmp_path / "run"])["run"]) == 3
     file.write_text("")
-    with pytest.raises(ValueError, match="has no epoch yet"):
-        curves.read_log(file)
-    with pytest.raises(ValueError, match="no runs of main_pretrain"):
-        curves.plot({"x": [{"epoch": 0, "test_acc1": 5.0}]}, "png")
+    with pytest.raises(ValueError, match="no log.jsonl with a completed epoch"):
+        curves.read_runs([tmp_path / "run"])
+    with pytest.raises(ValueError, match="not runs of main_pretrain"):
+        curves.plot({"x": [{"epoch": 0, "test_acc1": 5.0}]})
 
 
-def test_without_matplotlib_plots_say_what_to_install(tmp_path, monkeypatch, capsys):
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
+def test_an_interrupted_write_leaves_the_old_picture(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def full(self, file, **kwargs):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(SystemExit):
+        run("visualize", "--runs", write_log(tmp_path / "run"), "--output", path)
+    assert path.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "run"]
+
+
+def test_without_matplotlib_the_message_names_the_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "visualize.curves", raising=False)
+    monkeypatch.delattr("visualize.curves", raising=False)
     with pytest.raises(SystemExit) as stop:
         run("visualize", "--runs", write_log(tmp_path / "run"), "--output", tmp_path / "a.png")
     assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith("error: plots need matplotlib: pip install matplotlib\n")
+    assert capsys.readouterr().err.endswith("error: plots require matplotlib: pip install matplotlib\n")
     assert not (tmp_path / "a.png").exists()

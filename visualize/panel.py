@@ -1,35 +1,154 @@
-"""What a pre-trained model sees in images: hardness, masks, reconstruction, error.
+"""Panels of a few images: predicted loss, masks, reconstruction and true error, from a checkpoint or during training.
 
-Shapes: B batch, C channels, H, W image, P patch size, L patches, V visible, M masked, D prediction width.
+Shapes: B batch, C channels, H, W image, S crop, L patches, V visible, M masked, D prediction width, E encoder width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models_hpm import MaskedAutoencoderViT, gather_tokens, split_mask
-from util.data.transforms import ToModelInput
+from util.data.archives import compressed_archive
+from util.data.datasets import ImageDataset
+from util.data.sources import Source, build_source
+from util.data.transforms import CenterCrop, ToModelInput
 from util.masking import MaskSampler
 from util.metrics import rank_accuracy
 from util.rng import generator
-from visualize.draw import SCALES, Panel, heat_map, hide, to_image
+from util.run.logger import log
+from visualize.draw import SCALES, Panel, draw_grid, heat_map, hide, to_image
 
-# What is known of images (B, C, H, W): predicted loss (B, L), feature targets (B, L, D); None where there are none.
-Look = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
+# Images (B, C, H, W) and the teacher's tokens (B, L, E; None without a teacher) -> feature targets (B, L, D).
+FeatureTarget = Callable[[Tensor, Tensor | None], Tensor | None]
 
 PATCH_STATS = {
     "image": "each patch's mean and variance taken from the image",
-    "none": "no patch statistics: one mean and variance, of what is visible",
+    "none": "no patch statistics: one mean and variance, of the visible patches",
 }
+
+
+def pick_panel_images(
+    data_path: str | None, train: Source, size: int, cache_dir: str | None = None
+) -> tuple[Tensor, list[str]]:
+    """`pick_images` of the val split if there is one that can be read without decompressing another archive, else of
+    the training images."""
+    try:
+        if data_path is not None:
+            packed, present = (compressed_archive(Path(data_path), split) for split in ("val", "train"))
+            if packed not in (None, present):
+                raise ValueError(f"{packed} is compressed")
+        return pick_images(build_source(data_path, "val", cache_dir=cache_dir), size)
+    except (ValueError, OSError) as error:
+        log.info("No usable val split for the panels, falling back to training images: %s", error)
+        return pick_images(train, size)
+
+
+def pick_images(source: Source, size: int, count: int = 8) -> tuple[Tensor, list[str]]:
+    """Centre crops (N, 3, S, S) uint8 of `count` images, evenly spaced over the source, and their names."""
+    count = min(count, len(source))
+    return center_crops([(source, len(source) * i // count) for i in range(count)], size)
+
+
+def center_crops(picked: Sequence[tuple[Source, int]], size: int) -> tuple[Tensor, list[str]]:
+    """Centre crops (N, 3, S, S) uint8 of (source, index) pairs, and short names."""
+    crop = CenterCrop(size)
+    images = torch.stack([ImageDataset(source, crop)[index].image for source, index in picked])
+    return images, ["/".join(Path(source.name(index)).parts[-2:]) for source, index in picked]
+
+
+def training_panel(
+    student: MaskedAutoencoderViT,
+    teacher: MaskedAutoencoderViT | None,
+    images: Tensor,
+    names: Sequence[str],
+    masks: MaskSampler,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    feature_target: FeatureTarget | None,
+    epochs_done: int,
+    seed: int,
+) -> Tensor:
+    """The `panel` of a run after `epochs_done` epochs, with the masks of the last of them: (3, H, W) uint8."""
+    settings = {"mean": mean, "std": std, "feature_target": feature_target, "epoch": epochs_done - 1, "seed": seed}
+    drawn = panel(student, teacher, images, names, masks, **settings)
+    picture = draw_grid(drawn, f"{epochs_done} of {masks.epochs} epochs")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def panel(
+    model: MaskedAutoencoderViT,
+    teacher: MaskedAutoencoderViT | None,
+    images: Tensor,
+    names: Sequence[str],
+    masks: MaskSampler,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    epoch: int,
+    seed: int,
+    other_epochs: Sequence[int] = (),
+    feature_target: FeatureTarget | None = None,
+    patch_stats: str = "image",
+    scale: str = "author",
+) -> Panel:
+    """One row of pictures for each image (B, 3, H, W) uint8. The state of the model is untouched.
+
+    Args:
+        model: reconstructs the images and predicts the loss of the masked patches.
+        teacher: predicts the loss of all patches, by which the masks are chosen; None for random masks.
+        epoch: whose mask to reconstruct from, counted from 0. The masks of `other_epochs` are drawn as well.
+        seed: of the random part of the masks, the same in all epochs, so that only the chosen patches differ.
+        feature_target: of models that reconstruct features. Without it they have neither error nor losses.
+        patch_stats: see `reconstruct`.
+        scale: how values become colours, a name in `SCALES`.
+    """
+    device = next(model.parameters()).device
+    imgs = ToModelInput(mean, std, device, flip=False)(images)
+    scores = tokens = None
+    with untouched(model, device, seed):
+        if teacher is not None:
+            scores, tokens = teacher.predict_loss(imgs, return_tokens=True)  # (B, L), (B, L, E)
+        target = feature_target(imgs, tokens) if feature_target else None  # (B, L, D)
+        scores = None if scores is None else scores.float().cpu()  # so that the masks do not depend on the device
+        mask_of = {e: masks.draw(scores, len(imgs), e, generator(seed)) for e in {epoch, *other_epochs}}  # (B, L)
+        result = reconstruct_and_score(model, imgs, mask_of[epoch].to(device), target, patch_stats)
+
+    result = {name: value.float().cpu().numpy() for name, value in result.items()}
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    grid, patch, to_scale = masks.grid_size, model.patch_embed.patch_size[0], SCALES[scale]
+    columns = [("image", "", list(pixels))]
+    if scores is not None:
+        maps = [heat_map(x, to_scale(s), grid, patch) for x, s in zip(pixels, scores.numpy(), strict=True)]
+        columns.append(("predicted hardness", "all patches visible", maps))
+    titles = mask_titles(masks, [epoch, *other_epochs])
+    for e, title in titles.items():
+        hidden = [hide(x, mask, grid, patch) for x, mask in zip(pixels, mask_of[e].numpy(), strict=True)]
+        columns.append((title, mask_note(masks, e), hidden))
+    note = f"from the {titles.get(epoch, 'mask')}"
+    if "reconstruction" in result:
+        stats = f"{note}; {PATCH_STATS[patch_stats]}" if model.norm_pix_loss else note
+        columns.append(("reconstruction", stats, [to_image(x, mean, std) for x in result["reconstruction"]]))
+    if "errors" in result:
+        title = "true error" if model.target_dim is None else "true error of features"
+        triples = zip(pixels, result["errors"], mask_of[epoch].numpy(), strict=True)
+        maps = [heat_map(x, masked_scale(to_scale, e, mask), grid, patch, shown=mask) for x, e, mask in triples]
+        columns.append((title, note, maps))
+    metrics = [name for name in ("rank_acc", "loss_rec", "loss_learn") if name in result]
+    return Panel(
+        titles=[(title, note) for title, note, _ in columns],
+        rows=[list(row) for row in zip(*(pictures for _, _, pictures in columns), strict=True)],
+        captions=[(name, "    ".join(f"{m} {result[m][i]:.3f}" for m in metrics)) for i, name in enumerate(names)],
+    )
 
 
 @contextmanager
 def untouched(model: MaskedAutoencoderViT, device: torch.device, seed: int) -> Iterator[None]:
-    """Look at a model in the middle of its training: no gradient, eval mode, randomness from `seed`; all as before
-    afterwards."""
+    """Use a model in eval mode, without gradients, with the RNG seeded by `seed`; then restore its mode and the RNG."""
     training = model.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
@@ -40,69 +159,41 @@ def untouched(model: MaskedAutoencoderViT, device: torch.device, seed: int) -> I
             model.train(training)
 
 
-def examine(
-    model: MaskedAutoencoderViT,
-    imgs: Tensor,
-    sampler: MaskSampler,
-    *,
-    epochs: Sequence[int],
-    epoch: int,
-    seed: int,
-    look: Look | None = None,
-    patch_stats: str = "image",
-) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-    """Look at normalised images (B, C, H, W).
-
-    Args:
-        sampler: where the masks come from.
-        epochs: whose masks to draw, counted from 0.
-        epoch: whose mask to reconstruct from.
-        seed: of the masks' random part, the same for every epoch, so that what moves is what the model chooses.
-        look: images -> predicted loss (B, L) and feature targets (B, L, D), each or None; the model's own prediction
-            and no features if left out.
-        patch_stats: see `reconstruct`.
+def reconstruct_and_score(
+    model: MaskedAutoencoderViT, imgs: Tensor, mask: Tensor, target: Tensor | None = None, patch_stats: str = "image"
+) -> dict[str, Tensor]:
+    """Reconstruct images (B, C, H, W) under masks (B, L) and compute the losses of each image.
 
     Returns:
-        The masks (B, L) bool of `epochs` and `epoch`; and what was found, on the model's device: `errors` (B, L), 0
-        where a patch is visible, and `loss_rec` (B,); with a predictor `loss_learn` and `rank_acc` (B,); with
-        predicted loss `hardness` (B, L); for pixels `reconstruction` (B, C, H, W). Without their targets, models of
-        features have neither errors nor losses.
+        `errors` (B, L), 0 for visible patches; `loss_rec` (B,); with a loss predictor `loss_learn` and `rank_acc` (B,);
+        for pixels `reconstruction` (B, C, H, W). Nothing for a model of features without its `target` (B, L, D).
     """
-    with untouched(model, imgs.device, seed):
-        if look is None:
-            scores, target = model.predict_loss(imgs) if model.learning_loss else None, None
-        else:
-            scores, target = look(imgs)
-        found = {} if scores is None else {"hardness": scores}
-        on_cpu = None if scores is None else scores.float().cpu()  # the same masks whatever the device
-        masks = {e: sampler.draw(on_cpu, len(imgs), e, generator(seed)) for e in {*epochs, epoch}}
-        if model.target_dim is not None and target is None:
-            return masks, found
-
-        mask = masks[epoch].to(imgs.device)
-        # Not model(...): a compiled model would be compiled anew for a batch of another size.
-        out = model.forward(imgs, mask, target, sampler.num_masked)
-        patch_loss = out["patch_loss"]  # (B, M)
-        found["errors"] = torch.zeros(mask.shape, device=imgs.device).masked_scatter_(mask, patch_loss)
-        found["loss_rec"] = patch_loss.mean(dim=1)
-        if model.learning_loss:
-            pairs = [(p[None], t[None]) for p, t in zip(out["loss_pred"], patch_loss, strict=True)]
-            found["loss_learn"] = torch.stack([model.forward_learning_loss(*pair) for pair in pairs])
-            found["rank_acc"] = torch.stack([rank_accuracy(*pair) for pair in pairs])
-        if model.target_dim is None:
-            found["reconstruction"] = reconstruct(model, imgs, mask, out["pred"], patch_stats)
-    return masks, found
+    if model.target_dim is not None and target is None:
+        return {}
+    # Not model(...): a compiled model would be recompiled for this batch size
+    out = model.forward(imgs, mask, target)
+    patch_loss = out["patch_loss"]  # (B, M)
+    result = {
+        "errors": torch.zeros(mask.shape, device=imgs.device).masked_scatter_(mask, patch_loss),
+        "loss_rec": patch_loss.mean(dim=1),
+    }
+    if model.learning_loss:
+        pairs = [(p[None], t[None]) for p, t in zip(out["loss_pred"], patch_loss, strict=True)]  # (1, M)
+        result["loss_learn"] = torch.stack([model.forward_learning_loss(*pair) for pair in pairs])
+        result["rank_acc"] = torch.stack([rank_accuracy(*pair) for pair in pairs])
+    if model.target_dim is None:
+        result["reconstruction"] = reconstruct(model, imgs, mask, out["pred"], patch_stats)
+    return result
 
 
 def reconstruct(
     model: MaskedAutoencoderViT, imgs: Tensor, mask: Tensor, pred: Tensor, patch_stats: str = "image"
 ) -> Tensor:
-    """Predictions (B, M, D) in the place of the masked patches of (B, C, H, W); the visible ones stay as they are.
+    """Images (B, C, H, W) with predictions (B, M, D) in place of the masked patches (B, L); visible ones are unchanged.
 
     Args:
-        patch_stats: for models of normalised pixels. "image" takes each patch's mean and variance from the image, which
-            tells part of the answer; "none" uses nothing but what the model saw, the visible patches' mean and standard
-            deviation, averaged, for all.
+        patch_stats: of models of normalised pixels. "image" takes each patch's mean and variance from the image, which
+            reveals part of the answer; "none" uses the averages of mean and standard deviation over the visible ones.
     """
     patches = model.patchify(imgs.float())  # (B, L, D)
     ids_visible, ids_masked = split_mask(mask, pred.shape[1])
@@ -117,96 +208,29 @@ def reconstruct(
     return model.unpatchify(patches.scatter(1, ids_masked[:, :, None].expand_as(pred), pred))
 
 
-def panel(
-    model: MaskedAutoencoderViT,
-    images: Tensor,
-    names: Sequence[str],
-    sampler: MaskSampler,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    epochs: Sequence[int],
-    epoch: int,
-    seed: int,
-    look: Look | None = None,
-    patch_stats: str = "image",
-    scale: str = "author",
-) -> Panel:
-    """Pictures of images (B, 3, H, W) uint8, a row each.
-
-    Args:
-        names: of the images, for the captions.
-        scale: how numbers become colours, a name in visualize/draw.SCALES.
-        mean, std: of the images the model was trained on.
-
-    The others are those of `examine`.
-    """
-    imgs = ToModelInput(mean, std, next(model.parameters()).device, flip=False)(images)
-    masks, found = examine(
-        model, imgs, sampler, epochs=epochs, epoch=epoch, seed=seed, look=look, patch_stats=patch_stats
-    )
-    masks = {e: mask.numpy() for e, mask in masks.items()}
-    found = {name: value.cpu().float().numpy() for name, value in found.items()}
-    grid, patch = sampler.grid_size, model.patch_embed.patch_size[0]
-    to_scale = SCALES[scale]
-
-    columns = {("image", ""): lambda i, image: image}
-    if "hardness" in found:
-        columns["predicted hardness", "all patches visible"] = lambda i, image: heat_map(
-            image, to_scale(found["hardness"][i]), grid, patch
-        )
-    for e in whose_masks(sampler, epochs):
-        columns[mask_title(sampler, e, epochs), mask_note(sampler, e)] = lambda i, image, e=e: hide(
-            image, masks[e][i], grid, patch
-        )
-    from_mask = f"from the {mask_title(sampler, epoch, epochs)}"
-    if "reconstruction" in found:
-        stats = f"; {PATCH_STATS[patch_stats]}" * model.norm_pix_loss
-        columns["reconstruction", from_mask + stats] = lambda i, image: to_image(found["reconstruction"][i], mean, std)
-    if "errors" in found:
-        columns["true error" if model.target_dim is None else "true error of features", from_mask] = lambda i, image: (
-            heat_map(
-                image, on_masked(to_scale, found["errors"][i], masks[epoch][i]), grid, patch, shown=masks[epoch][i]
-            )
-        )
-    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-    figures = [name for name in ("rank_acc", "loss_rec", "loss_learn") if name in found]
-    return Panel(
-        titles=list(columns),
-        rows=[[draw(i, image) for draw in columns.values()] for i, image in enumerate(pixels)],
-        captions=[(name, [f"{f} {found[f][i]:.3f}" for f in figures]) for i, name in enumerate(names)],
-        has_scale="hardness" in found or "errors" in found,
-    )
+def mask_titles(masks: MaskSampler, epochs: Sequence[int]) -> dict[int, str]:
+    """Titles of the mask columns by epoch: one column if the strategy selects the same number in all of them."""
+    epochs = sorted(set(epochs))
+    if len(epochs) > 1 and len({masks.num_hardest(e) for e in epochs}) == 1:
+        return {epochs[-1]: "mask"}
+    ends = {0: "mask at the start", masks.epochs - 1: "mask at the end"}
+    return {e: ends.get(e, f"mask of epoch {e}") for e in epochs}
 
 
-def whose_masks(sampler: MaskSampler, epochs: Sequence[int]) -> list[int]:
-    """The epochs whose masks differ in what is chosen: a strategy that does not change has one column."""
-    ordered = sorted(set(epochs))
-    return ordered if len({sampler.num_hardest(e) for e in ordered}) > 1 else ordered[-1:]
+def mask_note(masks: MaskSampler, epoch: int) -> str:
+    """How the masked patches of an epoch are selected."""
+    if masks.pattern is not None:
+        return f"{masks.pattern} pattern"
+    selected = masks.num_hardest(epoch)
+    if selected == 0:
+        return f"{masks.num_masked} of {masks.num_patches}, at random"
+    kind = "easiest" if masks.strategy == "easiest" else "hardest"
+    return f"{masks.num_masked} of {masks.num_patches}, {selected} of them the {kind}"
 
 
-def mask_title(sampler: MaskSampler, epoch: int, epochs: Sequence[int]) -> str:
-    if len(whose_masks(sampler, epochs)) == 1 and len(set(epochs)) > 1:
-        return "mask"
-    words = {0: "mask at the start", sampler.epochs - 1: "mask at the end"}
-    return words.get(epoch, f"mask of epoch {epoch}")
-
-
-def mask_note(sampler: MaskSampler, epoch: int) -> str:
-    """How the masked patches were chosen."""
-    chosen = sampler.num_hardest(epoch)
-    if sampler.pattern is not None:
-        return f"{sampler.pattern} pattern"
-    if chosen == 0:
-        return f"{sampler.num_masked} of {sampler.num_patches}, at random"
-    kind = "easiest" if sampler.strategy == "easiest" else "hardest"
-    return f"{sampler.num_masked} of {sampler.num_patches}, {chosen} of them the {kind}"
-
-
-def on_masked(to_scale: Callable[[np.ndarray], np.ndarray], errors: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Errors (L,) of the masked patches on the colour scale, standardised first: their spread is that of the data,
-    where the predictor's is its own. The visible patches have none."""
-    scaled = np.zeros_like(errors)
+def masked_scale(scale: Callable[[np.ndarray], np.ndarray], errors: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Errors (L,) of the masked patches -> 0 to 1, standardised first because their range is that of the data."""
     known = errors[mask]
-    scaled[mask] = to_scale((known - known.mean()) / (known.std() + 1e-12))
+    scaled = np.zeros_like(errors)
+    scaled[mask] = scale((known - known.mean()) / (known.std() + 1e-12))
     return scaled

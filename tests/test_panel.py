@@ -1,4 +1,4 @@
-"""What the pictures claim is what the model does."""
+"""Panels show what the model does: masks, reconstruction, errors and metrics."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from util.losses import relative_loss
 from util.masking import STRATEGIES, MaskSampler
 from util.metrics import rank_accuracy
 from util.run.distributed import World
-from visualize.panel import examine, mask_note, panel, reconstruct, whose_masks
+from visualize import panel as panels
+from visualize.panel import mask_note, mask_titles, panel, reconstruct, reconstruct_and_score, training_panel
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SIDE, PATCH, GRID, EPOCHS = 24, 4, (6, 6), 10
@@ -42,14 +43,23 @@ def normalised(images):
     return ToModelInput(MEAN, STD, CPU, flip=False)(images)
 
 
-def look_at(model, images, what=None, **kwargs):
-    settings = {"epochs": [0, EPOCHS - 1], "epoch": EPOCHS - 1, "seed": 3, **kwargs}
-    return examine(model, normalised(images), what or plan(), **settings)
+def draw(model, images, masks=None, teacher="model", **kwargs):
+    settings = {"mean": MEAN, "std": STD, "other_epochs": [0], "epoch": EPOCHS - 1, "seed": 3, **kwargs}
+    names = [f"{i}.jpg" for i in range(len(images))]
+    return panel(model, model if teacher == "model" else teacher, images, names, masks or plan(), **settings)
 
 
-def draw(model, images, what=None, **kwargs):
-    settings = {"mean": MEAN, "std": STD, "epochs": [0, EPOCHS - 1], "epoch": EPOCHS - 1, "seed": 3, **kwargs}
-    return panel(model, images, [f"{i}.jpg" for i in range(len(images))], what or plan(), **settings)
+@pytest.fixture
+def drawn_masks(monkeypatch):
+    """{epoch: mask} of the last panel, as the sampler drew them."""
+    masks, original = {}, MaskSampler.draw
+
+    def keep(self, scores, batch_size, epoch, *args, **kwargs):
+        masks[epoch] = original(self, scores, batch_size, epoch, *args, **kwargs)
+        return masks[epoch]
+
+    monkeypatch.setattr(MaskSampler, "draw", keep)
+    return masks
 
 
 def column(drawn, title):
@@ -73,7 +83,7 @@ def test_the_exact_target_reconstructs_the_image(images, norm_pix_loss):
     assert (wrong + torch.tensor(MEAN).view(3, 1, 1) - images / 255).abs().max() > 10 / 255  # the test can fail
 
 
-def test_without_patch_statistics_nothing_hidden_is_used(images):
+def test_without_patch_statistics_masked_pixels_are_not_used(images):
     """Other pixels under the mask change nothing there; with the image's statistics they do."""
     model = build(norm_pix_loss=True)
     imgs, mask, pred = normalised(images), plan().draw(torch.rand(3, 36), 3, 0), torch.randn(3, 27, 48)
@@ -88,7 +98,7 @@ def test_without_patch_statistics_nothing_hidden_is_used(images):
 
 
 @pytest.mark.parametrize(("norm_pix_loss", "patch_stats"), [(False, "image"), (True, "image"), (True, "none")])
-def test_visible_patches_are_pasted_in_untouched(images, norm_pix_loss, patch_stats):
+def test_visible_patches_are_unchanged(images, norm_pix_loss, patch_stats):
     drawn = draw(build(norm_pix_loss=norm_pix_loss), images, patch_stats=patch_stats)
     mask = pixels_of((column(drawn, "mask at the end")[:, ::PATCH, ::PATCH] == 200).all(-1).reshape(3, -1))
     original = images.permute(0, 2, 3, 1).numpy()
@@ -99,7 +109,7 @@ def test_visible_patches_are_pasted_in_untouched(images, norm_pix_loss, patch_st
     assert (column(drawn, "mask at the end")[~mask] == original[~mask]).all()
 
 
-def test_the_picture_says_where_the_statistics_are_from(images):
+def test_the_note_says_where_the_statistics_come_from(images):
     notes = {
         (norm, stats): dict(draw(build(norm_pix_loss=norm), images, patch_stats=stats).titles)["reconstruction"]
         for norm in (False, True)
@@ -114,43 +124,44 @@ OPTIONS = [f"--mask_strategy {name}" for name in STRATEGIES] + ["--alpha_0 0.3 -
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, "--mask_block", "--mask_regular"])
-def test_masks_are_those_of_pre_training(images, options):
-    """As the script wires them, from the same scores and the same random numbers."""
+def test_masks_are_those_of_pre_training(images, options, drawn_masks):
+    """From the same scores and the same random numbers."""
     text = f"--model mae_vit_micro_patch16 --input_size {SIDE} --patch_size {PATCH} --epochs {EPOCHS} {options}"
     args = main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(text.split()), World(0, 1, 0, 1))
-    model, imgs = build(), normalised(images)
-    masks, found = look_at(model, images, MaskSampler.from_options(vars(args), GRID), epochs=[0, 4, 9])
-
-    def see(imgs):
-        return model.predict_loss(imgs, return_tokens=True)
-
-    assert sorted(masks) == [0, 4, 9]
-    for epoch, mask in masks.items():
-        _, look, draw_mask = main_pretrain.masks_of_epoch(args, epoch, GRID, see, None)
-        with torch.no_grad():
-            scores, _ = look(imgs)
+    model, masks = build(), MaskSampler.from_options(vars(args), GRID)
+    draw(model, images, masks, other_epochs=[0, 4])
+    in_panel = dict(drawn_masks)
+    assert sorted(in_panel) == [0, 4, 9]
+    with torch.no_grad():
+        scores = model.predict_loss(normalised(images))
+    for epoch, mask in in_panel.items():
         rng.seed_all(3)
-        assert torch.equal(mask, draw_mask(scores, imgs)), epoch
-    assert torch.equal(found["errors"] > 0, masks[9])
+        assert torch.equal(mask, masks.draw(scores, len(images), epoch)), epoch
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_figures_of_an_image_are_those_of_the_model(images, norm_pix_loss):
-    model = build(norm_pix_loss=norm_pix_loss)
-    masks, found = look_at(model, images)
-    model.eval()
+def test_metrics_of_an_image_are_those_of_the_model(images, norm_pix_loss):
+    model = build(norm_pix_loss=norm_pix_loss).eval()
+    imgs = normalised(images)
     with torch.no_grad():
-        torch.testing.assert_close(found["hardness"], model.predict_loss(normalised(images)))
-        for i, image in enumerate(normalised(images)):
-            out = model(image[None], masks[9][i : i + 1])
-            torch.testing.assert_close(found["loss_rec"][i], out["loss_rec"])
-            torch.testing.assert_close(found["loss_learn"][i], out["loss_learn"])
-            torch.testing.assert_close(found["loss_learn"][i], relative_loss(out["loss_pred"], out["patch_loss"]))
-            torch.testing.assert_close(found["rank_acc"][i], rank_accuracy(out["loss_pred"], out["patch_loss"]))
-            torch.testing.assert_close(found["errors"][i][masks[9][i]], out["patch_loss"][0])
-    name, words = draw(model, images).captions[1]
-    expected = [f"{figure} {found[figure][1]:.3f}" for figure in ("rank_acc", "loss_rec", "loss_learn")]
-    assert (name, words) == ("1.jpg", expected)
+        mask = plan().draw(model.predict_loss(imgs), 3, 9)
+        result = reconstruct_and_score(model, imgs, mask)
+        assert torch.equal(result["errors"] > 0, mask)
+        for i, image in enumerate(imgs):
+            out = model(image[None], mask[i : i + 1])
+            torch.testing.assert_close(result["loss_rec"][i], out["loss_rec"])
+            torch.testing.assert_close(result["loss_learn"][i], out["loss_learn"])
+            torch.testing.assert_close(result["loss_learn"][i], relative_loss(out["loss_pred"], out["patch_loss"]))
+            torch.testing.assert_close(result["rank_acc"][i], rank_accuracy(out["loss_pred"], out["patch_loss"]))
+            torch.testing.assert_close(result["errors"][i][mask[i]], out["patch_loss"][0])
+
+
+def test_captions_give_the_metrics_of_the_image(images, drawn_masks):
+    model = build()
+    name, metrics = draw(model, images).captions[1]
+    result = reconstruct_and_score(model.eval(), normalised(images), drawn_masks[9])
+    expected = [f"{metric} {result[metric][1]:.3f}" for metric in ("rank_acc", "loss_rec", "loss_learn")]
+    assert (name, metrics) == ("1.jpg", "    ".join(expected))
 
 
 def titles(drawn):
@@ -160,26 +171,44 @@ def titles(drawn):
 def test_columns(images):
     ends = ["image", "predicted hardness", "mask at the start", "mask at the end", "reconstruction", "true error"]
     assert titles(draw(build(), images)) == ends
-    middle = draw(build(), images, epochs=[0, 4, 9], epoch=4)
+    middle = draw(build(), images, other_epochs=[0, 9], epoch=4)
     assert titles(middle) == [*ends[:3], "mask of epoch 4", *ends[3:]]
     assert dict(middle.titles)["reconstruction"] == "from the mask of epoch 4"
     assert dict(middle.titles)["mask of epoch 4"] == "27 of 36, 6 of them the hardest"
-    assert titles(draw(build(), images, epochs=[4], epoch=4))[2:4] == ["mask of epoch 4", "reconstruction"]
+    assert titles(draw(build(), images, other_epochs=[], epoch=4))[2:4] == ["mask of epoch 4", "reconstruction"]
     unchanging = draw(build(), images, plan(strategy="hardest"))
     assert titles(unchanging) == ["image", "predicted hardness", "mask", "reconstruction", "true error"]
-    mae = draw(build(learning_loss=False), images, plan(strategy="random"))
-    assert titles(mae) == ["image", "mask", "reconstruction", "true error"]
-    assert [word.split()[0] for word in mae.captions[0][1]] == ["loss_rec"]
+    for teacher in ("model", None):
+        mae = draw(build(learning_loss=False), images, plan(strategy="random"), teacher=teacher)
+        assert titles(mae) == ["image", "mask", "reconstruction", "true error"]
+        assert mae.captions[0][1].split()[::2] == ["loss_rec"]
 
 
 def test_features_have_no_reconstruction(images):
     model = build(target_dim=20)
     assert titles(draw(model, images))[1:] == ["predicted hardness", "mask at the start", "mask at the end"]
     features = torch.randn(3, 36, 20)
-    drawn = draw(model, images, look=lambda imgs: (model.predict_loss(imgs), features))
+    drawn = draw(model, images, feature_target=lambda imgs, tokens: features)
     assert titles(drawn)[-1] == "true error of features"
     assert "reconstruction" not in titles(drawn)
-    assert len(drawn.captions[0][1]) == 3
+    assert len(drawn.captions[0][1].split()) == 6
+
+
+def test_the_feature_target_sees_the_teachers_tokens(images):
+    """The target of --target ema; without a teacher (--no-learning_loss --target dino) there are none."""
+    model, teacher = build(target_dim=32), build(target_dim=32)
+    seen = []
+
+    def feature_target(imgs, tokens):
+        seen.append((imgs, tokens))
+        return torch.randn(3, 36, 32)
+
+    draw(model, images, teacher=teacher, feature_target=feature_target)
+    draw(build(target_dim=32, learning_loss=False), images, plan(strategy="random"), None, feature_target=feature_target)
+    assert torch.equal(seen[0][0], normalised(images))
+    with torch.no_grad():
+        assert torch.equal(seen[0][1], teacher.predict_loss(normalised(images), return_tokens=True)[1])
+    assert seen[1][1] is None
 
 
 def test_notes_on_masks():
@@ -187,30 +216,42 @@ def test_notes_on_masks():
     assert mask_note(plan(strategy="easiest"), 9) == "27 of 36, 13 of them the easiest"
     assert mask_note(plan(strategy="random"), 9) == "27 of 36, at random"
     assert mask_note(plan(strategy="random", pattern="block"), 9) == "block pattern"
-    assert whose_masks(plan(strategy="constant"), [0, 4, 9]) == [9]
+    assert mask_titles(plan(strategy="constant"), [0, 4, 9]) == {9: "mask"}
 
 
-def test_scores_from_elsewhere_choose_the_masks(images):
-    """As in training, where the EMA teacher says what is hard and the student reconstructs."""
+def test_the_teacher_chooses_the_masks_and_the_student_reconstructs(images, drawn_masks):
     student, teacher = build(), build()
-    masks, found = look_at(student, images, look=lambda imgs: (teacher.predict_loss(imgs), None))
-    assert torch.equal(masks[9], look_at(teacher, images)[0][9])
-    out = student(normalised(images), masks[9])
-    torch.testing.assert_close(found["loss_rec"].mean(), out["loss_rec"].detach())
+    drawn = draw(student, images, teacher=teacher)
+    in_panel = dict(drawn_masks)
+    assert not torch.equal(in_panel[9], (draw(student, images), drawn_masks[9])[1])
+    assert torch.equal(in_panel[9], (draw(teacher, images), drawn_masks[9])[1])
+    result = reconstruct_and_score(student.eval(), normalised(images), in_panel[9])
+    assert f"loss_rec {result['loss_rec'][2]:.3f}" in drawn.captions[2][1]
 
 
-def test_looking_leaves_no_trace(images):
-    """Not in generators (the second masking draws), mode, gradients or weights; nor is anything compiled."""
+def test_a_panel_leaves_no_trace(images):
+    """Neither in the RNG (the second masking draws), nor mode, gradients or weights; nor is anything compiled."""
     model = build(vis_mask_ratio=0.5).train()
     model.compile(backend=lambda *_: pytest.fail("compiled"))
     before, weights = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
-    first = look_at(model, images)[1]["reconstruction"]
+    first = column(draw(model, images), "reconstruction")
     assert torch.equal(before, torch.get_rng_state())
     assert model.training
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     torch.rand(5)
-    assert torch.equal(first, look_at(model, images)[1]["reconstruction"])  # a function of the seed alone
-    with pytest.raises(RuntimeError):
-        look_at(model, images[:, :2])
+    assert (first == column(draw(model, images), "reconstruction")).all()  # a function of the seed alone
+    with pytest.raises(AssertionError, match="Input width"):
+        draw(model, torch.zeros(1, 3, SIDE, SIDE + PATCH, dtype=torch.uint8))
     assert model.training
+
+
+def test_a_training_panel_is_the_panel_of_the_last_epoch(images, monkeypatch):
+    student, teacher = build(), build()
+    drawn, names = draw(student, images, teacher=teacher, other_epochs=[], epoch=4), ["0.jpg", "1.jpg", "2.jpg"]
+    picture = training_panel(
+        student, teacher, images, names, plan(), mean=MEAN, std=STD, feature_target=None, epochs_done=5, seed=3
+    )
+    expected = np.asarray(panels.draw_grid(drawn, f"5 of {EPOCHS} epochs"))
+    assert picture.dtype == torch.uint8
+    assert (picture.permute(1, 2, 0).numpy() == expected).all()
