@@ -183,8 +183,8 @@ def main(argv: list[str] | None = None) -> None:
             log.info("no --finetune: features of random weights")
         else:
             allow_missing = ["fc_norm."] if args.global_pool else []
-            report = load_into(encoder, weights, allow_missing, (*DECODERS, "head.", "norm.", "fc_norm."))
-            log.info("weights of %s\n%s", args.finetune, report)
+            loaded = load_into(encoder, weights, allow_missing, (*DECODERS, "head.", "norm.", "fc_norm."))
+            log.info("weights of %s\n%s", args.finetune, loaded)
         args.encoder = fingerprint(encoder)
         run.check(vars(args), [*FIXED, "encoder"], report=not args.eval)
     probe = models_vit.LinearProbe(encoder, len(args.lr), args.nb_classes).to(device)
