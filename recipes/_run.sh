@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# What all recipes share; they source it. From the environment:
+# Sourced by every recipe: environment, launcher, and the options that recipes share. Environment variables:
 #   DATA    ImageNet-1K: a folder with train/ and val/, list files, or tar archives    (required)
-#   OUT     folder of all runs; a recipe's own is $OUT/NAME, after its file             (default ./output_dir)
-#   NPROC   processes on this node                                                      (default: its GPUs, or 1)
-#   CKPT    weights to fine-tune or evaluate          (default: what the pre-training recipe of the same name left)
-#   NNODES, NODE_RANK, HEAD   number of nodes, number of this one, host:port of the first    (recipes/slurm.sh sets them)
-#   TORCHRUN   further options of torchrun                                              (recipes/slurm.sh sets them)
+#   OUT     folder of all runs; a recipe writes to $OUT/NAME, NAME being its file       (default ./output_dir)
+#   NPROC   processes on this node                                                      (default: number of GPUs, or 1)
+#   CKPT    weights to fine-tune or evaluate          (default: checkpoint of the pre-training recipe of the same name)
+#   NNODES, NODE_RANK, HEAD   number of nodes, rank of this node, host:port of the first node  (set by recipes/slurm.sh)
+#   TORCHRUN   additional torchrun options                                              (set by recipes/slurm.sh)
 #   DRY     1 prints the commands and runs nothing
-# Options at the end of the command line are added to the recipe's, and win. Where a recipe runs two scripts, those
-# after -- go to the second.
+# Options at the end of the command line override the recipe's. If a recipe runs two scripts, options after -- go to
+# the second.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,16 +22,16 @@ python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/pyth
 
 read -ra torchrun <<<"${TORCHRUN:-}"
 
-# A signal that a scheduler sends to every process of the job is for the training script: this shell waits for its end.
+# Schedulers signal every process of a job. The training script handles the signal; this shell waits until it exits.
 trap : TERM USR1
 
 first=() second=()
 for word in "$@"; do
-    if [ "$word" = -- ] && [ -z "${beyond:-}" ]; then beyond=1; continue; fi
-    if [ -z "${beyond:-}" ]; then first+=("$word"); else second+=("$word"); fi
+    if [ "$word" = -- ] && [ -z "${separated:-}" ]; then separated=1; continue; fi
+    if [ -z "${separated:-}" ]; then first+=("$word"); else second+=("$word"); fi
 done
 
-# run SCRIPT OPTIONS...: on every process, with the data and this recipe's folder filled in
+# run SCRIPT OPTIONS...: run the script on every process
 run() {
     local script=$1 launcher=("$python")
     shift
@@ -47,4 +47,45 @@ run() {
     else
         "${launcher[@]}" "$root/$script" --data_path "$DATA" "$@"
     fi
+}
+
+# Pre-training in HPM's settings. MAE in the same settings: add --no-learning_loss.
+pretrain_hpm() {
+    run main_pretrain.py --batch_size 64 --global_batch 2048 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 \
+        --clip_grad 5 --mask_ratio 0.75 --output_dir "$OUT/$name" "$@"
+}
+
+# Pre-training of MAE in MAE's settings.
+pretrain_mae() {
+    run main_pretrain.py --no-learning_loss --target norm_pixel --global_batch 4096 --warmup_epochs 40 --blr 1.5e-4 \
+        --weight_decay 0.05 --clip_grad 0 --mask_ratio 0.75 --output_dir "$OUT/$name" "$@"
+}
+
+# Fine-tuning in HPM's settings, which are UM-MAE's.
+finetune() {
+    run main_finetune.py --batch_size 32 --global_batch 1024 --warmup_epochs 5 --blr 5e-4 --layer_decay 0.8 \
+        --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --smoothing 0.1 \
+        --output_dir "$OUT/$name" "$@"
+}
+
+# ablation OPTIONS...: pre-train ViT-B for 200 epochs in HPM's settings with these options, then fine-tune
+ablation() {
+    pretrain_hpm --model mae_vit_base_patch16_dec512d8b --epochs 200 --output_dir "$OUT/$name/pretrain" \
+        "$@" "${first[@]}"
+    finetune --finetune "$OUT/$name/pretrain/checkpoint-last.pth" --epochs 100 --output_dir "$OUT/$name/finetune" \
+        "${second[@]}"
+}
+
+linprobe_hpm() {
+    run main_linprobe.py --batch_size 256 --global_batch 2048 --epochs 100 --warmup_epochs 10 --optimizer sgd \
+        --blr 1e-3 --weight_decay 0 --output_dir "$OUT/$name" "$@"
+}
+
+linprobe_mae() {
+    run main_linprobe.py --batch_size 512 --global_batch 16384 --warmup_epochs 10 --optimizer lars --blr 0.1 \
+        --weight_decay 0 --output_dir "$OUT/$name" "$@"
+}
+
+knn() {
+    run main_knn.py --batch_size 128 --nb_knn 10 20 100 200 --temperature 0.07 "$@"
 }

@@ -3,13 +3,10 @@
 #
 # model      vit_base_patch16
 # batch      1024
-# rate       2e-3
-# published  83.3 top-1 [V] mmpretrain
-# disagrees  none: MAE's FINETUNE.md.
+# lr         2e-3
+# published  83.3 top-1 (mmpretrain)
+# notes      As in MAE's FINETUNE.md.
 source "$(dirname "$0")/_run.sh"
 
-run main_finetune.py --model vit_base_patch16 --finetune "${CKPT:-$OUT/pretrain_mae_base_800/checkpoint-last.pth}" \
-    --batch_size 32 --global_batch 1024 --epochs 100 --warmup_epochs 5 --blr 5e-4 \
-    --layer_decay 0.65 --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 \
-    --smoothing 0.1 --weight_decay 0.05 --output_dir "$OUT/$name" \
-    "${first[@]}"
+finetune --model vit_base_patch16 --finetune "${CKPT:-$OUT/pretrain_mae_base_800/checkpoint-last.pth}" --epochs 100 \
+    --layer_decay 0.65 "$@"

@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
-# Weighted k-NN of MAE, ViT-B/16, by DINO's protocol.
+# Weighted k-NN of MAE, ViT-B/16, 1600 epochs, with DINO's protocol.
 #
 # model      vit_base_patch16
-# published  none found
-# disagrees  which k the paper quotes is not known; DINO quotes 20 [M]. The official script cannot run.
+# published  not found
+# notes      Which k the paper quotes is not known; DINO quotes 20 (from memory). The official script cannot run.
 source "$(dirname "$0")/_run.sh"
 
-run main_knn.py --model vit_base_patch16 --finetune "${CKPT:-$OUT/pretrain_mae_base_1600/checkpoint-last.pth}" \
-    --batch_size 128 --nb_knn 10 20 100 200 --temperature 0.07 \
-    "${first[@]}"
+knn --model vit_base_patch16 --finetune "${CKPT:-$OUT/pretrain_mae_base_1600/checkpoint-last.pth}" "$@"

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# MAE baseline in HPM's own settings, raw pixels, ViT-B/16, 200 epochs: what HPM is to be compared with.
+# MAE pre-training on raw pixels in HPM's settings, ViT-B/16, 200 epochs: a like-for-like baseline of HPM.
 #
 # model      mae_vit_base_patch16_dec512d8b
 # batch      2048
-# rate       1.2e-3
-# published  fine-tuned 82.2 top-1 [V] official README; 82.31 [V] a user in its issue 2
-# disagrees  HPM's README says 82.2 for MAE after 200 epochs and not on which pixels. Both are here: HPM's gain
-#            over normalised pixels is an open question.
+# lr         1.2e-3
+# published  fine-tuned 82.2 top-1 (official README; pixels not stated); 82.31 (a user in issue 2 of the official
+#            repository; pixels not stated)
+# notes      HPM's README gives 82.2 for MAE after 200 epochs and does not say on which pixels. There is a recipe for
+#            each. How much HPM gains over normalised pixels is an open question.
 source "$(dirname "$0")/_run.sh"
 
-run main_pretrain.py --model mae_vit_base_patch16_dec512d8b --batch_size 64 --global_batch 2048 \
-    --epochs 200 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --mask_ratio 0.75 \
-    --target pixel --no-learning_loss --clip_grad 5 --output_dir "$OUT/$name" \
-    "${first[@]}"
+pretrain_hpm --model mae_vit_base_patch16_dec512d8b --epochs 200 --batch_size 64 --no-learning_loss --target pixel \
+    "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up .venv and run the tests; options go to pytest, for example: bash scripts/test.sh -k resume
-# JOBS is the number of processes that run them (default 2; many of the tests start two of their own).
+# Set up .venv and run the tests. Options go to pytest, for example: bash scripts/test.sh -k resume
+# JOBS is the number of test processes (default 2; many tests start two processes of their own).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev

@@ -1,4 +1,4 @@
-"""The SLURM template with stand-ins for SLURM's commands: what it tells the steps, and when it requeues."""
+"""The SLURM template with fake SLURM commands: signals to the job steps, and requeueing."""
 
 import os
 import signal
@@ -11,7 +11,8 @@ import pytest
 from images import members, write_tree
 from programs import ROOT, checkpoint
 
-# srun: one task a node, each in a process group of its own. scancel --signal: to these groups, as slurmstepd does.
+# srun starts one task per node, each in its own process group. scancel --signal signals these groups, as slurmstepd
+# does.
 SRUN = """#!{python}
 import os, subprocess, sys
 words = [word for word in sys.argv[1:] if not word.startswith("--kill-on")]
@@ -36,7 +37,7 @@ cd {root} && SLURM_JOB_ID=7 SLURM_SUBMIT_DIR={root} SLURM_JOB_NODELIST=localhost
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Submit a recipe to it; the job's process."""
+    """A function that submits a recipe and returns the process of the job."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
@@ -47,15 +48,21 @@ def slurm(tmp_path):
         port = found.getsockname()[1]
 
     def submit(nodes, *words, **more):
-        environment = {
-            **os.environ,
-            **{"PATH": f"{tools}:{os.environ['PATH']}", "PORT": str(port), "SLURM_JOB_NUM_NODES": str(nodes)},
-            **{"DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "out"), "NPROC": "1", "PYTHON": sys.executable},
-            **more,
+        environment = os.environ | {
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "PORT": str(port),
+            "SLURM_JOB_NUM_NODES": str(nodes),
+            "DATA": str(tmp_path / "data"),
+            "OUT": str(tmp_path / "out"),
+            "NPROC": "1",
+            "PYTHON": sys.executable,
         }
         return subprocess.Popen(
             ["sbatch", "recipes/slurm.sh", *map(str, words)],
-            **{"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
+            env=environment | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     return submit
@@ -66,8 +73,8 @@ def calls(tmp_path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_told_to_stop_it_saves_and_is_requeued(slurm, tmp_path):
-    """Two nodes with a process each. torchrun is told by SIGUSR1 where it can pass that on, else by SIGTERM."""
+def test_a_signalled_job_saves_and_is_requeued(slurm, tmp_path):
+    """Two nodes with one process each. The signal is SIGUSR1 where torchrun can forward it, otherwise SIGTERM."""
     write_tree(tmp_path / "data", members(per_class=8))
     words = ["recipes/pretrain_hpm_base_200.sh", "--model", "mae_vit_micro_patch16", "--decoder_depth", 1]
     words += ["--input_size", 32, "--batch_size", 2, "--global_batch", 4, "--num_workers", 1, "--log_interval", 1]
@@ -92,7 +99,7 @@ def test_told_to_stop_it_saves_and_is_requeued(slurm, tmp_path):
     assert 2 <= taken < 60
 
 
-def test_a_recipe_that_ends_well_is_not_requeued(slurm, tmp_path):
+def test_a_completed_recipe_is_not_requeued(slurm, tmp_path):
     (tmp_path / "recipe.sh").write_text("exit 0\n")
     job = slurm(1, tmp_path / "recipe.sh")
     out, _ = job.communicate(timeout=300)
@@ -101,8 +108,8 @@ def test_a_recipe_that_ends_well_is_not_requeued(slurm, tmp_path):
 
 
 @pytest.mark.parametrize(("stopped", "status", "requeued"), [("SIGUSR1", 0, True), ("", 3, False)])
-def test_what_the_checkpoint_says_decides(slurm, tmp_path, stopped, status, requeued):
-    """A recipe that ends with an error, of a run that a signal ended, and of one that failed."""
+def test_the_checkpoint_decides_about_requeueing(slurm, tmp_path, stopped, status, requeued):
+    """A recipe that fails: of a run stopped by a signal, and of a run that failed by itself."""
     from util.run.checkpoint import save_run
 
     options = {"epochs": 2, "steps_per_epoch": 6, "max_steps": None}
