@@ -14,7 +14,7 @@ from torch import Tensor
 from util.knn import nearest
 from util.miou import ConfusionMatrix, Scores
 from util.rng import generator
-from util.run.amp import Precision
+from util.run.amp import Amp
 from util.run.distributed import all_reduce_sum
 
 KS = (1, 3, 10, 30)
@@ -37,7 +37,7 @@ def patch_labels(labels: Tensor, grid: tuple[int, int]) -> Tensor:
 def extract_patches(
     encode: Encode,
     batches: Iterable,
-    precision: Precision,
+    amp: Amp,
     to_model_input: Callable[[Tensor], Tensor],
     count: int,
     per_image: int,
@@ -54,7 +54,7 @@ def extract_patches(
     """
     features = labels = None
     for (images, maps), _, index, *_ in batches:
-        with precision.autocast():
+        with amp.autocast():
             tokens = encode(to_model_input(images)).float().cpu()
         rows = tokens.flatten(2).transpose(1, 2)  # (B, L, E)
         classes = patch_labels(maps, tokens.shape[2:])
@@ -65,7 +65,7 @@ def extract_patches(
             chosen = torch.randperm(len(row), generator=generator(seed, number))[: labels.shape[1]].sort().values
             features[number], labels[number] = row[chosen], values[chosen]
     for part in [*features.split(64), *labels.split(65536)]:  # other ranks' rows are zero here
-        part.copy_(all_reduce_sum(part.to(precision.device)))
+        part.copy_(all_reduce_sum(part.to(amp.device)))
     return features, labels
 
 
@@ -206,7 +206,7 @@ def evaluate_patches(
     classify: Classify,
     names: Iterable[str],
     batches: Iterable,
-    precision: Precision,
+    amp: Amp,
     to_model_input: Callable[[Tensor], Tensor],
     num_classes: int,
     ignore_index: int,
@@ -217,11 +217,11 @@ def evaluate_patches(
         names: of the predictions of `classify`.
         batches: of one image.
     """
-    matrices = {name: ConfusionMatrix(num_classes, ignore_index, precision.device) for name in names}
+    matrices = {name: ConfusionMatrix(num_classes, ignore_index, amp.device) for name in names}
     for (images, labels), *_ in batches:
-        with precision.autocast():
+        with amp.autocast():
             maps = encode(to_model_input(images)).float()  # (1, E, h, w)
-        labels = labels[0].to(precision.device)
+        labels = labels[0].to(amp.device)
         for name, prediction in classify(maps[0].flatten(1).T).items():
             grid = prediction.to(torch.uint8).view(1, 1, *maps.shape[2:])
             pixels = F.interpolate(grid, size=labels.shape, mode="nearest")[0, 0]

@@ -138,14 +138,14 @@ class UPerNet(nn.Module):
             ValueError: the weights are not of this encoder.
         """
         weights = dict(weights)
-        without_use = [*DECODERS, "norm.", "fc_norm.", "head."]
+        unused = [*DECODERS, "norm.", "fc_norm.", "head."]
         for name in [name for name in weights if name.endswith("attn.qkv.bias") and name.startswith("blocks.")]:
             query, key, value = weights.pop(name).chunk(3)
             stem = name.removesuffix("qkv.bias")
             weights |= {f"{stem}q_bias": query, f"{stem}k_bias": key, f"{stem}v_bias": value}
-            without_use.append(f"{stem}k_bias")
+            unused.append(f"{stem}k_bias")
         new = [n for n, _ in self.encoder.named_parameters() if "gamma_" in n or "relative_position_bias_table" in n]
-        return load_into(self.encoder, weights, new, without_use)
+        return load_into(self.encoder, weights, new, unused)
 
 
 class LinearSegmenter(nn.Module):
@@ -176,7 +176,7 @@ class LinearSegmenter(nn.Module):
         Raises:
             ValueError: the weights are not of this encoder.
         """
-        return load_into(self.encoder, weights, left_out=(*DECODERS, "head.", "fc_norm."))
+        return load_into(self.encoder, weights, allow_unexpected=(*DECODERS, "head.", "fc_norm."))
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from images import encode, picture, write_tar, write_tree
 from PIL import Image
 from segment_data import NAMES, ade_files, image_of, labels_of
 
-from util.data.datasets import find_images
 from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCrop, distort, fit, resize_label
 from util.data.segmentation import (
     LabelFormat,
@@ -21,6 +20,7 @@ from util.data.segmentation import (
     describe_labels,
     find_pairs,
 )
+from util.data.sources import find_images
 
 REDUCED, PLAIN = LabelFormat(), LabelFormat(reduce_zero=False)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from util.data.datasets import ImageFiles
+from util.data.files import ImageFiles
 
 SPLITS = {"train": "training", "val": "validation"}
 LAYOUT = "images/{0}/NAME.jpg and annotations/{0}/NAME.png"
