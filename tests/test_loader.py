@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from util.data.datasets import ImageDataset
-from util.data.loader import EpochSampler, ShardSampler, build_loader
+from util.data.loader import EpochSampler, ShardSampler, StepSampler, build_loader
 from util.data.sources import ShapesSource
 from util.data.transforms import RandomCrop
 
@@ -53,6 +53,33 @@ def test_iteration_can_start_mid_epoch():
 def test_too_few_images_are_rejected():
     with pytest.raises(ValueError, match=r"31 images do not fill one optimizer step of 32 .*lower --batch_size"):
         EpochSampler(31, 8, accum_iter=2, world_size=2)
+
+
+def test_steps_run_through_one_permutation_after_another():
+    """Whatever the length of an epoch in steps; the samples of a step are those of the same step of `EpochSampler`."""
+    by_epoch = EpochSampler(23, 2, accum_iter=2, seed=5)  # 5 steps, 3 images left over
+    expected = []
+    for epoch in range(4):
+        by_epoch.set_position(epoch)
+        expected += list(by_epoch)
+    sampler = StepSampler(7, 23, 2, accum_iter=2, seed=5)
+    assert len(sampler) == 14
+    found = []
+    for epoch in range(2):
+        sampler.set_position(epoch)
+        found += list(sampler)
+    assert found == expected[: len(found)]
+    sampler.set_position(1, 6)
+    assert list(sampler) == found[20:]
+    assert sampler.of_step(1, 3) == [index for batch in found[20:22] for _, index in batch]
+
+
+def test_steps_are_the_same_on_any_topology():
+    whole = StepSampler(7, 23, 4, seed=5)
+    halves = [StepSampler(7, 23, 2, rank=rank, world_size=2, seed=5) for rank in range(2)]
+    for sampler in (whole, *halves):
+        sampler.set_position(1)
+    assert list(whole) == [a + b for a, b in zip(*halves, strict=True)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

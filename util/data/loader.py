@@ -58,6 +58,42 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 
+class StepSampler(EpochSampler):
+    """`EpochSampler` for schedules that count steps: each of its epochs has `steps` optimizer steps.
+
+    The samples come from one permutation of the data set after another, and the epoch of a sample is the number of its
+    permutation.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        num_samples: int,
+        batch_size: int,
+        accum_iter: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_samples, batch_size, accum_iter, rank, world_size, seed)
+        self._pass_steps = self.num_batches // accum_iter
+        self.num_batches = steps * accum_iter
+
+    def of_step(self, epoch: int, step: int) -> list[int]:
+        number, step = divmod(epoch * self.num_batches // self.accum_iter + step, self._pass_steps)
+        return super().of_step(number, step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        current = order = None
+        for batch in range(self.first_batch, self.num_batches):
+            total = self.epoch * self.num_batches + batch
+            number, batch = divmod(total, self._pass_steps * self.accum_iter)
+            if number != current:
+                current, order = number, self._order(number)
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            yield [(number, index) for index in order[start : start + self.batch_size].tolist()]
+
+
 class ShardSampler(BatchSampler):
     """Batches of indices for evaluation: every sample once over all ranks, none repeated, none dropped."""
 

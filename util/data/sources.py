@@ -90,13 +90,13 @@ def find_images(data_path: str, split: str | None, cache_dir: str | None = None)
 
 def build_source(
     data_path: str | None,
-    split: str,
+    split: str | None,
     *,
     shapes_count: int | None = None,
     cache_dir: str | None = None,
     on_rank_zero: Callable[[Callable[[], ImageFiles]], ImageFiles] = lambda find: find(),
 ) -> Source:
-    """The images of a split ("train" or "val"); Shapes if `data_path` is None.
+    """The images of a split ("train" or "val"), or all that are there; Shapes if `data_path` is None.
 
     Args:
         on_rank_zero: lists on rank 0 and broadcasts the result (util.run.distributed.from_rank_zero).

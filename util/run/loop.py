@@ -174,6 +174,7 @@ class Loop:
                 min_lr=options["min_lr"],
                 warmup_epochs=options["warmup_epochs"],
                 epochs=options["epochs"],
+                decay=options.get("lr_schedule", "cosine"),
             )
             yield self._micro_batches(batches)
             self.step += 1

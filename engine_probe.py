@@ -1,0 +1,229 @@
+"""Forward-only probes of the patch features of a frozen encoder: k-NN and multinomial logistic regression (CAPI).
+
+A patch's label is the commonest of its pixels, and patches that are mostly ignored are dropped. Hyper-parameters are
+chosen on a tenth of the training images. Shapes: B batch, N training patches, Q queries, E width, h, w grid of patches,
+p patch side, K classes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from util.knn import nearest
+from util.miou import ConfusionMatrix, Scores
+from util.rng import generator
+from util.run.amp import Amp
+from util.run.distributed import all_reduce_sum
+
+KS = (1, 3, 10, 30)
+DISTANCES = ("cosine", "euclidean")
+COSTS = tuple(10.0 ** (-6 + 11 * i / 7) for i in range(8))  # CAPI's grid of C, the weight of the data term
+_ROWS = 65536  # patches in memory at once, beyond the features themselves
+
+Encode = Callable[[Tensor], Tensor]  # (B, 3, S, S) -> (B, E, h, w)
+Classify = Callable[[Tensor], dict[str, Tensor]]  # (Q, E) -> predictions (Q,) by name
+
+
+def patch_labels(labels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The commonest label of each patch, the lower of equals: (B, h p, w p) -> (B, h w)."""
+    h, w = grid
+    pixels = labels.unflatten(1, (h, -1)).unflatten(3, (w, -1)).permute(0, 1, 3, 2, 4)  # (B, h, w, p, p)
+    return pixels.flatten(3).mode(dim=-1).values.flatten(1)
+
+
+@torch.no_grad()
+def extract_patches(
+    encode: Encode,
+    batches: Iterable,
+    amp: Amp,
+    to_model_input: Callable[[Tensor], Tensor],
+    count: int,
+    per_image: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Features and labels of the training patches, the same on every rank, on the CPU.
+
+    Args:
+        count: images in the data set.
+        per_image: most patches kept of an image, drawn without replacement.
+
+    Returns:
+        (count, P, E) float32 and (count, P) uint8.
+    """
+    features = labels = None
+    for (images, maps), _, index, *_ in batches:
+        with amp.autocast():
+            tokens = encode(to_model_input(images)).float().cpu()
+        rows = tokens.flatten(2).transpose(1, 2)  # (B, L, E)
+        classes = patch_labels(maps, tokens.shape[2:])
+        if features is None:
+            kept = min(per_image, rows.shape[1])
+            features, labels = torch.zeros(count, kept, rows.shape[2]), torch.zeros(count, kept, dtype=torch.uint8)
+        for row, values, number in zip(rows, classes, index.tolist(), strict=True):
+            chosen = torch.randperm(len(row), generator=generator(seed, number))[: labels.shape[1]].sort().values
+            features[number], labels[number] = row[chosen], values[chosen]
+    for part in [*features.split(64), *labels.split(65536)]:  # other ranks' rows are zero here
+        part.copy_(all_reduce_sum(part.to(amp.device)))
+    return features, labels
+
+
+def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each feature, (N, E) -> (E,), (E,), in float64 and bounded memory."""
+    total = torch.zeros(2, features.shape[1], dtype=torch.double, device=features.device)
+    for rows in features.split(_ROWS):
+        rows = rows.double()
+        total += torch.stack([rows.sum(0), rows.square().sum(0)])
+    mean, squares = total / len(features)
+    return mean.float(), (squares - mean.square()).clamp(min=1e-12).sqrt().float()
+
+
+# ---------------------------------------------------------------------------------------------------------------- k-NN
+
+
+def neighbours(features: Tensor, labels: Tensor, ks: Sequence[int], distance: str) -> Classify:
+    """Majority vote of the k nearest, the lower class if equal, under names such as 10-NN."""
+    keys = _embed(features, distance, query=False)
+
+    def classify(queries: Tensor) -> dict[str, Tensor]:
+        _, index = nearest(keys, _embed(queries, distance, query=True), max(ks), _ROWS)
+        votes = labels[index]  # (Q, k)
+        return {f"{k}-NN": votes[:, :k].mode(dim=1).values for k in ks}
+
+    return classify
+
+
+def _embed(features: Tensor, distance: str, query: bool) -> Tensor:
+    """Vectors whose inner products rank as the distance does."""
+    if distance == "cosine":
+        return F.normalize(features, dim=1)
+    half = -0.5 * features.square().sum(1, keepdim=True)  # -|q - t|^2 / 2 = q t - |t|^2 / 2 - |q|^2 / 2
+    return torch.cat([features, torch.ones_like(half) if query else half], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ logistic regression
+
+
+def fit_logistic(
+    features: Tensor, labels: Tensor, num_classes: int, cost: float, start: Tensor | None = None, iterations: int = 300
+) -> Tensor:
+    """Minimise cost x the sum of cross-entropies + |weights|^2 / 2 by L-BFGS; the bias is not penalised.
+
+    Args:
+        start: an earlier result to begin from.
+
+    Returns:
+        (K, E + 1) weights, with the bias last.
+    """
+    count, width = features.shape
+    solution = features.new_zeros(num_classes, width + 1) if start is None else start.clone()
+    penalty = torch.ones_like(solution) / (cost * count)
+    penalty[:, -1] = 0
+    optimizer = torch.optim.LBFGS(
+        [solution], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        loss = 0.5 * (penalty * solution.square()).sum()
+        gradient = penalty * solution
+        for rows, classes in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
+            log_shares = F.log_softmax(_logits(rows, solution), dim=1)
+            loss += F.nll_loss(log_shares, classes, reduction="sum") / count
+            excess = (log_shares.exp() - F.one_hot(classes, num_classes)) / count  # (n, K)
+            gradient[:, :-1] += excess.T @ rows
+            gradient[:, -1] += excess.sum(0)
+        solution.grad = gradient
+        return loss
+
+    optimizer.step(closure)
+    return solution
+
+
+def _logits(features: Tensor, solution: Tensor) -> Tensor:
+    return F.linear(features, solution[:, :-1], solution[:, -1])
+
+
+# ------------------------------------------------------------------------------------------------------------- choices
+
+
+def held_out(count: int, seed: int) -> Tensor:
+    """Which of the training images are held out to choose hyper-parameters: a tenth, at least one; (count,) bool."""
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[torch.randperm(count, generator=generator(seed))[: max(1, count // 10)]] = True
+    return mask
+
+
+def patch_miou(classify: Classify, features: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """mIoU in percent of each prediction, over patches."""
+    matrices: dict[str, ConfusionMatrix] = {}
+    for rows, classes in zip(features.split(1024), labels.split(1024), strict=True):
+        for name, prediction in classify(rows).items():
+            matrix = matrices.setdefault(name, ConfusionMatrix(num_classes, -1, features.device))
+            matrix.update(prediction, classes)
+    return {name: matrix.scores(lambda tensor: tensor).miou for name, matrix in matrices.items()}
+
+
+def build_classifier(
+    head: str, features: Tensor, labels: Tensor, held: Tensor, num_classes: int
+) -> tuple[Classify, str, dict[str, float]]:
+    """The classifier of a head ("knn" or "logreg"), fitted to all patches with the hyper-parameters of the best.
+
+    Args:
+        features, labels, held: (N, E), (N,) int64, and (N,) bool for the patches that choose.
+
+    Returns:
+        The classifier, which of its predictions is the chosen one, and mIoU on the held-out patches by candidate.
+    """
+    part = features[~held], labels[~held]
+    scores: dict[str, float] = {}
+    if head == "knn":
+        ks = [k for k in KS if k <= len(part[0])]
+        for distance in DISTANCES:
+            found = patch_miou(neighbours(*part, ks, distance), features[held], labels[held], num_classes)
+            scores |= {f"{name} {distance}": value for name, value in found.items()}
+        name, distance = max(scores, key=scores.get).split()
+        return neighbours(features, labels, ks, distance), name, scores
+    solutions: dict[str, tuple[float, Tensor]] = {}
+    solution = None
+    for cost in COSTS:
+        solution = fit_logistic(*part, num_classes, cost, solution)
+        name = f"C={cost:.2g}"
+        solutions[name] = cost, solution
+        predict = logistic_classifier(solution)
+        scores[name] = patch_miou(predict, features[held], labels[held], num_classes)["logreg"]
+    cost, start = solutions[max(scores, key=scores.get)]
+    return logistic_classifier(fit_logistic(features, labels, num_classes, cost, start)), "logreg", scores
+
+
+def logistic_classifier(solution: Tensor) -> Classify:
+    return lambda queries: {"logreg": _logits(queries, solution).argmax(dim=1)}
+
+
+@torch.no_grad()
+def evaluate_patches(
+    encode: Encode,
+    classify: Classify,
+    names: Iterable[str],
+    batches: Iterable,
+    amp: Amp,
+    to_model_input: Callable[[Tensor], Tensor],
+    num_classes: int,
+    ignore_index: int,
+) -> dict[str, Scores]:
+    """Scores over all images of all ranks, at the labels' size: all pixels of a patch get its class.
+
+    Args:
+        names: of the predictions of `classify`.
+        batches: of one image.
+    """
+    matrices = {name: ConfusionMatrix(num_classes, ignore_index, amp.device) for name in names}
+    for (images, labels), *_ in batches:
+        with amp.autocast():
+            maps = encode(to_model_input(images)).float()  # (1, E, h, w)
+        labels = labels[0].to(amp.device)
+        for name, prediction in classify(maps[0].flatten(1).T).items():
+            grid = prediction.to(torch.uint8).view(1, 1, *maps.shape[2:])
+            pixels = F.interpolate(grid, size=labels.shape, mode="nearest")[0, 0]
+            matrices[name].update(pixels, labels)
+    return {name: matrix.scores(all_reduce_sum) for name, matrix in matrices.items()}

@@ -1,0 +1,292 @@
+"""Data in ADE20K's layout: pairs, each kind of bad label, classes, and the geometry of images with their labels."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from images import encode, picture, write_tar, write_tree
+from PIL import Image
+from segment_data import NAMES, ade_files, image_of, labels_of
+
+from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCrop, distort, fit, resize_label
+from util.data.segmentation import (
+    LabelFormat,
+    LabelledImage,
+    check_files,
+    class_names,
+    count_classes,
+    describe_labels,
+    find_pairs,
+)
+from util.data.sources import find_images
+
+REDUCED, PLAIN = LabelFormat(), LabelFormat(reduce_zero=False)
+
+
+def png(array):
+    return encode(Image.fromarray(array), "PNG")
+
+
+def source(path, split="train", form=REDUCED):
+    return find_pairs(find_images(str(path), None), split, form)
+
+
+def classes_of(path, num_classes=None, form=REDUCED, trust_zero=False):
+    counts = [check_files(source(path, split, form), threads=2) for split in ("train", "val")]
+    names = class_names(find_images(str(path), None), form.reduce_zero)
+    return count_classes(counts, names, num_classes, form, trust_zero)
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("top", ["", "ADEChallengeData2016/"])
+@pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz"])
+def test_a_folder_and_an_archive_hold_the_same_pairs(tmp_path, kind, top):
+    files = ade_files(top=top)
+    if kind == "folder":
+        path = write_tree(tmp_path / "data", files)
+    else:
+        path = write_tar(tmp_path / f"data.{kind}", files, "w:gz" if kind == "tar.gz" else "w")
+    train, val = source(path), source(path, "val")
+    assert (len(train), len(val)) == (8, 5)
+    assert train.stem(3) == "p_003"
+    assert train.name(3).endswith("images/training/p_003.jpg")
+    image, label = train.load(3)
+    expected = labels_of(3, size=(49, 50))
+    assert image.shape == (49, 50, 3)
+    np.testing.assert_array_equal(label, np.where(expected == 0, 255, expected - 1))
+    assert class_names(train.files, True) == NAMES
+    assert classes_of(path) == 3
+
+
+def test_predictions_go_back_to_the_labels_of_the_data_set():
+    labels = labels_of(0)[:, 2:]
+    np.testing.assert_array_equal(REDUCED.to_labels(REDUCED.to_classes(labels)), labels)
+    np.testing.assert_array_equal(PLAIN.to_labels(PLAIN.to_classes(labels)), labels)
+
+
+def test_names_of_classes(tmp_path):
+    files = ade_files()
+    for name in [name for name in files if name.endswith(".txt")]:
+        del files[name]
+    path = write_tree(tmp_path, files)
+    assert class_names(find_images(str(path), None), True) == []
+    assert classes_of(path) == 3  # the largest label
+    text = "index\tname\tshare\n0\tvoid\t0.2\n1\twall\t0.5\n2\tsky, heaven\t0.3\n"
+    write_tree(tmp_path, {"objectInfo2.txt": text.encode()})
+    assert class_names(find_images(str(path), None), True) == ["wall", "sky, heaven"]
+    assert class_names(find_images(str(path), None), False) == ["void", "wall", "sky, heaven"]
+    write_tree(tmp_path, {"objectInfo2.txt": b"1 wall\n2 sky\n"})
+    with pytest.raises(ValueError, match=r"objectInfo2.txt: expected a tab-separated table with a column 'name'"):
+        class_names(find_images(str(path), None), True)
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ("annotations/training/p_002.png", r"training/p_002.jpg has no label map, nor have 0 others"),
+        ("images/training/p_004.jpg", r"training/p_004.png has no image, nor have 0 others"),
+        ("validation", r"looked for images/validation/NAME.jpg and annotations/validation/NAME.png, found 16 other"),
+    ],
+)
+def test_files_that_do_not_pair(tmp_path, removed, message):
+    path = write_tree(tmp_path, {name: data for name, data in ade_files().items() if removed not in name})
+    with pytest.raises(ValueError, match=message):
+        classes_of(path)
+
+
+def test_two_images_of_one_name(tmp_path):
+    path = write_tree(tmp_path, ade_files() | {"images/training/p_000.png": b""})
+    with pytest.raises(ValueError, match=r"p_000.* have the same name"):
+        source(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+def replaced(tmp_path, data, name="annotations/training/p_002.png"):
+    return write_tree(tmp_path, ade_files() | {name: data})
+
+
+FLAT = labels_of(2, size=(46, 52))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (encode(picture(size=(46, 52)), "PNG"), r"p_002.png is of mode RGB, expected L: .* ADEChallengeData2016"),
+        (encode(Image.fromarray(FLAT).convert("P"), "PNG"), r"p_002.png is of mode P, expected L"),
+        (encode(Image.fromarray(FLAT.astype(np.uint16)), "PNG"), r"p_002.png is of mode I;16, expected L"),
+        (b"nothing", r"p_002.png is not a readable image"),
+        (png(FLAT[1:]), r"p_002.png has 52 x 45 pixels, its image .*p_002.jpg 52 x 46"),
+        (
+            png(FLAT + 1),
+            r"p_002.png has label 4, which is class 3 counted from 0, but there are 3 classes \(objectInfo",
+        ),
+        (png(FLAT - 1), r"p_002.png has label 255, .* shifted already; give --no-reduce_zero_label"),
+        (png(np.where(FLAT == 3, 200, FLAT).astype(np.uint8)), r"p_002.png has label 200, which is class 199"),
+    ],
+    ids=["RGB", "palette", "16 bits", "damaged", "size", "unshifted", "shifted twice", "out of range"],
+)
+def test_bad_label_maps_name_file_and_value(tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        classes_of(replaced(tmp_path, data))
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"p_002.jpg is not a readable image"):
+        check_files(source(replaced(tmp_path, b"nothing", "images/training/p_002.jpg")), threads=1)
+
+
+def test_labels_of_ade20k_need_the_shift(tmp_path):
+    path = write_tree(tmp_path, ade_files())
+    with pytest.raises(ValueError, match=r"label 3, which is class 3 counted from 0, but there are 3 classes \(--num_"):
+        classes_of(path, num_classes=3, form=PLAIN)
+    assert classes_of(path, num_classes=7) == 7
+    assert classes_of(path, num_classes=4, form=PLAIN) == 4
+    assert classes_of(path, num_classes=3, form=LabelFormat(False, ignore_index=3)) == 3
+
+
+def test_a_background_class_is_not_ignored_by_mistake(tmp_path):
+    """Labels 0 to 2 with a large background 0; the user may insist."""
+    files = ade_files()
+    for name in [name for name in files if name.endswith(".png")]:
+        label = np.zeros((46, 52), dtype=np.uint8)
+        label[:10, :20] = 1
+        files[name] = png(label)
+        files[name.replace("annotations", "images").replace(".png", ".jpg")] = encode(image_of(label, 0))
+    path = write_tree(tmp_path, files)
+    with pytest.raises(ValueError, match=r"label 0 has 92 % of the pixels .*p_000.png.* --no-reduce_zero_label"):
+        classes_of(path)
+    assert classes_of(path, trust_zero=True) == 3
+    assert classes_of(path, form=PLAIN) == 3
+
+
+def test_nothing_but_ignored_pixels(tmp_path):
+    files = ade_files()
+    for name in [name for name in files if name.endswith(".png")]:
+        with Image.open(io.BytesIO(files[name])) as image:
+            files[name] = png(np.zeros(image.size[::-1], dtype=np.uint8))
+    with pytest.raises(ValueError, match="every pixel of every label map is ignored"):
+        classes_of(write_tree(tmp_path, files), trust_zero=True)
+
+
+def test_the_histogram_of_labels(tmp_path):
+    path = write_tree(tmp_path, ade_files())
+    counts = check_files(source(path), threads=1)
+    assert counts.pixels.sum() == sum(source(path).load(i).label.size for i in range(8))
+    line = describe_labels(counts, [*NAMES, "moon"], REDUCED)
+    assert line.startswith(f"ignored {100 * counts.share(0):.1f} %, ")
+    assert f"road {100 * counts.share(3):.1f} %" in line
+    assert line.endswith("; absent: moon")
+    line = describe_labels(counts, [*NAMES, *"abc"], REDUCED, most=2)
+    assert line.endswith(" %, 4 more; absent: a, b and 1 more")
+    assert describe_labels(counts, NAMES, REDUCED, most=1).endswith(" %, 2 more; absent: no class")
+
+
+# ------------------------------------------------------------------------------------------------------------ geometry
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((512, 683), (512, 683)), ((300, 400), (512, 683)), ((400, 300), (683, 512)), ((100, 1000), (205, 2048))],
+)
+def test_the_size_that_fits(size, expected):
+    assert fit(*size, 512) == expected
+
+
+def test_training_crops_keep_image_and_label_together():
+    """Colours tell the classes apart, so the label of each pixel can be read off the image."""
+    colours = torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 0]])
+    label = labels_of(1, size=(60, 90)) % 3
+    crop = TrainingCrop(48, 48, ignore_index=255)
+    paddings = 0
+    for seed in range(40):
+        random.seed(seed)
+        image, cropped, size = crop(LabelledImage(colours.numpy()[label].astype(np.uint8), label))
+        assert image.shape == (3, 48, 48)
+        assert image.dtype == cropped.dtype == torch.uint8
+        height, width = size.tolist()
+        assert (cropped[height:] == 255).all()
+        assert (cropped[:, width:] == 255).all()
+        assert (cropped[:height, :width] < 3).all()
+        paddings += height < 48 or width < 48
+        counts = torch.bincount(cropped[:height, :width].flatten())
+        assert counts.max() < 0.75 * counts.sum()
+    assert 5 < paddings < 35
+
+
+def test_geometry_without_distortion(monkeypatch):
+    monkeypatch.setattr("util.data.joint_transforms.distort", lambda image: image)
+    label = labels_of(1, size=(60, 90)) % 3
+    colours = np.array([[0, 0, 250], [0, 250, 0], [250, 0, 0]], dtype=np.uint8)
+    agreement = []
+    for seed in range(20):
+        random.seed(seed)
+        image, cropped, (height, width) = TrainingCrop(48, 48, 255)(LabelledImage(colours[label], label))
+        nearest = 2 - image[:, :height, :width].argmax(0)  # of blue, green, red
+        agreement.append((nearest == cropped[:height, :width]).float().mean().item())
+    assert min(agreement) > 0.93  # the rest are blurred edges
+
+
+def test_a_crop_of_one_class_is_drawn_again(monkeypatch):
+    """Most crops of an image with a rare class show one class; with ten more tries most show both."""
+    label = np.zeros((64, 256), dtype=np.uint8)
+    label[:, 220:] = 1
+    image = np.zeros((64, 256, 3), dtype=np.uint8)
+    both = {}
+    for tries in (0, 10):
+        monkeypatch.setattr("util.data.joint_transforms._TRIES", tries)
+        crops = []
+        for seed in range(60):
+            random.seed(seed)
+            crops.append(TrainingCrop(32, 64, 255)(LabelledImage(image, label))[1])
+        both[tries] = sum({0, 1} <= set(crop.unique().tolist()) for crop in crops)
+    assert both[10] > 2 * both[0]
+
+
+def test_distortion_stays_in_range_and_varies():
+    image = np.array(picture(size=(20, 20)))
+    results = []
+    for seed in range(30):
+        random.seed(seed)
+        results.append(distort(image))
+    assert all(result.shape == image.shape and result.dtype == np.uint8 for result in results)
+    assert len({result.tobytes() for result in results}) > 20
+    assert any((result == image).all() for result in results)  # each of the four is off half the time
+    shifts = [result.astype(int).mean() - image.mean() for result in results]
+    assert min(shifts) < -10
+    assert max(shifts) > 10
+
+
+def test_the_hue_turns_by_at_most_a_tenth(monkeypatch):
+    red = np.full((4, 4, 3), (200, 0, 0), dtype=np.uint8)
+    monkeypatch.setattr(random, "random", iter([0.9, 0.1, 0.9, 0.9, 0.1]).__next__)  # hue alone
+    monkeypatch.setattr(random, "randint", lambda low, high: high)
+    turned = distort(red)[0, 0]
+    assert turned[0] == 200
+    assert 110 < turned[1] < 130  # 36 degrees of 60 towards yellow
+    assert turned[2] == 0
+
+
+def test_evaluation_keeps_the_label_at_its_size():
+    label = labels_of(0, size=(30, 50))
+    image, kept = EvaluationResize(64)(LabelledImage(np.array(image_of(label, 0)), label))
+    assert image.shape == (3, 64, 107)
+    np.testing.assert_array_equal(kept.numpy(), label)
+
+
+def test_the_probe_sees_the_whole_image():
+    sample = LabelledImage(np.array(image_of(labels_of(0), 0)), labels_of(0))
+    image, label = ProbeResize(32, resize_labels=True)(sample)
+    assert image.shape == (3, 32, 32)
+    assert label.shape == (32, 32)
+    assert ProbeResize(32, resize_labels=False)(sample)[1].shape == (40, 56)
+
+
+def test_labels_are_resized_by_the_nearest_pixel_as_opencv_does():
+    label = np.arange(5, dtype=np.uint8)[None].repeat(5, 0)
+    assert resize_label(label, (1, 8))[0].tolist() == [0, 0, 1, 1, 2, 3, 3, 4]  # floor(i * 5 / 8)

@@ -1,0 +1,267 @@
+"""Images with a class for each pixel, in ADE20K's layout (ADEChallengeData2016), and the checks of their labels.
+
+    images/{training,validation}/NAME.jpg   annotations/{training,validation}/NAME.png   objectInfo150.txt
+
+A label map is an 8-bit PNG of one channel. With `reduce_zero_label` (ADE20K's convention) label 0 means no class and
+class k, counted from 0, is label k + 1. Shapes: N images, H, W image.
+"""
+
+import csv
+import io
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from util.data.files import ImageFiles
+
+SPLITS = {"train": "training", "val": "validation"}
+LAYOUT = "images/{0}/NAME.jpg and annotations/{0}/NAME.png"
+FULL_ADE20K = "RGB masks are those of the full ADE20K; the benchmark is ADEChallengeData2016"
+MOSTLY_IGNORED = 0.5  # share of the pixels; more than that in label 0 looks like a background class
+
+
+class LabelledImage(NamedTuple):
+    """image (H, W, 3) uint8, label (H, W) uint8: classes from 0, or the ignored index."""
+
+    image: np.ndarray
+    label: np.ndarray
+
+
+@dataclass(frozen=True)
+class LabelFormat:
+    """How the values of a label map are meant.
+
+    Attributes:
+        reduce_zero: label 0 is ignored and the others are 1 above their class.
+        ignore_index: the ignored value, after the shift.
+    """
+
+    reduce_zero: bool = True
+    ignore_index: int = 255
+
+    def to_classes(self, label: np.ndarray) -> np.ndarray:
+        if not self.reduce_zero:
+            return label
+        return np.where(label == 0, self.ignore_index, label - 1).astype(np.uint8)
+
+    def to_labels(self, classes: np.ndarray) -> np.ndarray:
+        """Predicted classes in the convention of the data set."""
+        return (classes + self.reduce_zero).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class SegmentationSource:
+    """The images of a split with their label maps: a source of `LabelledImage`.
+
+    Attributes:
+        files: every file of the data set.
+        images, annotations: (N,) positions in `files`.
+    """
+
+    files: ImageFiles
+    images: np.ndarray
+    annotations: np.ndarray
+    format: LabelFormat
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Images as such have no class."""
+        return np.zeros(len(self), dtype=np.int64)
+
+    def name(self, index: int) -> str:
+        return self.files.name(self.images[index])
+
+    def stem(self, index: int) -> str:
+        return Path(self.name(index)).stem
+
+    def load(self, index: int) -> LabelledImage:
+        label = read_label(self.files, self.annotations[index])
+        return LabelledImage(self.files.load(self.images[index]), self.format.to_classes(label))
+
+
+def find_pairs(files: ImageFiles, split: str, label_format: LabelFormat) -> SegmentationSource:
+    """The pairs of a split ("train" or "val") among the files of a data set.
+
+    Raises:
+        ValueError: no such files, or images and label maps that do not pair.
+    """
+    found: dict[str, dict[str, int]] = {"images": {}, "annotations": {}}
+    pattern = re.compile(rf"(?:.*/)?(images|annotations)/{SPLITS[split]}/(.+)\.\w+")
+    for position, name in enumerate(files.names):
+        if match := pattern.fullmatch(os.fsdecode(name)):
+            kind, stem = match.groups()
+            if stem in found[kind]:
+                raise ValueError(f"{files.name(position)} and {files.name(found[kind][stem])} have the same name")
+            found[kind][stem] = position
+    images, annotations = found.values()
+    layout = LAYOUT.format(SPLITS[split])
+    if not images and not annotations:
+        raise ValueError(f"{files.root}: looked for {layout}, found {len(files):,} other images")
+    for kind, alone in (("label map", images.keys() - annotations), ("image", annotations.keys() - images)):
+        if alone:
+            first = min(alone)
+            raise ValueError(
+                f"{files.name((images | annotations)[first])} has no {kind}, nor have {len(alone) - 1} others "
+                f"({layout} must pair)"
+            )
+    stems = sorted(images)
+    positions = [np.array([part[stem] for stem in stems], dtype=np.int64) for part in (images, annotations)]
+    return SegmentationSource(files, *positions, label_format)
+
+
+def read_label(files: ImageFiles, position: int) -> np.ndarray:
+    """(H, W) uint8, the values of the file.
+
+    Raises:
+        ValueError: not an 8-bit image of one channel.
+    """
+    try:
+        with Image.open(io.BytesIO(files.read(position))) as image:
+            if image.mode == "L":
+                return np.array(image)
+            mode = image.mode
+    except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
+        raise ValueError(f"{files.name(position)} is not a readable image ({type(error).__name__}: {error})") from error
+    raise ValueError(
+        f"{files.name(position)} is of mode {mode}, expected L: 8-bit class indices in one channel ({FULL_ADE20K})"
+    )
+
+
+def class_names(files: ImageFiles, reduce_zero: bool) -> list[str]:
+    """Names from objectInfo*.txt of the data set, in the order of the classes; empty without such a file.
+
+    The file is tab-separated with a header that has a column "name"; the first column is the label.
+
+    Raises:
+        ValueError: the file has no such column.
+    """
+    text, path = _object_info(files)
+    if text is None:
+        return []
+    rows = list(csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    if "name" not in header:
+        raise ValueError(f"{path}: expected a tab-separated table with a column 'name', found {header[:6]}")
+    column = header.index("name")
+    names = {int(row[0]): row[column].strip() for row in rows[1:] if len(row) > column and row[0].strip().isdecimal()}
+    return [names[label] for label in sorted(names) if label > 0 or not reduce_zero]
+
+
+def _object_info(files: ImageFiles) -> tuple[str | None, str]:
+    if files.extents is None:
+        for path in sorted([*Path(files.root).glob("objectInfo*.txt"), *Path(files.root).glob("*/objectInfo*.txt")]):
+            return path.read_text(), str(path)
+        return None, ""
+    with tarfile.open(files.root, "r:") as tar:
+        for member in tar:
+            if re.fullmatch(r"objectInfo.*\.txt", os.path.basename(member.name)) and member.isreg():
+                return tar.extractfile(member).read().decode(), f"{files.root}: {member.name}"
+    return None, ""
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """Pixels by the value in the file (256,), and the first file that has the value ("" for none)."""
+
+    pixels: np.ndarray
+    first: list[str]
+
+    def share(self, value: int) -> float:
+        return float(self.pixels[value] / self.pixels.sum())
+
+
+def check_files(source: SegmentationSource, threads: int) -> LabelCounts:
+    """Read every label map and the header of every image.
+
+    Raises:
+        ValueError: a label map of another kind, or of another size than its image.
+    """
+
+    def count(index: int) -> np.ndarray:
+        label = read_label(source.files, source.annotations[index])
+        try:
+            with Image.open(io.BytesIO(source.files.read(source.images[index]))) as image:
+                width, height = image.size
+        except Exception as error:  # as above
+            raise ValueError(f"{source.name(index)} is not a readable image ({error})") from error
+        if label.shape != (height, width):
+            raise ValueError(
+                f"{source.files.name(source.annotations[index])} has {label.shape[1]} x {label.shape[0]} pixels, its "
+                f"image {source.name(index)} {width} x {height}: they must be equal"
+            )
+        return np.bincount(label.ravel(), minlength=256)
+
+    pixels, first = np.zeros(256, dtype=np.int64), [""] * 256
+    with ThreadPoolExecutor(threads) as pool:
+        for index, counts in enumerate(pool.map(count, range(len(source)))):
+            for value in np.flatnonzero((counts > 0) & (pixels == 0)):
+                first[value] = source.files.name(source.annotations[index])
+            pixels += counts
+    return LabelCounts(pixels, first)
+
+
+def count_classes(
+    splits: Sequence[LabelCounts], names: list[str], num_classes: int | None, form: LabelFormat, trust_zero: bool
+) -> int:
+    """Number of classes: as given, or of objectInfo*.txt, or up to the largest label.
+
+    Args:
+        trust_zero: the user says that label 0 is no class; otherwise too many of them are taken for a mistake.
+
+    Raises:
+        ValueError: labels that do not fit it, with a file that has one.
+    """
+    present = {int(value): counts for counts in splits for value in np.flatnonzero(counts.pixels)}
+    if form.reduce_zero and 255 in present:
+        raise ValueError(
+            f"{present[255].first[255]} has label 255, but with --reduce_zero_label the ignored label is 0: the labels "
+            "seem to be shifted already; give --no-reduce_zero_label"
+        )
+    for counts in splits:
+        if form.reduce_zero and not trust_zero and counts.share(0) > MOSTLY_IGNORED:
+            raise ValueError(
+                f"label 0 has {100 * counts.share(0):.0f} % of the pixels ({counts.first[0]} has it) and would be "
+                "ignored: if it is a class such as background, give --no-reduce_zero_label; if not, --reduce_zero_label"
+            )
+    classes = {value - form.reduce_zero: value for value in present if value > 0 or not form.reduce_zero}
+    if not form.reduce_zero:
+        classes.pop(form.ignore_index, None)
+    if not classes:
+        raise ValueError("every pixel of every label map is ignored: there is nothing to learn")
+    total = num_classes or len(names) or max(classes) + 1
+    if max(classes) >= total:
+        value = classes[max(classes)]
+        origin = "--num_classes" if num_classes else "objectInfo*.txt"
+        raise ValueError(
+            f"{present[value].first[value]} has label {value}, which is class {max(classes)} counted from 0, but there "
+            f"are {total} classes ({origin}); look at --num_classes and --reduce_zero_label"
+        )
+    return total
+
+
+def describe_labels(counts: LabelCounts, names: list[str], form: LabelFormat, most: int = 12) -> str:
+    """The histogram of labels in one line: the ignored share, the largest classes, and the classes that are absent."""
+    shares = [100 * counts.share(index + form.reduce_zero) for index in range(len(names))]
+    short = [name.split(",")[0] for name in names]  # ADE20K's names are lists of synonyms
+    largest = sorted(range(len(names)), key=lambda index: -shares[index])[:most]
+    parts = [f"ignored {100 * counts.share(0 if form.reduce_zero else form.ignore_index):.1f} %"]
+    parts += [f"{short[index]} {shares[index]:.1f} %" for index in largest]
+    if len(names) > most:
+        parts.append(f"{len(names) - most} more")
+    absent = [short[index] for index, share in enumerate(shares) if share == 0]
+    more = f" and {len(absent) - most} more" if len(absent) > most else ""
+    return ", ".join(parts) + f"; absent: {', '.join(absent[:most]) or 'no class'}{more}"
