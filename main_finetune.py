@@ -18,7 +18,6 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from util.weights.meta import defaults_of
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
-from util.weights.meta import defaults_of
 
 import models_vit
 from engine_finetune import extract_features
@@ -29,6 +28,7 @@ from util.run import distributed, folder, options
 from util.run.amp import Amp
 from util.run.logger import log, track
 from util.weights.load import DECODERS, load_into, load_pretrained, read_meta
+from util.weights.meta import defaults_of
 from util.weights.read import read_file
 
 # Files of --dump_features, as DINO names them.

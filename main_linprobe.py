@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from util.weights.meta import defaults_of
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
@@ -31,6 +30,7 @@ from util.run.checkpoint import Run, find_resume
 from util.run.logger import log
 from util.run.loop import Loop
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
+from util.weights.meta import defaults_of
 
 SCRIPT = "main_linprobe"
 

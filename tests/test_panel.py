@@ -204,7 +204,9 @@ def test_the_feature_target_sees_the_teachers_tokens(images):
         return torch.randn(3, 36, 32)
 
     draw(model, images, teacher=teacher, feature_target=feature_target)
-    draw(build(target_dim=32, learning_loss=False), images, plan(strategy="random"), None, feature_target=feature_target)
+    draw(
+        build(target_dim=32, learning_loss=False), images, plan(strategy="random"), None, feature_target=feature_target
+    )
     assert torch.equal(seen[0][0], normalised(images))
     with torch.no_grad():
         assert torch.equal(seen[0][1], teacher.predict_loss(normalised(images), return_tokens=True)[1])

@@ -101,7 +101,9 @@ def test_every_option_takes_effect(hpm, drawn, tmp_path):
     assert (given["epoch"], given["seed"]) == (1, 5)
     assert titles(panel) == [*TITLES[:3], "mask of epoch 1", *TITLES[3:]]
     assert given["names"] != plain[1]["names"]
-    given = run_and_get(drawn, tmp_path / "c.png", *output, "--mask_ratio", 0.5, "--input_size", 24, "--split", "train")[1]
+    given = run_and_get(
+        drawn, tmp_path / "c.png", *output, "--mask_ratio", 0.5, "--input_size", 24, "--split", "train"
+    )[1]
     assert (given["masks"].num_masked, given["masks"].grid_size) == (18, (6, 6))
     assert given["names"][0].startswith("Shapes train")
     panel = run_and_get(drawn, tmp_path / "d.png", *output, "--patch_stats", "none", "--scale", "rank")[2]
@@ -130,9 +132,13 @@ def test_images_from_files_folders_and_archives(hpm, drawn, tmp_path):
     archives = [write_tar(tmp_path / "a.tar"), write_tar(tmp_path / "b.tar.gz", mode="w:gz")]
     flat = write_tree(tmp_path / "flat", {f"{i}.jpg": encode(picture(i)) for i in range(3)})
     for source in (tree, *archives):
-        names = run_and_get(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", source, "--num_images", 99)[1]["names"]
+        names = run_and_get(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", source, "--num_images", 99)[1][
+            "names"
+        ]
         assert len(names) == len(members())
-        names = run_and_get(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", source, "--split", "val")[1]["names"]
+        names = run_and_get(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", source, "--split", "val")[1][
+            "names"
+        ]
         assert len(names) == 2
     run("visualize", "--checkpoint", hpm, "--images", flat, "--output", tmp_path / "o.png")
     assert sorted(drawn[-1][1]["names"]) == ["flat/0.jpg", "flat/1.jpg", "flat/2.jpg"]
