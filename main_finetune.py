@@ -43,9 +43,8 @@ FIXED = ["model", "input_size", "patch_size", "global_pool", "nb_classes", "epoc
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
     options.add_classifier_options(parser, list(models_vit.MODELS))
-    options.add_batch_options(parser, batch_size=64, epochs=50, warmup_epochs=5)
+    options.add_training_options(parser, batch_size=64, epochs=50, warmup_epochs=5)
     options.add_data_options(parser, num_workers=10)
-    options.add_run_options(parser)
     options.add_device_options(parser)
 
     group = parser.add_argument_group("fine-tuning")

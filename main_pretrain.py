@@ -58,9 +58,8 @@ PANELS = 20  # per run: enough to see masks move, about 40 MB of TensorBoard eve
 
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
-    options.add_batch_options(parser, batch_size=64, epochs=400, warmup_epochs=40)
+    options.add_training_options(parser, batch_size=64, epochs=400, warmup_epochs=40)
     options.add_data_options(parser, num_workers=8, splits=("train",))
-    options.add_run_options(parser)
     options.add_device_options(parser)
     group = parser.add_argument_group("pictures")
     group.add_argument(
@@ -174,7 +173,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         args.vis_interval = -(-args.epochs // PANELS)
     if args.lr is None:
         args.lr = args.blr * args.global_batch / 256
-    resolve_target(args)
+    resolve_target_and_masks(args)
 
     with torch.device("meta"):  # checks the sizes of the model at no cost
         model = build_model(args)
@@ -192,16 +191,16 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
             f"--target {args.target} is a network of patch size {size[1]} at {size[0]} pixels: give --input_size "
             f"{size[0]} --patch_size {size[1]}"
         )
-    resolve_masks(args)
     masking.MaskSampler.from_options(vars(args), grid)  # checks ratio, pattern and grid
     return args
 
 
-def resolve_target(args: argparse.Namespace) -> None:
-    """The reconstruction target, from its official names too, in place.
+def resolve_target_and_masks(args: argparse.Namespace) -> None:
+    """The reconstruction target, from its official names too, and the mask strategy, in place.
 
     Raises:
-        ValueError: two targets at once, or a path that belongs to another target.
+        ValueError: two targets or two mask options at once, a path that belongs to another target, or a strategy that
+            needs a loss predictor without one.
     """
     given = {"--target": args.target}
     if args.norm_pix_loss:
@@ -219,13 +218,6 @@ def resolve_target(args: argparse.Namespace) -> None:
     path = paths.get(args.target, "none")
     args.teacher_path = "" if path == "none" else path
 
-
-def resolve_masks(args: argparse.Namespace) -> None:
-    """The mask strategy, in place.
-
-    Raises:
-        ValueError: a strategy that needs a loss predictor without one, or two mask options at once.
-    """
     if args.mask_block and args.mask_regular:
         raise ValueError("--mask_block and --mask_regular are two mask patterns: give one")
     pattern = args.mask_block or args.mask_regular

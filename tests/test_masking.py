@@ -99,8 +99,8 @@ def test_strategies_at_the_ends_of_training():
     """Shares of the masked patches taken by predicted loss in the first and the last epoch of ten."""
     shares = {}
     for name in masking.STRATEGIES:
-        start, end = masking.strategy_ends(name, 0.0, 0.5)
-        shares[name] = [masking.num_hardest(100, epoch, 10, start, end) for epoch in (0, 9)]
+        sampler = masking.MaskSampler((10, 20), 0.5, 10, name, (0.0, 0.5))
+        shares[name] = [sampler.num_hardest(epoch) for epoch in (0, 9)]
     assert shares == {
         "easy_to_hard": [5, 50],
         "hard_to_easy": [45, 0],

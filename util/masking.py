@@ -27,19 +27,6 @@ def num_hardest(num_masked: int, epoch: int, total_epochs: int, alpha_0: float =
 STRATEGIES = ("easy_to_hard", "hard_to_easy", "constant", "hardest", "easiest", "random")
 
 
-def strategy_ends(strategy: str, alpha_0: float, alpha_T: float) -> tuple[float, float]:
-    """Fraction of the masked patches chosen by predicted loss, at the start and at the end of training."""
-    if strategy == "random":
-        return 0.0, 0.0
-    if strategy == "hardest":
-        return 1.0, 1.0
-    if strategy == "constant":
-        return alpha_T, alpha_T
-    if strategy == "hard_to_easy":
-        return alpha_T, alpha_0
-    return alpha_0, alpha_T  # easy_to_hard, and easiest, which chooses the patches of lowest predicted loss
-
-
 def hard_mask(
     loss_pred: torch.Tensor, num_masked: int, num_hardest: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
@@ -50,7 +37,8 @@ def hard_mask(
     assert 0 <= num_hardest <= num_masked <= loss_pred.shape[1], (num_hardest, num_masked, loss_pred.shape)
     priority = torch.rand(loss_pred.shape, generator=generator, device=loss_pred.device)  # in [0, 1)
     hardest = loss_pred.topk(num_hardest, dim=1).indices
-    return _mask_first(priority.scatter_(1, hardest, 2.0), num_masked)
+    masked = priority.scatter_(1, hardest, 2.0).topk(num_masked, dim=1).indices
+    return torch.zeros_like(priority, dtype=torch.bool).scatter_(1, masked, True)
 
 
 def random_mask(
@@ -61,11 +49,7 @@ def random_mask(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Mask (B, L) of `num_masked` patches of each image, uniformly at random (MAE)."""
-    return _mask_first(torch.rand(batch_size, num_patches, generator=generator, device=device), num_masked)
-
-
-def _mask_first(priority: torch.Tensor, num_masked: int) -> torch.Tensor:
-    """Priority (B, L) -> mask (B, L) of the `num_masked` patches of highest priority."""
+    priority = torch.rand(batch_size, num_patches, generator=generator, device=device)
     masked = priority.topk(num_masked, dim=1).indices
     return torch.zeros_like(priority, dtype=torch.bool).scatter_(1, masked, True)
 
@@ -142,7 +126,18 @@ class MaskSampler:
         self.grid_size, self.epochs, self.strategy, self.pattern = grid_size, epochs, strategy, pattern
         self.num_patches = grid_size[0] * grid_size[1]
         self.num_masked = count_masked(self.num_patches, mask_ratio)
-        self._start, self._end = strategy_ends(strategy, *alphas)
+        alpha_0, alpha_T = alphas
+        start, end = {  # fraction of the masked patches chosen by predicted loss, in the first and the last epoch
+            "easy_to_hard": (alpha_0, alpha_T),
+            "hard_to_easy": (alpha_T, alpha_0),
+            "constant": (alpha_T, alpha_T),
+            "hardest": (1.0, 1.0),
+            "easiest": (alpha_0, alpha_T),  # chooses the patches of lowest predicted loss
+            "random": (0.0, 0.0),
+        }[strategy]
+        if pattern is not None:
+            start = end = 0.0
+        self._hardest = [num_hardest(self.num_masked, epoch, epochs, start, end) for epoch in range(epochs)]
         if not 0 < self.num_masked < self.num_patches:
             raise ValueError(
                 f"--mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_patches} patches: leave some of each"
@@ -161,10 +156,8 @@ class MaskSampler:
         return cls(grid_size, options["mask_ratio"], options["epochs"], strategy, alphas, pattern)
 
     def num_hardest(self, epoch: int) -> int:
-        """Number of masked patches that are chosen by predicted loss in `epoch` (counted from 0)."""
-        if self.pattern is not None:
-            return 0
-        return num_hardest(self.num_masked, epoch, self.epochs, self._start, self._end)
+        """Number of masked patches chosen by predicted loss in `epoch` (counted from 0)."""
+        return self._hardest[epoch]
 
     def draw(
         self,

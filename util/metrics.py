@@ -3,7 +3,6 @@
 Shapes: B batch, M masked patches.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -54,7 +53,11 @@ class MeanMeter:
 
     def mean(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means since the start; NaN for what was never finite."""
-        return {name: total / count if count else math.nan for name, (total, count) in self.state_dict(reduce).items()}
+        if not self._totals:
+            return {}
+        sums, counts = reduce(torch.stack(list(self._totals.values()))).unbind(dim=1)
+        means = (sums / counts).tolist()  # 0 / 0 = NaN
+        return dict(zip(self._totals, means, strict=True))
 
     def state_dict(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
         """Sum and count of each scalar, over all ranks."""

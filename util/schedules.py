@@ -5,17 +5,6 @@ import math
 from torch.optim import Optimizer
 
 
-def lr_at(
-    epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float, decay: str = "cosine"
-) -> float:
-    """Linear warm-up from 0 to `lr`, then a half-cycle cosine (MAE, util/lr_sched.py) or a line down to `min_lr`."""
-    if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    share = 0.5 * (1.0 + math.cos(math.pi * progress)) if decay == "cosine" else 1.0 - progress
-    return min_lr + (lr - min_lr) * share
-
-
 def adjust_learning_rate(
     optimizer: Optimizer,
     epoch: float,
@@ -26,16 +15,23 @@ def adjust_learning_rate(
     epochs: float,
     decay: str = "cosine",
 ) -> float:
-    """Set the lr of every parameter group to `lr_at`, times the group's `lr_scale` (layer-wise lr decay).
+    """Set the learning rate of every parameter group, times its `lr_scale` (layer-wise lr decay).
+
+    Linear warm-up from 0 to `lr`, then a half-cycle cosine (MAE, util/lr_sched.py) or a line down to `min_lr`.
 
     Args:
         epoch: fractional, counted from 0.
         decay: "cosine" or "linear".
 
     Returns:
-        The unscaled lr.
+        The unscaled learning rate.
     """
-    value = lr_at(epoch, lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs, epochs=epochs, decay=decay)
+    if epoch < warmup_epochs:
+        value = lr * epoch / warmup_epochs
+    else:
+        progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+        share = 0.5 * (1.0 + math.cos(math.pi * progress)) if decay == "cosine" else 1.0 - progress
+        value = min_lr + (lr - min_lr) * share
     for group in optimizer.param_groups:
         group["lr"] = value * group.get("lr_scale", 1.0)
     return value

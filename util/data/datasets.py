@@ -66,7 +66,7 @@ class ImageDataset(Dataset):
             used, image = self._load_replacement(index)
             bad = index
         seed_all(self.seed, epoch, index)
-        return Sample(self.transform(image), int(self.labels[used]), used, bad)
+        return Sample(self.transform(image), int(self.source.labels[used]), used, bad)
 
     def _load(self, index: int) -> np.ndarray:
         try:

@@ -3,13 +3,12 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from util.rng import generator
+from util.rng import stable_hash
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -46,7 +45,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return self._order(epoch)[step * self.global_batch : (step + 1) * self.global_batch].tolist()
 
     def _order(self, epoch: int) -> torch.Tensor:
-        return torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
+        return torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(stable_hash(self.seed, epoch)))
 
     def __len__(self) -> int:
         return self.num_batches - self.first_batch
@@ -118,20 +117,9 @@ def _exit_on_parents_sigterm() -> None:
     os._exit(0)  # as PyTorch's own handler does
 
 
-class _Loader(DataLoader):
-    """A DataLoader that names the worker process that died, even if the connection to it breaks first."""
-
-    def __iter__(self) -> Iterator:
-        try:
-            yield from super().__iter__()
-        except (ConnectionError, EOFError, FileNotFoundError):
-            time.sleep(1)  # time for SIGCHLD, whose handler in PyTorch raises an error that names the process
-            raise
-
-
 def build_loader(dataset: Dataset, sampler: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """Batches of the sampler, from worker processes that live as long as the loader."""
-    return _Loader(
+    return DataLoader(
         dataset,
         worker_init_fn=_ignore_foreign_sigterm if num_workers else None,
         batch_sampler=sampler,

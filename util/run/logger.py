@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from util.run.folder import CONFIG, LOG, read_log, write_text
+from util.run.folder import CONFIG, LOG, read_log, write_atomic, write_text
 
 log = logging.getLogger("hpm")
 
@@ -82,7 +82,8 @@ class RunLogger:
         if (folder / LOG).exists():
             kept = [line for line in read_log(folder) if line["epoch"] < int(position)]
             write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))
-        write_text(folder / CONFIG, json.dumps(config | {"environment": describe_environment()}, indent=2) + "\n")
+        text = json.dumps(config | {"environment": describe_environment()}, indent=2) + "\n"
+        write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))
         purge_step = int(position * 1000) + 1 if position else None
         self.writer = SummaryWriter(log_dir=str(log_dir), purge_step=purge_step)
 

@@ -192,7 +192,11 @@ class Loop:
         first = (self.epoch * self.steps_per_epoch + self.step) * self.accum_iter
         for micro in range(self.accum_iter):
             start = time.perf_counter()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except (ConnectionError, EOFError, FileNotFoundError):  # a worker died while its batch was fetched
+                time.sleep(1)  # its signal arrives, and PyTorch raises an error that names the worker
+                raise
             self.progress.waited += time.perf_counter() - start
             self.watch.unreadable.update(batch.bad[batch.bad >= 0].tolist())  # in CPU memory
             seed_all(self.options["seed"], self.sampler.rank, first + micro)

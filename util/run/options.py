@@ -157,7 +157,23 @@ def add_data_options(parser: OptionParser, *, num_workers: int, splits: tuple[st
     group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)
 
 
-def add_run_options(parser: OptionParser) -> None:
+def add_training_options(parser: OptionParser, *, batch_size: int, epochs: int, warmup_epochs: int) -> None:
+    group = parser.add_argument_group("schedule")
+    group.add_argument("--batch_size", type=COUNT, default=batch_size, help="images per process and micro-batch")
+    group.add_argument("--accum_iter", type=COUNT, help="micro-batches per optimizer step (default: 1)")
+    group.add_argument(
+        "--global_batch",
+        type=COUNT,
+        help="global batch size: images per optimizer step over all processes. Sets --accum_iter, so that a recipe's "
+        "batch size holds on any number of GPUs",
+    )
+    group.add_argument("--epochs", type=COUNT, default=epochs, help="number of epochs")
+    group.add_argument(
+        "--warmup_epochs",
+        type=NOT_NEGATIVE,
+        help=f"epochs of linear warm-up (default: {warmup_epochs}, or a fifth of --epochs if that is less)",
+    )
+
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="run folder: checkpoints, log, options")
     group.add_argument("--experiment", default="", help="name of a subfolder of --output_dir for this run")
@@ -233,24 +249,6 @@ def add_classifier_options(parser: OptionParser, models: list[str]) -> None:
 def add_pooling_options(group: argparse._ActionsContainer, default: bool) -> None:
     add_switch(group, "global_pool", default, "use the mean of the patch tokens")
     group.add_argument("--cls_token", dest="global_pool", action="store_false", help="use the class token")
-
-
-def add_batch_options(parser: OptionParser, *, batch_size: int, epochs: int, warmup_epochs: int) -> None:
-    group = parser.add_argument_group("schedule")
-    group.add_argument("--batch_size", type=COUNT, default=batch_size, help="images per process and micro-batch")
-    group.add_argument("--accum_iter", type=COUNT, help="micro-batches per optimizer step (default: 1)")
-    group.add_argument(
-        "--global_batch",
-        type=COUNT,
-        help="global batch size: images per optimizer step over all processes. Sets --accum_iter, so that a recipe's "
-        "batch size holds on any number of GPUs",
-    )
-    group.add_argument("--epochs", type=COUNT, default=epochs, help="number of epochs")
-    group.add_argument(
-        "--warmup_epochs",
-        type=NOT_NEGATIVE,
-        help=f"epochs of linear warm-up (default: {warmup_epochs}, or a fifth of --epochs if that is less)",
-    )
 
 
 # ------------------------------------------------------------------------------------------ what follows from options
