@@ -22,7 +22,7 @@ from util.run.logger import setup_logging
 Row = dict[str, Any]
 
 # Column title: the metric of a run, None if it has none.
-FIGURES: dict[str, Callable[[Row], float | None]] = {
+METRICS: dict[str, Callable[[Row], float | None]] = {
     "k-NN (20)": lambda row: row["knn"]["20"],
     "linear": lambda row: row["linear"],
     "fine-tuning": lambda row: row["finetune"],
@@ -65,9 +65,9 @@ def spread(values: Sequence[float | None], digits: int = 2) -> str:
     return f"{statistics.mean(known):.{digits}f} ± {statistics.stdev(known):.{digits}f}"
 
 
-def differences(runs: dict[str, list[Row]], a: str, b: str, figure: Callable[[Row], float]) -> str:
+def differences(runs: dict[str, list[Row]], a: str, b: str, metric: Callable[[Row], float]) -> str:
     """a - b, seed by seed: mean and standard deviation of the differences, and how many are above zero."""
-    values = [{row["seed"]: figure(row) for row in runs[name]} for name in (a, b)]
+    values = [{row["seed"]: metric(row) for row in runs[name]} for name in (a, b)]
     found = [values[0][seed] - values[1][seed] for seed in values[0].keys() & values[1].keys()]
     if len(found) < 2:
         return spread(found)
@@ -95,9 +95,9 @@ def limits(rows: Sequence[Row]) -> str:
     text = f"Waiting for data: {min(waits):.1f} to {max(waits):.1f} % of a run's pre-training."
     images = rows[0]["val_images"]
     if images:  # a line does not record the size of a whole data set
-        shares = [figure(row) / 100 for row in rows for figure in FIGURES.values()]
+        shares = [metric(row) / 100 for row in rows for metric in METRICS.values()]
         errors = [100 * math.sqrt(share * (1 - share) / images) for share in shares]
-        text += f" Standard error of a figure from {images} images: {min(errors):.2f} to {max(errors):.2f}."
+        text += f" Standard error of an accuracy from {images} images: {min(errors):.2f} to {max(errors):.2f}."
     return text
 
 
@@ -112,20 +112,20 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
     rows = []
     for name, found in runs.items():
         minutes = [row["seconds"] / 60 for row in found]
-        figures = [spread([figure(row) for row in found]) for figure in FIGURES.values()]
+        metrics = [spread([metric(row) for row in found]) for metric in METRICS.values()]
         epochs = str(len(found[0]["loss_rec"]))
-        rows.append([name, str(len(found)), *figures, spread(minutes, 1), f"{min(minutes):.1f}", epochs])
-    text.append(table(["variant", "seeds", *FIGURES, "minutes of pre-training", "fastest", "epochs"], rows))
+        rows.append([name, str(len(found)), *metrics, spread(minutes, 1), f"{min(minutes):.1f}", epochs])
+    text.append(table(["variant", "seeds", *METRICS, "minutes of pre-training", "fastest", "epochs"], rows))
     text.append(limits([row for found in runs.values() for row in found]))
     compared = [
-        [f"{a} - {b}", *(differences(runs, a, b, figure) for figure in FIGURES.values())] for a, b in pairs(runs)
+        [f"{a} - {b}", *(differences(runs, a, b, metric) for metric in METRICS.values())] for a, b in pairs(runs)
     ]
     if compared:
-        text.append(table(["difference, seed by seed", *FIGURES], compared))
+        text.append(table(["difference, seed by seed", *METRICS], compared))
     ranked = {name: found for name, found in runs.items() if any(row["spearman"] for row in found)}
     if ranked:
         rows = [
-            [name, *(spread([figure(row) for row in found], 3) for figure in RANKING.values())]
+            [name, *(spread([metric(row) for row in found], 3) for metric in RANKING.values())]
             for name, found in ranked.items()
         ]
         text.append(table(["variant", *RANKING], rows))
@@ -145,7 +145,7 @@ def plot(budget: Row, runs: dict[str, list[Row]], path: Path) -> None:
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     axes = figure.subplots(2, 3)
     colors = {name: f"C{number % 10}" for number, name in enumerate(runs)}
-    for axis, (title, of) in zip(axes[0], FIGURES.items(), strict=True):
+    for axis, (title, of) in zip(axes[0], METRICS.items(), strict=True):
         for place, (name, found) in enumerate(runs.items()):
             values = [of(row) for row in found]
             axis.plot([place] * len(values), values, "o", color=colors[name], alpha=0.7)
@@ -155,15 +155,15 @@ def plot(budget: Row, runs: dict[str, list[Row]], path: Path) -> None:
         axis.grid(axis="y", alpha=0.25)
     for name, found in runs.items():
         minutes = statistics.mean(row["seconds"] / 60 for row in found)
-        for axis, title in zip(axes[1][:2], list(FIGURES)[:2], strict=True):
-            values = [FIGURES[title](row) for row in found]
+        for axis, title in zip(axes[1][:2], list(METRICS)[:2], strict=True):
+            values = [METRICS[title](row) for row in found]
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
             axis.errorbar(minutes, statistics.mean(values), deviation, fmt="o", color=colors[name], label=name)
         curves = [row["rank_acc"] for row in found if row["rank_acc"]]
         if curves:
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
             axes[1][2].plot(range(1, len(means) + 1), means, color=colors[name], label=name)
-    for axis, title in zip(axes[1][:2], list(FIGURES)[:2], strict=True):
+    for axis, title in zip(axes[1][:2], list(METRICS)[:2], strict=True):
         axis.set_title(f"{title} against pre-training time", fontsize=10)
         axis.set_xlabel("minutes of pre-training, one standard deviation", fontsize=9)
     axes[1][2].set_title("rank accuracy of the predictor (0.5 is chance)", fontsize=10)

@@ -36,7 +36,7 @@ def train(build, faults):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
     teacher, optimizer, amp = EMATeacher(model), build(model.parameters()), Amp("fp32", CPU)
     for fault in faults:
-        if fault == "left out":
+        if fault == "skipped batch":
             continue
         images = torch.ones(2, 4)
         out = model(images)
@@ -54,7 +54,7 @@ def train(build, faults):
 def test_a_bad_step_changes_nothing_at_all(build, fault):
     """At the very first step, and among others: weights, moments, and the optimizer's count of steps."""
     faulty, amp = train(build, [fault, None, fault, fault, None])
-    clean, _ = train(build, ["left out", None, "left out", "left out", None])
+    clean, _ = train(build, ["skipped batch", None, "skipped batch", "skipped batch", None])
     assert all(torch.equal(a, b) for a, b in zip(faulty, clean, strict=True))
     assert amp.read_skipped()[:2] == (3, 2)
     assert amp.read_skipped()[:2] == (3, 0)
@@ -249,11 +249,11 @@ def test_the_longest_row_is_the_one_that_is_reported():
             assert read[:3] == (3, 2, 1)
             assert str(read.loss) == "nan"
     assert amp.read_skipped()[:3] == (4, 1, 7)
-    assert amp.read_skipped()[:3] == (4, 1, 7)  # the row may go on
+    assert amp.read_skipped()[:3] == (4, 1, 7)  # the row may continue
 
 
 def test_ranks_skip_alike_when_one_of_them_sees_the_fault(tmp_path):
-    """A loss of NaN, and one of inf with a finite gradient, on rank 1 alone: the reduced gradient tells both."""
+    """A loss of NaN, and one of inf with a finite gradient, on rank 1 alone: the reduced gradient shows it."""
     out = run_two(
         """
                 model = distributed.wrap_ddp(torch.nn.Linear(4, 1), torch.device("cpu"))

@@ -25,13 +25,13 @@ def batches(count, batch_size):
 def test_every_image_counts_once(batch_size):
     loader, dataset = batches(23, batch_size)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
-    figures = evaluate(model, loader, Amp("fp32", CPU), TO_INPUT)
+    metrics = evaluate(model, loader, Amp("fp32", CPU), TO_INPUT)
     logits = model(TO_INPUT(torch.stack([dataset[i].image for i in range(23)])))
     labels = torch.from_numpy(dataset.labels)
-    assert figures["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=1e-4)
+    assert metrics["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=1e-4)
     five = (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
-    assert figures["acc5"] == pytest.approx(100 * five, abs=1e-4)
-    assert figures["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics["acc5"] == pytest.approx(100 * five, abs=1e-4)
+    assert metrics["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert not model.training
 
 
@@ -42,8 +42,8 @@ def test_several_heads():
             return torch.stack([right, 1 - right])
 
     loader, _ = batches(20, 20)
-    figures = evaluate(Heads(), loader, Amp("fp32", CPU), TO_INPUT, heads=[" a", " b"])
-    assert (figures["acc1 a"], figures["acc1 b"]) == (100, 0)
+    metrics = evaluate(Heads(), loader, Amp("fp32", CPU), TO_INPUT, heads=[" a", " b"])
+    assert (metrics["acc1 a"], metrics["acc1 b"]) == (100, 0)
 
 
 def test_fewer_than_five_classes():

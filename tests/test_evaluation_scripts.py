@@ -105,7 +105,7 @@ def test_ways_to_probe(tmp_path, pretrained, more):
 
 
 def test_a_head_alone_is_the_head_among_others(tmp_path, pretrained):
-    """Heads trained side by side do not touch each other; nor does their number change where they begin."""
+    """Heads trained side by side are independent; their number does not change their initial values."""
     for name, rates in (("one", ["1"]), ("two", ["1", "0.1"])):
         run("main_linprobe", *FINETUNE, "--blr", *rates, "--finetune", pretrained, "--output_dir", tmp_path / name)
     one, two = checkpoint(tmp_path / "one")["state_dict"], checkpoint(tmp_path / "two")["state_dict"]
@@ -150,9 +150,9 @@ def test_accuracy_from_two_processes_is_that_from_one(tmp_path, pretrained):
     options = ["--eval", "--output_dir", tmp_path / "run", "--shapes_val", 21, "--num_workers", 0, "--batch_size", 4]
     one = run("main_finetune", *options)
     two = ranks("main_finetune", *options)
-    figures = [re.search(r"acc1 ([\d.]+) acc5 ([\d.]+) loss ([\d.]+)", text).groups() for text in (one, two)]
-    assert figures[0][:2] == figures[1][:2]
-    assert float(figures[0][2]) == pytest.approx(float(figures[1][2]), abs=1e-4)
+    metrics = [re.search(r"acc1 ([\d.]+) acc5 ([\d.]+) loss ([\d.]+)", text).groups() for text in (one, two)]
+    assert metrics[0][:2] == metrics[1][:2]
+    assert float(metrics[0][2]) == pytest.approx(float(metrics[1][2]), abs=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------------- k-NN
@@ -282,7 +282,7 @@ def wrong_files(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_wrong_file_is_refused_by_every_script(tmp_path, script, capsys):
+def test_every_wrong_file_is_rejected_by_every_script(tmp_path, script, capsys):
     for message, path, more in wrong_files(tmp_path):
         folder = [] if script == "main_knn" else ["--output_dir", tmp_path / "out"]
         with pytest.raises(SystemExit) as stop:

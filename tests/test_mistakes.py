@@ -1,4 +1,4 @@
-"""Impossible and unlikely settings of every script: refused before any work, in a line or two, with status 2."""
+"""Impossible and unlikely settings of every script: rejected before any work, in a line or two, with status 2."""
 
 import importlib
 
@@ -103,7 +103,7 @@ CASES = [(script, text) for script, table in TABLE.items() for text in table]
 
 
 @pytest.mark.parametrize(("script", "text"), CASES, ids=[" ".join(case) for case in CASES])
-def test_refused(script, text, capsys, monkeypatch, tmp_path):
+def test_rejected(script, text, capsys, monkeypatch, tmp_path):
     script_main = importlib.import_module(script).main  # before anything is replaced that it might import
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -109,7 +109,7 @@ def test_the_teacher_is_frozen():
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_wrong_weights_are_refused(networks, tmp_path):
+def test_wrong_weights_are_rejected(networks, tmp_path):
     torch.save({"model": timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match="shape mismatch"):
         build_teacher("dino", read_teacher(str(tmp_path / "a.pth")), *IMAGENET)

@@ -78,7 +78,7 @@ def resolve(text="", world=ONE):
     return main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(text.split()), world)
 
 
-def test_defaults_never_refuse_each_other():
+def test_defaults_never_contradict_each_other():
     for epochs in (1, 2, 5, 39, 400):
         args = resolve(f"--epochs {epochs}")
         assert args.warmup_epochs < epochs

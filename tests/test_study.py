@@ -1,4 +1,4 @@
-"""The study: what counts as done, its figures, its tables."""
+"""The study: which runs count as done, its metrics, its tables."""
 
 import json
 
@@ -12,9 +12,9 @@ from models_hpm import mae_vit_micro_patch16
 
 def row(variant, seed, knn, **more):
     args = study.get_args_parser().parse_args([])
-    figures = {"knn": {"20": knn}, "linear": knn + 5, "finetune": knn + 6, "rank_acc": [], "loss_rec": [1.0, 0.5]}
+    metrics = {"knn": {"20": knn}, "linear": knn + 5, "finetune": knn + 6, "rank_acc": [], "loss_rec": [1.0, 0.5]}
     rest = {"seconds": 60.0 + seed, "data_wait": 0.05, "spearman": {}, "device": "a CPU", "torch": "2"}
-    return {**study.key(args, variant, seed), **figures, **rest, **more}
+    return {**study.key(args, variant, seed), **metrics, **rest, **more}
 
 
 def test_rank_correlation():
@@ -24,7 +24,7 @@ def test_rank_correlation():
 
 
 def test_errors_are_means_over_the_masks_that_hide_a_patch():
-    """One mask hides 3 of 4 patches: the fourth has no figure. Many masks: the mean of what each mask says."""
+    """One mask hides 3 of 4 patches: the fourth has no value. Many masks: the mean over the masks."""
     model = mae_vit_micro_patch16(img_size=16, patch_size=8, decoder_depth=1).eval()
     imgs = torch.randn(5, 3, 16, 16)
     errors, expected = study.masked_errors(model, imgs, 1, 0.75)
@@ -61,7 +61,7 @@ def test_only_variants_of_that_name_read_at_mask_tokens():
 
 
 def test_runs_of_another_budget_have_folders_of_their_own():
-    """They would go on from each other's checkpoints."""
+    """They would resume from each other's checkpoints."""
     parse = study.get_args_parser().parse_args
     given = [[], ["--epochs", "3"], ["--data_path", "a.tar"], ["--data_path", "b.tar"]]
     folders = {study.run_folder(parse(words), "hpm_norm", seed) for words in given for seed in (0, 1)}
@@ -102,7 +102,7 @@ def test_a_subset_has_as_many_images_of_each_class(tmp_path):
 def test_limits():
     rows = [row("mae_norm", 0, 50.0, val_images=2500), row("mae_norm", 1, 44.0, val_images=2500, data_wait=0.1)]
     assert study_report.limits(rows) == (
-        "Waiting for data: 5.0 to 10.0 % of a run's pre-training. Standard error of a figure from 2500 images: "
+        "Waiting for data: 5.0 to 10.0 % of a run's pre-training. Standard error of an accuracy from 2500 images: "
         "0.99 to 1.00."
     )
 

@@ -1,9 +1,9 @@
-"""Damage images and checkpoints in every way at random; see that each is refused or loads right.
+"""Damage images and checkpoints in every way at random; each must be rejected or load correctly.
 
     .venv/bin/python tests/stress/corruption.py --images 2000 --checkpoints 500
 
-An image must be refused with a ValueError, or give the pixels that Pillow gives of the same bytes: what decodes without
-complaint cannot be told from another image. A checkpoint must be refused, with the one before it taken, or hold exactly
+An image must raise a ValueError or decode to the pixels that Pillow gives for the same bytes: what decodes without an
+error is just another image. A checkpoint must be rejected, and the previous one used, or hold exactly
 what was saved (a flipped byte of padding changes nothing). Each runs in a child process, so that a crash or a hang (ten
 seconds for one file) is seen and counted.
 """
@@ -90,7 +90,7 @@ def in_children(items: list, check) -> Counter:
             kind = "HANG" if os.WTERMSIG(status) == signal.SIGALRM else f"CRASH by signal {os.WTERMSIG(status)}"
             lines.append(kind)
         answers.update(lines)
-        if len(lines) < len(group):  # the one that crashed ended its group: go on after it
+        if len(lines) < len(group):  # a crash ended its group: continue after it
             todo.append(group[len(lines) :])
     return answers
 
@@ -99,7 +99,7 @@ def check_image(data: bytes) -> str:
     try:
         ours = decode_rgb(data)
     except ValueError:
-        return "refused"
+        return "rejected"
     try:
         with Image.open(io.BytesIO(data)) as image:
             pillows = None if image.mode.startswith("I") else np.asarray(image.convert("RGB"))
@@ -125,7 +125,7 @@ def images(count: int, dice: random.Random, folder: Path) -> None:
     assert sum(answers.values()) == count
     assert not [answer for answer in answers if answer.isupper() or answer.split()[0].isupper()]
 
-    # The same files as a data set: what is refused is replaced and named, by processes that load data.
+    # The same files as a data set: rejected files are replaced and named by the data loading workers.
     for split, place in (("train", folder / "train/a"), ("good", folder / "train/b")):
         place.mkdir(parents=True)
         whole = kinds * (1 + count // len(kinds))  # half of the data set: 20 in a row that fail would end it
@@ -137,7 +137,7 @@ def images(count: int, dice: random.Random, folder: Path) -> None:
     for batch in build_loader(dataset, ShardSampler(len(source), 50), 2, False):
         bad += int((batch.bad >= 0).sum())
     print(f"through two loading processes: {bad} replaced of {len(source)}", flush=True)
-    assert bad == answers["refused"]
+    assert bad == answers["rejected"]
 
 
 def checkpoints(count: int, dice: random.Random, folder: Path) -> None:
@@ -160,7 +160,7 @@ def checkpoints(count: int, dice: random.Random, folder: Path) -> None:
         same &= all(found[name] == state[name] for name in ("script", "step", "options", "stopped"))
         if not same or found["epoch"] != (2 if path.name == checkpoint.LAST else 1):
             return "WRONG content"
-        return "refused, the one before taken" if path.name == checkpoint.PREVIOUS else "loads, equal"
+        return "rejected, the previous one used" if path.name == checkpoint.PREVIOUS else "loads, equal"
 
     answers = in_children([damage(data, dice) for _ in range(count)], check)
     print(f"{sum(answers.values())} checkpoints of {len(data):,} bytes: {dict(answers)}", flush=True)

@@ -4,7 +4,7 @@
 
 A run saves after every step. It is started, killed with SIGKILL (both ranks, or one of them with the other left to find
 out; at a random time, or as soon as a checkpoint is half-written), and started again, until it ends by itself; its
-weights, teacher and optimizer must then be bitwise those of a run that nobody touched. Then the next run begins.
+weights, teacher and optimizer must then be bitwise those of an undisturbed run. Then the next run starts.
 
 The ranks are forked from this process, which has imported everything: a start costs a second. No process group or
 thread exists before the fork.
@@ -112,7 +112,7 @@ def run_until(children: list[int], run: Path, saves: int, delay: float, in_save:
         done, status = os.waitpid(children[0], os.WNOHANG)
         if done:
             _, other = os.waitpid(children[1], 0)
-            assert status == other == 0, "a run that nobody killed failed: see the log"
+            assert status == other == 0, "a run that was not killed failed: see the log"
             return False
         time.sleep(0.0005)
     return True

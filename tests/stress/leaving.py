@@ -1,4 +1,4 @@
-"""Ranks that join, train a step and leave, again and again: none may hang as it leaves.
+"""Ranks that join, train a step and leave, repeatedly: none may hang on leaving.
 
     .venv/bin/torchrun --nproc_per_node=2 tests/stress/leaving.py --rounds 1000
 

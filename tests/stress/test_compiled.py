@@ -13,7 +13,7 @@ def test_five_compiled_steps_are_golden():
 
 
 def test_compiled_on_two_ranks_with_accumulation(tmp_path):
-    """DDP cuts the backward graph at its buckets, and does so only in the step's last micro-step."""
+    """DDP cuts the backward graph at its buckets, and does so only in the last micro-batch of a step."""
     options = [*PRETRAIN, "--batch_size", 4, "--accum_iter", 2, "--output_dir"]
     launch("tests/stress/compile_once", *options, tmp_path / "compiled", "--compile", processes=2, timeout=600)
     launch("main_pretrain", *options, tmp_path / "eager", processes=2, timeout=600)
