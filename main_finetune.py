@@ -260,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if loop.stopped:
             break
+        loop.save_mid_epoch()
         metrics = score()
         line = {f"test_{name}": value for name, value in metrics.items()}
         loop.end_epoch(stats, line | {"train_lr": optimizer.param_groups[-1]["lr"]}, accuracy=metrics["acc1"])

@@ -33,6 +33,7 @@ from util.weights.read import read_file
 
 # Files of --dump_features, as DINO names them.
 FEATURES, LABELS = "{}feat.pth", "{}labels.pth"
+THUMBNAIL = 16  # pixels per side of --features pixels
 SPLITS = {"train": "train", "test": "val"}
 
 # Training options of the official script, which does not read them either.
@@ -55,6 +56,12 @@ def get_args_parser() -> options.OptionParser:
         "--temperature", type=options.POSITIVE, default=0.07, help="temperature of the votes (DINO: 0.07)"
     )
     options.add_pooling_options(group, default=False)
+    group.add_argument(
+        "--features",
+        choices=["encoder", "pixels"],
+        default="encoder",
+        help="features of the encoder, or as a baseline without a model the pixels of the crop, at most 16 x 16",
+    )
     group.add_argument("--dump_features", help="folder to store the features in")
     group.add_argument("--load_features", help="folder written by --dump_features, instead of images")
     group.add_argument("--seed", type=options.SEED, default=0, help="seed of random weights (without --finetune)")
@@ -72,6 +79,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     options.resolve_which(args)
     if args.load_features and (args.dump_features or args.finetune):
         raise ValueError("--load_features takes stored features: omit --dump_features and --finetune")
+    if args.features == "pixels" and (args.load_features or args.compile):
+        raise ValueError("--features pixels runs no encoder and reads images: omit --load_features and --compile")
     meta = read_meta(args.finetune) if args.finetune else {}
     options.fill_in(args, defaults_of(meta))
     options.resolve_workers(args, world, 4)
@@ -80,19 +89,45 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     return args
 
 
-def build_encoder(args: argparse.Namespace) -> models_vit.VisionTransformer:
-    """The encoder with its final norm, whichever tokens are used."""
-    return models_vit.build(args.model, args.input_size, args.patch_size, num_classes=0, global_pool=False)
+def build_encoder(args: argparse.Namespace, pooled_norm: bool = False) -> models_vit.VisionTransformer:
+    """The encoder with its final norm, whichever tokens are used; with `pooled_norm`, with `fc_norm` instead."""
+    return models_vit.build(args.model, args.input_size, args.patch_size, num_classes=0, global_pool=pooled_norm)
+
+
+def has_pooled_norm(args: argparse.Namespace, weights: dict[str, Tensor] | None) -> bool:
+    """Whether the weights were fine-tuned with global pooling: they then have `fc_norm` instead of the final norm.
+
+    Raises:
+        ValueError: the class token is asked for, which such weights do not normalise.
+    """
+    pooled = weights is not None and "fc_norm.weight" in weights and "norm.weight" not in weights
+    if pooled and not args.global_pool:
+        raise ValueError(
+            f"{args.finetune} was fine-tuned with global pooling and has no class token norm: --global_pool"
+        )
+    return pooled
 
 
 def build_encode(args: argparse.Namespace, encoder: models_vit.VisionTransformer) -> Callable[[Tensor], Tensor]:
     """(B, C, H, W) -> (B, E): class token or mean of the patch tokens, after the final norm, L2-normalised."""
+    pooled_norm = encoder.global_pool == "avg"
+    forward = encoder.forward if pooled_norm else encoder.forward_features
+    if args.compile:
+        forward = torch.compile(forward)
 
     def encode(images: Tensor) -> Tensor:
-        tokens = encoder.forward_features(images).float()  # (B, 1 + L, E)
+        tokens = forward(images).float()  # (B, 1 + L, E), or (B, E) if pooled
+        if pooled_norm:
+            return F.normalize(tokens, dim=-1)
         return F.normalize(tokens[:, 1:].mean(dim=1) if args.global_pool else tokens[:, 0], dim=-1)
 
     return encode
+
+
+def pixels(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, E): the image, averaged down to 16 x 16 pixels where it is larger, L2-normalised."""
+    small = [min(size, THUMBNAIL) for size in images.shape[-2:]]
+    return F.normalize(F.adaptive_avg_pool2d(images, small).flatten(1), dim=-1)
 
 
 def read_features(path: str) -> dict[str, tuple[Tensor, Tensor]]:
@@ -129,13 +164,19 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
         features, sources, weights = {}, {}, None
         if args.load_features:
             features = read_features(args.load_features)
-            args.nb_classes = args.nb_classes or int(max(labels.max() for _, labels in features.values())) + 1
+            needed = int(max(labels.max() for _, labels in features.values())) + 1
+            if args.nb_classes is not None and args.nb_classes < needed:
+                raise ValueError(
+                    f"--nb_classes {args.nb_classes}, but the stored labels have {needed}: omit the option"
+                )
+            args.nb_classes = args.nb_classes or needed
         else:
             counts = (args.shapes_train, args.shapes_val)
             splits = build_splits(args.data_path, counts, args.cache_dir, distributed.from_rank_zero)
             sources = dict(zip(SPLITS, splits, strict=True))
             args.nb_classes = count_classes(sources["train"], sources["test"], args.nb_classes)
             weights = load_pretrained(args.finetune, args.which) if args.finetune else None
+            has_pooled_norm(args, weights)  # raises what cannot be encoded
         num_train = len(features["train"][1] if features else sources["train"])
         if max(args.nb_knn) > num_train:
             raise ValueError(f"--nb_knn {max(args.nb_knn)} of {num_train:,} training images: choose fewer neighbours")
@@ -166,9 +207,14 @@ def describe(args: argparse.Namespace, sources: dict[str, Source]) -> None:
     """The start of the log: which features of which images."""
     data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
     counts = f"{len(sources['train']):,} training images, {len(sources['test']):,} queries"
-    token = "mean of patch tokens" if args.global_pool else "class token"
     log.info("data      %s: %s", data, counts)
-    log.info("features  %s, %s, %d pixels in patches of %d", args.model, token, args.input_size, args.patch_size)
+    if args.features == "pixels":
+        log.info(
+            "features  pixels of the %d-pixel crop, averaged to at most %d x %d", args.input_size, THUMBNAIL, THUMBNAIL
+        )
+    else:
+        token = "mean of patch tokens" if args.global_pool else "class token"
+        log.info("features  %s, %s, %d pixels in patches of %d", args.model, token, args.input_size, args.patch_size)
     options.describe(get_args_parser(), args)
 
 
@@ -181,18 +227,19 @@ def extract_all(
     weights: dict[str, Tensor] | None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Features and labels of both splits, the same on every rank."""
-    rng.seed_all(args.seed)
-    encoder = build_encoder(args).to(device).eval()
-    amp.choose_attention(encoder)
-    if weights is None:
-        log.info("no --finetune: features of random weights")
+    if args.features == "pixels":
+        encode, width = pixels, 3 * min(args.input_size, THUMBNAIL) ** 2
     else:
-        with options.user_mistakes():
-            loaded = load_into(encoder, weights, allow_unexpected=(*DECODERS, "head."))
-        log.info("weights of %s\n%s", args.finetune, loaded)
-    if args.compile:
-        encoder.compile()
-    encode = build_encode(args, encoder)
+        rng.seed_all(args.seed)
+        encoder = build_encoder(args, has_pooled_norm(args, weights)).to(device).eval()
+        amp.choose_attention(encoder)
+        if weights is None:
+            log.info("no --finetune: features of random weights")
+        else:
+            with options.user_mistakes():
+                loaded = load_into(encoder, weights, allow_unexpected=(*DECODERS, "head."))
+            log.info("weights of %s\n%s", args.finetune, loaded)
+        encode, width = build_encode(args, encoder), encoder.embed_dim
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=False)
     features = {}
     for split, source in sources.items():
@@ -203,7 +250,7 @@ def extract_all(
             args.pin_mem and device.type == "cuda",
         )
         batches = track(loader, -(-len(source) // world.size), f"{split} features")
-        rows = extract_features(encode, batches, amp, to_model_input, len(source), encoder.embed_dim)
+        rows = extract_features(encode, batches, amp, to_model_input, len(source), width)
         features[split] = rows, torch.from_numpy(source.labels)
     return features
 

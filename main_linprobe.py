@@ -161,6 +161,15 @@ def main(argv: list[str] | None = None) -> None:
         train, val = build_splits(args.data_path, counts, args.cache_dir, distributed.from_rank_zero)
         args.nb_classes = count_classes(train, val, args.nb_classes)
         weights = load_pretrained(args.finetune, args.which) if args.finetune else None
+        if (
+            weights is not None
+            and "fc_norm.weight" in weights
+            and "norm.weight" not in weights
+            and not args.global_pool
+        ):
+            raise ValueError(
+                f"{args.finetune} was fine-tuned with global pooling and has no class token norm: --global_pool"
+            )
 
     # Frozen encoder, heads
     rng.seed_all(args.seed)
@@ -179,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     probe = models_vit.LinearProbe(encoder, len(args.lr), args.nb_classes).to(device)
     amp.choose_attention(probe)
     if args.compile:
-        encoder.compile()
+        encoder.compile(fullgraph=True)
     heads = nn.ModuleDict({"norm": probe.norm, "heads": probe.heads})
     names = [f" lr {lr:g}" for lr in args.lr] if len(args.lr) > 1 else [""]
     val_loader = build_loader(
@@ -219,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         stats = train_one_epoch(student, sum_over_heads, loader, optimizer, amp, loop, augment=augment)
         if loop.stopped:
             break
+        loop.save_mid_epoch()
         metrics = score()
         log.info("epoch %d/%d", epoch + 1, args.epochs)
         best_head, accuracy = report(args, metrics, names)

@@ -28,7 +28,7 @@ from util.run import distributed, options
 from util.run.checkpoint import Run
 from util.run.logger import log
 from util.run.loop import Loop
-from util.schedules import ema_decay_at
+from util.schedules import ema_decay_at, initial_weights_left
 from util.weights import load_into, load_pretrained
 from visualize.panel import pick_panel_images, training_panel
 
@@ -270,6 +270,29 @@ def describe(
     options.describe(get_args_parser(), args)
 
 
+def check_teacher(args: argparse.Namespace) -> None:
+    """Warn if the EMA teacher stays close to its random initialisation for so long that its scores are chance."""
+    tenth, half, end = (
+        initial_weights_left(
+            args.steps_per_epoch, args.epochs, args.ema_decay, args.ema_decay_final, args.ema_ramp_epochs, until
+        )
+        for until in (0.1, 0.5, 1.0)
+    )
+    if half > 0.1:
+        fitting = max(0.0, 1 - 30 / (args.steps_per_epoch * args.epochs))  # 5 % left after a tenth of the steps
+        log.warning(
+            "The EMA teacher follows the student too slowly for %d steps: after 10 %%, 50 %% and 100 %% of training, "
+            "%.0f %%, %.0f %% and %.0f %% of it are initial weights, so the patches that it scores as hard are random. "
+            "Try --ema_decay %.4g --ema_decay_final %.4g",
+            args.steps_per_epoch * args.epochs,
+            100 * tenth,
+            100 * half,
+            100 * end,
+            fitting,
+            fitting,
+        )
+
+
 @record
 def main(argv: list[str] | None = None) -> None:
     # Options and paths: mistakes end here, before a model is built.
@@ -308,6 +331,8 @@ def main(argv: list[str] | None = None) -> None:
     amp.choose_attention(model)
     masks = masking.MaskSampler.from_options(vars(args), model.patch_embed.grid_size)
     describe(args, len(source), model, masks)
+    if args.target == "ema" or masks.num_hardest(args.epochs - 1) or masks.num_hardest(0):
+        check_teacher(args)
     if weights is not None:
         with options.user_mistakes():
             report = load_into(model, weights, allow_missing=DECODERS, allow_unexpected=("head.", "fc_norm."))

@@ -136,7 +136,7 @@ class LinearProbe(nn.Module):
 
     def forward(self, imgs: Tensor) -> Tensor:
         with torch.no_grad():
-            features = self.encoder.pooled_features(imgs)  # (B, E)
+            features = self.encoder(imgs)  # (B, E)
         with torch.autocast(imgs.device.type, enabled=False):
             features = self.norm(features.float())
             return torch.stack([head(features) for head in self.heads])  # (S, B, K)

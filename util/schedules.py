@@ -42,3 +42,13 @@ def ema_decay_at(epoch: float, decay: float = 0.999, final: float = 0.9999, ramp
     if epoch >= ramp_epochs:
         return final
     return decay + (final - decay) * epoch / ramp_epochs
+
+
+def initial_weights_left(
+    steps_per_epoch: int, epochs: int, decay: float, final: float, ramp_epochs: int, until: float
+) -> float:
+    """Fraction of initial weights in the EMA teacher after the fraction `until` of training: the product of decays."""
+    whole, part = divmod(until * epochs, 1)
+    decays = [ema_decay_at(epoch, decay, final, ramp_epochs) for epoch in range(int(whole) + 1)]
+    left = math.prod(value**steps_per_epoch for value in decays[:-1])
+    return left * decays[-1] ** (part * steps_per_epoch)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from util.run.folder import CONFIG, LOG, read_log, write_atomic, write_text
+from util.run.folder import CONFIG, LOG, read_config, read_log, write_atomic, write_text
 
 log = logging.getLogger("hpm")
 
@@ -69,7 +69,7 @@ class RunLogger:
         log_dir: folder of the TensorBoard events.
         position: epochs completed, as a fraction. Later lines and events belong to work that will be repeated: lines
             are cut, events hidden.
-        config: what this run is, for config.json.
+        config: what this run is, for config.json, which keeps that of the run's earlier parts as its history.
     """
 
     def __init__(self, folder: Path | None, log_dir: Path, position: float, config: dict[str, Any]) -> None:
@@ -82,6 +82,9 @@ class RunLogger:
         if (folder / LOG).exists():
             kept = [line for line in read_log(folder) if line["epoch"] < int(position)]
             write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+        before = read_config(folder) if position else {}
+        if before:  # what the run was until here
+            config |= {"history": [*before.pop("history", []), before]}
         text = json.dumps(config | {"environment": describe_environment()}, indent=2) + "\n"
         write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))
         purge_step = int(position * 1000) + 1 if position else None

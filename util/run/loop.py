@@ -37,6 +37,7 @@ class Loop:
             stats = train_one_epoch(model, ..., loader, optimizer, amp, loop)
             if loop.stopped:
                 break
+            loop.save_mid_epoch()               # where an evaluation comes next
             loop.end_epoch(stats, {...})
         loop.close()
 
@@ -182,7 +183,7 @@ class Loop:
             self.progress.bar.update()
             if self.step % options["log_interval"] == 0 or self.step == steps:
                 self.progress.report({**self.meter.window(all_reduce_sum), "lr": lr})
-            self.stopped = self.watch.after_step(self.epoch, self.step, steps, self._save_mid_epoch)
+            self.stopped = self.watch.after_step(self.epoch, self.step, steps, self.save_mid_epoch)
         self.stopped = self.stopped or self.step < steps
         self.progress.bar.close()
         self._trained_until = time.perf_counter()
@@ -209,6 +210,14 @@ class Loop:
             return nullcontext()
         return model.no_sync()
 
+    def save_mid_epoch(self, stopped: str = "") -> None:
+        """Save a checkpoint now, so that a failing evaluation loses no training.
+
+        Args:
+            stopped: name of the signal that stops the run here.
+        """
+        self._save({"meter": self.meter.state_dict(all_reduce_sum)}, stopped=stopped)
+
     def end_epoch(self, stats: dict[str, float], metrics: dict[str, Any], accuracy: float | None = None) -> None:
         """Log and save a completed epoch.
 
@@ -229,16 +238,13 @@ class Loop:
             also.append(f"checkpoint-{self.epoch}.pth")
         self._save({}, also=also)
 
-    def _save_mid_epoch(self, stopped: str = "") -> None:
-        self._save({"meter": self.meter.state_dict(all_reduce_sum)}, stopped=stopped)
-
     def _save(self, extra: dict[str, Any], also: Iterable[str] = (), stopped: str = "") -> None:
         """Write the newest checkpoint, on rank 0, while the others wait."""
         if self.best is not None:
             extra["best"] = self.best
         options = self.options
         state = {"script": self.run.script, "model": options["model"], "options": options}
-        state |= {"image": {"mean": options["mean"], "std": options["std"]}}
+        state |= {"image": {name: options[name] for name in ("mean", "std")}}
         state |= {"epoch": self.epoch, "step": self.step, "stopped": stopped, "extra": extra}
         state |= {name: part.state_dict() for name, part in self.stateful.items()}
         from_rank_zero(lambda: save_run(self.run.folder, state, also))
@@ -253,7 +259,7 @@ class Loop:
             self.run.close()
             return shutdown()
         if self.stopped and not self.watch.stopped_by:  # by --max_steps
-            self._save_mid_epoch()
+            self.save_mid_epoch()
         path = self.run.folder / LAST
         log.info("Done: epoch %d/%d, step %d, saved in %s", self.epoch, self.options["epochs"], self.step, path)
         self.logger.close()

@@ -207,10 +207,14 @@ def add_training_options(parser: OptionParser, *, batch_size: int, epochs: int, 
 def add_device_options(parser: OptionParser) -> None:
     group = parser.add_argument_group("device")
     group.add_argument("--device", help="cuda or cpu (default: cuda where available)")
-    group.add_argument(
+    precision = group.add_mutually_exclusive_group()
+    precision.add_argument(
         "--precision",
         choices=["fp32", "bf16", "fp16"],
         help="default: bf16 where the GPU supports it natively, fp16 on older GPUs, fp32 on the CPU",
+    )
+    precision.add_argument(
+        "--bf16", dest="precision", action="store_const", const="bf16", help="official name of --precision bf16"
     )
     add_switch(group, "compile", False, "torch.compile the model: minutes to start, then faster")
     group.add_argument(

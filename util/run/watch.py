@@ -1,9 +1,10 @@
 """Per-step checks: signals, timed checkpoints, skipped steps, unreadable images.
 
-A scheduler that preempts a job, or whose time limit is near, sends SIGTERM or SIGUSR1. The handler only notes it. After
-each step the ranks exchange what they noted by an asynchronous MAX all-reduce of two small integers over gloo, and read
-the exchange of the step before: it has arrived by then, so nobody waits for it, or for the device, and all ranks stop
-after the same step, one after the signal was noted.
+A scheduler that preempts a job, or whose time limit is near, sends SIGTERM or SIGUSR1; Ctrl-C sends SIGINT, a lost
+terminal SIGHUP. The handler only notes the signal (a second Ctrl-C stops at once). After each step the ranks exchange
+what they noted by an asynchronous MAX all-reduce of two small integers over gloo, and read the exchange of the step
+before: it has arrived by then, so nobody waits for it, or for the device, and all ranks stop after the same step, one
+after the signal was noted.
 """
 
 import datetime
@@ -26,7 +27,7 @@ from util.run.folder import BAD_IMAGES, BAD_STEPS, write_text
 
 log = logging.getLogger("hpm")
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 # EX_TEMPFAIL of sysexits.h: "try again later". Not 0, since the run is not complete; not 1, since nothing failed; not
 # 143, the status of a process that SIGTERM killed before it could save.
@@ -92,6 +93,8 @@ class Watch:
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._noted == signal.SIGINT:
+            raise KeyboardInterrupt
         self._noted = number
 
     def after_step(self, epoch: int, step: int, steps: int, save: Callable[[str], None]) -> bool:
