@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             written = publish(args.output, partial(build, args, form, source), args.overwrite)
         except Mismatch as error:
-            sys.exit(f"export.py: error: the check of {args.output} failed, nothing was written: {error}")
+            sys.exit(f"export: error: the check of {args.output} failed, nothing was written: {error}")
     log.info("%s %s", "wrote    " if written else "unchanged", args.output)
 
 

@@ -20,7 +20,7 @@ from export import __main__ as export
 from export import formats as engine_export
 from export import publish
 from export.card import read_log
-from util.weights import read as foreign
+from util.weights import hugging_face
 from util.weights.hugging_face import to_hugging_face
 from util.weights.load import load_into, load_pretrained
 
@@ -375,10 +375,11 @@ def test_a_linear_probe_becomes_a_classifier(tmp_path, pretrained, classifiers, 
         source = tmp_path / "run/checkpoint-last.pth"
     heads = 1 if pooling else 2
     encoder = models_vit.vit_micro_patch16(**SIZES, num_classes=0, global_pool=pooling)
-    allow_missing = ["fc_norm."] if pooling else []
-    load_into(encoder, load_pretrained(pretrained), allow_missing, ("decoder", "mask_token", "norm."))
+    fresh = ["fc_norm."] if pooling else []
+    left_out = ("decoder", "mask_token", "norm.")
+    load_into(encoder, load_pretrained(pretrained), fresh, left_out)
     probe = models_vit.LinearProbe(encoder, heads, 10).eval()
-    load_into(probe, load_pretrained(source), allow_missing=["encoder."])
+    load_into(probe, load_pretrained(source), fresh=["encoder."])
     best = export.best_head(export.resolve_options(parse("--checkpoint", source, "--format", "timm")))
     for chosen, more in [(best, []), (heads, ["--head", heads])]:
         path = tmp_path / f"{chosen}{len(more)}.pth"
@@ -578,8 +579,8 @@ def test_an_export_that_went_wrong_is_not_left_behind(tmp_path, pretrained, name
 def sabotages():
     """(format, what is done to the module, what the check says)."""
     swap = {"layernorm_before": "norm2", "layernorm_after": "norm1"}
-    yield "hf_vit", lambda m: m.setitem(foreign._BLOCK_PARTS, "layernorm_before", "norm3"), "has no counterpart"
-    yield "hf_vit", lambda m: [m.setitem(foreign._BLOCK_PARTS, *item) for item in swap.items()], "tokens differ"
+    yield "hf_vit", lambda m: m.setitem(hugging_face._BLOCK_PARTS, "layernorm_before", "norm3"), "there is no place for"
+    yield "hf_vit", lambda m: [m.setitem(hugging_face._BLOCK_PARTS, *item) for item in swap.items()], "tokens differ"
     yield "hf_mae", lambda m: m.setattr(engine_export, "mae_keeps", lambda source: ["norm.weight"]), "has missing keys"
     yield (
         "timm",
@@ -596,7 +597,7 @@ def test_faults_of_a_conversion_are_caught(tmp_path, pretrained, name, sabotage,
     pytest.importorskip("transformers")
     sabotage(monkeypatch)
     path = tmp_path / f"out/it{FILES.get(name, '')}"
-    status = 2 if message == "has no counterpart" else 1
+    status = 2 if message == "there is no place for" else 1
     error = refused(capsys, "--checkpoint", pretrained, "--format", name, "--output", path, status=status)
     assert re.search(message, error)
     assert list((tmp_path / "out").iterdir()) == []
@@ -616,7 +617,8 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(pretrained
 
 def test_libraries_are_imported_only_when_asked_for(tmp_path, pretrained):
     code = f"""
-import sys, export
+import sys
+from export import __main__ as export
 export.main(["--checkpoint", {str(pretrained)!r}, "--format", "timm", "--output", {str(tmp_path / "t.pth")!r}])
 assert not {{"transformers", "onnx", "onnxscript", "onnxruntime"}} & sys.modules.keys()
 """
@@ -689,16 +691,16 @@ def wrong_weights(tmp_path):
     return [
         ({"model": {"conv1.weight": torch.ones(1)}}, [], "holds no cls_token: it is no ViT of this family"),
         ({"model": wide}, [], "no size of ours has width 64"),
-        ({"model": good}, ["--model", "vit_tiny_patch16"], "shape mismatch: cls_token"),
+        ({"model": good}, ["--model", "vit_tiny_patch16"], "of another shape: cls_token"),
         ({"model": {**good, "extra": torch.ones(1)}}, [], "unexpected: extra"),
-        ({"model": good}, ["--which", "ema"], "has no EMA teacher"),
+        ({"model": good}, ["--which", "ema"], "holds no EMA teacher"),
         ({"model": good}, ["--input_size", 18], "patch size 4 does not divide an image of 18 x 18"),
         ({"model": good}, ["--head", 1], "--encoder and --head are for the checkpoints of main_linprobe.py"),
         ({"model": good}, ["--output", tmp_path / "a.bin"], "a file of timm ends in .safetensors or .pth"),
         ({"model": good}, ["--output", tmp_path / "0.pth"], "is the checkpoint itself"),
         ({"model": good}, ["--output", tmp_path / "sub.pth"], "is a folder, and this format is a file"),
         ({"model": good}, ["--format", "hf_vitt"], "there is no format 'hf_vitt'; did you mean hf_vit?"),
-        ({"epoch": 3}, [], "contains no weights"),
+        ({"epoch": 3}, [], "holds no weights"),
     ]
 
 
@@ -710,7 +712,7 @@ def test_mistakes_end_in_a_line(tmp_path, capsys, monkeypatch):
         error = refused(capsys, "--checkpoint", tmp_path / "0.pth", "--format", "timm", *options)
         assert message in error
         assert error.count("\n") == 1
-    assert "does not exist" in refused(capsys, "--checkpoint", tmp_path / "none.pth", "--format", "timm")
+    assert "there is no checkpoint" in refused(capsys, "--checkpoint", tmp_path / "none.pth", "--format", "timm")
     assert {path.name for path in tmp_path.iterdir()} == {"0.pth", "sub.pth"}
 
 
