@@ -20,7 +20,7 @@ from torch import Tensor
 import models_hpm
 import models_vit
 from export.base import Format, Mismatch, Source
-from export.card import describe, model_card, read_log
+from export.card import describe, metrics_of, model_card
 from export.detection import Detectron2, MMSeg
 from export.encoders import Safetensors, Timm
 from export.hugging_face import FOLDER_CONTENTS, HfMae, HfVit
@@ -28,7 +28,7 @@ from export.onnx_graph import Onnx
 from export.publish import check_target, publish
 from util.run import options
 from util.run.logger import log, setup_logging
-from util.weights.load import DECODERS, digest, load_into, load_pretrained, read_meta
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 
 FORMATS = {form.name: form for form in (Timm, Safetensors, HfMae, HfVit, Detectron2, MMSeg, Onnx)}
 
@@ -37,7 +37,7 @@ def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser(__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", required=True, help="file or Hugging Face folder with the weights")
     formats = "; ".join(f"{name}: {form.opens}" for name, form in FORMATS.items())
-    parser.add_argument("--format", required=True, type=options.one_of(list(FORMATS), "format"), help=formats)
+    parser.add_argument("--format", required=True, choices=list(FORMATS), metavar="FORMAT", help=formats)
     parser.add_argument("--output", help="file or folder to write; default: CHECKPOINT-FORMAT next to the checkpoint")
     options.add_switch(parser, "overwrite", False, "replace an existing export")
     parser.add_argument("--which", choices=["student", "ema"], default="student", help="weights to export")
@@ -45,9 +45,7 @@ def get_args_parser() -> options.OptionParser:
         "--input_size", type=options.COUNT, help="input resolution; position embeddings are resized if it differs"
     )
     group = parser.add_argument_group("files that do not record how they were trained (official HPM, MAE, timm)")
-    group.add_argument(
-        "--model", type=options.one_of(list(models_vit.MODELS), "model"), help="size; default: by width and depth"
-    )
+    group.add_argument("--model", choices=list(models_vit.MODELS), help="size; default: by width and depth")
     group.add_argument("--mean", type=float, nargs=3, help="image mean of the training; default: ImageNet's")
     group.add_argument("--std", type=options.POSITIVE, nargs=3, help="image std of the training; default: ImageNet's")
     options.add_switch(group, "norm_pix_loss", False, "hf_mae: the model predicts normalised pixels")
@@ -189,7 +187,7 @@ def join_probe(args: argparse.Namespace) -> dict[str, Tensor]:
     encoder = models_vit.MODELS[recorded["model"]](**sizes, num_classes=0, global_pool=pooled)
     unused = (*DECODERS, "head.", "norm.", "fc_norm.")
     load_into(encoder, load_pretrained(path, recorded["which"]), ["fc_norm."] if pooled else [], unused)
-    if digest(encoder) != recorded["encoder"]:
+    if fingerprint(encoder) != recorded["encoder"]:
         raise ValueError(f"{path} is not the encoder that {args.checkpoint} was trained on: use --encoder")
     state = load_pretrained(args.checkpoint)
     head = args.head or best_head(args)
@@ -213,7 +211,7 @@ def best_head(args: argparse.Namespace) -> int:
     names = [f"lr {lr:g}" for lr in args.meta["options"]["lr"]]
     if len(names) == 1:
         return 1
-    best = read_log(Path(args.checkpoint), args.meta["epoch"]).get("best_head")
+    best = metrics_of(Path(args.checkpoint), args.meta["epoch"]).get("best_head")
     if best not in names:
         raise ValueError(f"{args.checkpoint} has {len(names)} heads and no log that names the best: use --head")
     return names.index(best) + 1

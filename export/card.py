@@ -1,11 +1,11 @@
 """Model card of an export: what the model is, how it was trained, how to load it, what was not exported."""
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from export.base import Format
+from util.run.folder import read_config, read_log
 from util.run.logger import describe_environment
 from util.weights.load import summarize_names
 
@@ -78,11 +78,11 @@ def model_card(form: Format, name: str) -> str:
     if source.meta:
         epochs = f"{source.meta['epoch']} of {source.meta['options']['epochs']}"
         options = {"data_path": "Shapes, drawn by the program"} | _without_folders(source.meta["options"])
-        metrics = read_log(source.path, source.meta["epoch"])
+        metrics = metrics_of(source.path, source.meta["epoch"])
         sections |= {
             "Training": _table({"script": source.meta["script"], "epochs completed": epochs, **options}),
             "Metrics": _table(metrics) if metrics else "There is no log next to the checkpoint.",
-            "Versions at training": _table(read_environment(source.path)),
+            "Versions at training": _table(_versions_of(source.path)),
         }
     return card + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
 
@@ -101,30 +101,15 @@ def describe(form: Format) -> str:
     return f"{kind}, {source.name}, {source.input_size} pixels in patches of {source.patch_size}"
 
 
-def read_log(checkpoint: Path, epochs: int) -> dict[str, Any]:
-    """Metrics in the log.jsonl next to a checkpoint from when it was written; {} without a log.
-
-    Args:
-        epochs: number of epochs that the checkpoint has completed.
-    """
-    path = checkpoint.parent / "log.jsonl"
-    found: dict[str, Any] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # the last line of a run that was killed while writing it
-        if record.get("epoch", epochs) < epochs:
-            found = record
-    return {name: value for name, value in found.items() if name not in _NOT_METRICS}
+def metrics_of(checkpoint: Path, epochs: int) -> dict[str, Any]:
+    """Metrics in the log next to a checkpoint from when it had completed `epochs` epochs; {} without a log."""
+    lines = [line for line in read_log(checkpoint.parent) if line["epoch"] < epochs]
+    return {name: value for name, value in lines[-1].items() if name not in _NOT_METRICS} if lines else {}
 
 
-def read_environment(checkpoint: Path) -> dict[str, Any]:
+def _versions_of(checkpoint: Path) -> dict[str, Any]:
     """Versions and commit in the config.json next to a checkpoint; {} without one."""
-    try:
-        found = json.loads((checkpoint.parent / "config.json").read_text()).get("environment", {})
-    except (OSError, ValueError, AttributeError):
-        return {}
+    found = read_config(checkpoint.parent).get("environment", {})
     return {name: value for name, value in found.items() if value is not None and name not in ("command", "device")}
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from export.base import Format, Pairs, require_equal
-from util.run.checkpoint import write_file
+from util.run.folder import write_file
 from util.weights.read import read_file
 
 BLOCK_LAYERS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")

@@ -8,7 +8,7 @@ import timm
 from torch import Tensor
 
 from export.base import Format, Pairs, compare_outputs, require_equal, write_safetensors
-from util.run.checkpoint import write_file
+from util.run.folder import write_file
 from util.weights.load import load_pretrained
 
 

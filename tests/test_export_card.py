@@ -7,7 +7,7 @@ import torch
 from exports import pretrained
 from programs import log_lines, run
 
-from export.card import read_log
+from export.card import metrics_of
 
 __all__ = ["pretrained"]  # fixture
 
@@ -38,5 +38,5 @@ def test_card_reports_checkpoint_and_log(tmp_path, pretrained):
 def test_metrics_are_those_of_the_checkpoint_not_of_later_epochs(tmp_path):
     lines = [json.dumps({"epoch": epoch, "test_acc1": 10.0 * epoch}) for epoch in range(5)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"epoch": 5, "tes')
-    assert read_log(tmp_path / "checkpoint-3.pth", 3) == {"test_acc1": 20.0}
-    assert read_log(tmp_path / "elsewhere/checkpoint-3.pth", 3) == {}
+    assert metrics_of(tmp_path / "checkpoint-3.pth", 3) == {"test_acc1": 20.0}
+    assert metrics_of(tmp_path / "elsewhere/checkpoint-3.pth", 3) == {}

@@ -173,16 +173,16 @@ def wrong_weights(tmp_path):
     return [
         ({"model": {"conv1.weight": torch.ones(1)}}, [], "has no cls_token: it is not a ViT of this family"),
         ({"model": wide}, [], "no model has its depth and width 64"),
-        ({"model": good}, ["--model", "vit_tiny_patch16"], "of another shape: cls_token"),
+        ({"model": good}, ["--model", "vit_tiny_patch16"], "shape mismatch: cls_token"),
         ({"model": {**good, "extra": torch.ones(1)}}, [], "unexpected: extra"),
-        ({"model": good}, ["--which", "ema"], "holds no EMA teacher"),
+        ({"model": good}, ["--which", "ema"], "has no EMA teacher"),
         ({"model": good}, ["--input_size", 18], "patch size 4 does not divide an image of 18 x 18"),
         ({"model": good}, ["--head", 1], "--encoder and --head apply only to checkpoints of main_linprobe.py"),
         ({"model": good}, ["--output", tmp_path / "a.bin"], "a timm file ends in .safetensors or .pth"),
         ({"model": good}, ["--output", tmp_path / "0.pth"], "is the checkpoint itself"),
         ({"model": good}, ["--output", tmp_path / "sub.pth"], "is a folder, but this format is a file"),
-        ({"model": good}, ["--format", "hf_vitt"], "there is no format 'hf_vitt'; did you mean hf_vit?"),
-        ({"epoch": 3}, [], "holds no weights"),
+        ({"model": good}, ["--format", "hf_vitt"], "unknown value 'hf_vitt'; did you mean hf_vit?"),
+        ({"epoch": 3}, [], "contains no weights"),
     ]
 
 
@@ -194,5 +194,5 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, monkeypatch):
         error = rejected(capsys, "--checkpoint", tmp_path / "0.pth", "--format", "timm", *options)
         assert message in error
         assert error.count("\n") == 1
-    assert "there is no checkpoint" in rejected(capsys, "--checkpoint", tmp_path / "none.pth", "--format", "timm")
+    assert "does not exist" in rejected(capsys, "--checkpoint", tmp_path / "none.pth", "--format", "timm")
     assert {path.name for path in tmp_path.iterdir()} == {"0.pth", "sub.pth"}

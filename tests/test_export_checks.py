@@ -64,7 +64,7 @@ def with_another_mean(source, original=hf_export.image_processor):
 def sabotages():
     """(format, change to the code, message of the check)."""
     swap = {"layernorm_before": "norm2", "layernorm_after": "norm1"}
-    yield "hf_vit", lambda m: m.setitem(hugging_face._BLOCK_PARTS, "layernorm_before", "norm3"), "there is no place for"
+    yield "hf_vit", lambda m: m.setitem(hugging_face._BLOCK_PARTS, "layernorm_before", "norm3"), "has no counterpart"
     yield "hf_vit", lambda m: [m.setitem(hugging_face._BLOCK_PARTS, *item) for item in swap.items()], "tokens differ"
     yield "hf_mae", lambda m: m.setattr(hf_export.HfMae, "keeps", lambda form: ["norm.weight"]), "has missing keys"
     yield (
@@ -81,7 +81,7 @@ def test_conversion_faults_are_detected(tmp_path, pretrained, name, sabotage, me
     sabotage(monkeypatch)
     path = tmp_path / f"out/it{FILES.get(name, '')}"
     options = ["--checkpoint", pretrained, "--format", name, "--output", path]
-    error = rejected(capsys, *options) if message == "there is no place for" else failed_check(*options)
+    error = rejected(capsys, *options) if message == "has no counterpart" else failed_check(*options)
     assert re.search(message, error)
     assert list((tmp_path / "out").iterdir()) == []
 
