@@ -1,43 +1,120 @@
-"""The text that goes with an export: what the model is, how it was trained, how to load it, what is not in it."""
+"""Model card of an export: what the model is, how it was trained, how to load it, what was not exported."""
 
-import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Columns of log.jsonl that are not about the model.
-_NOT_FIGURES = ("epoch", "epoch_seconds", "images_per_s", "data_wait")
+from export.base import Format
+from util.run.folder import read_config, read_log
+from util.run.logger import describe_environment
+from util.weights.load import summarize_names
+
+# Columns of log.jsonl that say nothing about the model.
+_NOT_METRICS = ("epoch", "epoch_seconds", "images_per_s", "data_wait")
+
+_TEMPLATE = """---
+library_name: {library}
+tags:
+{tags}
+---
+
+# {name}
+
+{what}, for {opens}. Made from the {weights} of `{checkpoint}`.
+
+## How to load it
+
+```python
+{usage}
+```
+
+{note}
+Images are RGB, normalised with mean {mean} and std {std}.
+
+## Check
+
+{check}
+"""
 
 
-def read_log(checkpoint: Path, epochs: int) -> dict[str, Any]:
-    """The line of the log.jsonl beside a checkpoint that was written when it was; {} if there is none.
+def model_card(form: Format, name: str) -> str:
+    """The card of the export called `name`, in Markdown."""
+    source = form.source
+    tags = {
+        "vision-transformer": True,
+        "masked-autoencoder": bool(source.meta) or source.autoencoder is not None,
+        "hard-patches-mining": "decoder_pred_losspred.weight" in source.weights,
+    }
+    has_teacher = source.meta.get("script") == "main_pretrain" or source.which == "ema"
+    what = describe(form)
+    check = "After the file was read back, names, shapes and values were compared with the checkpoint's."
+    if form.opened:
+        check = (
+            f"The export was opened with {form.opens} and compared with the checkpoint's model on random images: the "
+            f"largest difference is below {form.tolerance:g} of the largest value."
+        )
+    card = _TEMPLATE.format(
+        library="transformers" if form.needs == ("transformers",) else form.name,
+        tags="\n".join(f"- {tag}" for tag, applies in tags.items() if applies),
+        name=name,
+        what=what[0].upper() + what[1:],
+        opens=form.opens,
+        weights=f"{source.which} weights" if has_teacher else "weights",
+        checkpoint=source.path.name,
+        usage=form.usage(name),
+        note=form.note(),
+        mean=source.mean,
+        std=source.std,
+        check=check,
+    )
+    kept = set(form.keeps())
+    environment = describe_environment()
+    packages = {package: version(package) for package in ("torch", "timm", "safetensors", *form.needs)}
+    sections = {
+        "Not exported": summarize_names([name for name in source.weights if name not in kept]),
+        "Versions at export": _table({name: environment[name] for name in ("git_commit", "python")} | packages),
+        "Training": "The checkpoint does not record it: it was not written by this project's scripts.",
+    }
+    if source.meta:
+        epochs = f"{source.meta['epoch']} of {source.meta['options']['epochs']}"
+        options = {"data_path": "Shapes, drawn by the program"} | _without_folders(source.meta["options"])
+        metrics = metrics_of(source.path, source.meta["epoch"])
+        sections |= {
+            "Training": _table({"script": source.meta["script"], "epochs completed": epochs, **options}),
+            "Metrics": _table(metrics) if metrics else "There is no log next to the checkpoint.",
+            "Versions at training": _table(_versions_of(source.path)),
+        }
+    return card + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
 
-    Args:
-        epochs: how many the checkpoint has behind it.
-    """
-    path = checkpoint.parent / "log.jsonl"
-    found: dict[str, Any] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # half a line, of a run that was killed as it wrote
-        if record.get("epoch", epochs) < epochs:
-            found = record
-    return {name: value for name, value in found.items() if name not in _NOT_FIGURES}
+
+def describe(form: Format) -> str:
+    """What the export is, in a few words."""
+    source = form.source
+    kind = "encoder"
+    if not form.opened:
+        kind = "backbone"
+    elif form.holds_decoder and source.autoencoder is not None:
+        kind = "masked autoencoder"
+    elif source.classes:
+        pooled = "mean of the patch tokens" if source.mean_pooled else "class token"
+        kind = f"classifier of {source.classes} classes on the {pooled}"
+    return f"{kind}, {source.name}, {source.input_size} pixels in patches of {source.patch_size}"
 
 
-def read_environment(checkpoint: Path) -> dict[str, Any]:
-    """Versions and commit that the config.json beside a checkpoint says it was trained with; {} if there is none."""
-    path = checkpoint.parent / "config.json"
-    try:
-        found = json.loads(path.read_text()).get("environment", {})
-    except (OSError, ValueError, AttributeError):
-        return {}
+def metrics_of(checkpoint: Path, epochs: int) -> dict[str, Any]:
+    """Metrics in the log next to a checkpoint from when it had completed `epochs` epochs; {} without a log."""
+    lines = [line for line in read_log(checkpoint.parent) if line["epoch"] < epochs]
+    return {name: value for name, value in lines[-1].items() if name not in _NOT_METRICS} if lines else {}
+
+
+def _versions_of(checkpoint: Path) -> dict[str, Any]:
+    """Versions and commit in the config.json next to a checkpoint; {} without one."""
+    found = read_config(checkpoint.parent).get("environment", {})
     return {name: value for name, value in found.items() if value is not None and name not in ("command", "device")}
 
 
-def without_folders(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that have a value, paths cut to their last part: where things lay is of no use to others."""
+def _without_folders(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that have a value. Paths are cut to their last part: local folders mean nothing to others."""
     return {
         name: Path(value).name if isinstance(value, str) and "/" in value else value
         for name, value in options.items()
@@ -45,56 +122,6 @@ def without_folders(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _table(rows: dict[str, Any], head: tuple[str, str]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| {name} | {_cell(value)} |" for name, value in rows.items())])
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def model_card(
-    name: str,
-    *,
-    library: str,
-    tags: list[str],
-    summary: str,
-    usage: str,
-    notes: list[str],
-    training: dict[str, Any],
-    figures: dict[str, Any],
-    left_out: str,
-    check: str,
-    versions: dict[str, dict[str, Any]],
-    options: dict[str, Any],
-) -> str:
-    """The card, in Markdown.
-
-    Args:
-        library, tags: for the header that model hubs read.
-        usage: lines of Python that load it.
-        training: what it was trained on and how, in a few words each; {} if the checkpoint does not say.
-        figures: of the log; {} if there is none.
-        left_out: which of the checkpoint's tensors are not in the export.
-        check: how the export was checked.
-        versions: by what they are the versions of.
-        options: every option of the training; {} if the checkpoint does not say.
-    """
-    unknown = "The checkpoint does not say: it is not of this project's scripts."
-    parts = [
-        "\n".join(["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]),
-        f"# {name}\n\n{summary}",
-        f"## How to load it\n\n```python\n{usage}\n```",
-        *["\n".join(note for note in notes if note)] * any(notes),
-        "## What it was trained on\n\n" + (_table(training, ("", "")) if training else unknown),
-        "## Figures of the log\n\n"
-        + (_table(figures, ("figure", "value")) if figures else "There is no log beside it."),
-        f"## What was left out\n\n{left_out}",
-        f"## How it was checked\n\n{check}",
-        *(f"## Versions, {what}\n\n{_table(rows, ('', ''))}" for what, rows in versions.items() if rows),
-    ]
-    if options:
-        lines = ",\n".join(f"  {json.dumps(option)}: {json.dumps(value)}" for option, value in options.items())
-        parts.append(f"## Options of the training\n\n```json\n{{\n{lines}\n}}\n```")
-    return "\n\n".join(parts) + "\n"
+def _table(rows: dict[str, Any]) -> str:
+    cells = {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in rows.items()}
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {cell} |" for name, cell in cells.items())])

@@ -4,7 +4,7 @@ python -m pytest tests/stress/test_vit_b.py
 """
 
 import pytest
-from test_export import vit_b, vit_b_source, written_and_verified
+from test_export_vit_b import vit_b, vit_b_source, written_and_verified
 
 __all__ = ["vit_b", "vit_b_source"]  # fixtures
 
