@@ -30,6 +30,7 @@ from util.run import checkpoint, distributed, launch, options
 from util.run.logger import cpu_threads, log
 from util.run.loop import TrainingLoop
 from util.weights.load import DECODERS, load_into, load_pretrained, read_meta
+from util.weights.meta import defaults_of
 
 SCRIPT = "main_finetune"
 
@@ -99,7 +100,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     if args.eval:
         args.weights = args.resume or args.finetune or newest_of(Path(args.output_dir, args.experiment))
     meta = read_meta(args.weights) if args.weights else {}
-    options.fill_in(args, models_vit.defaults_of(meta))
+    options.fill_in(args, defaults_of(meta))
     if args.eval and meta.get("script") == SCRIPT:
         args.global_pool = meta["options"]["global_pool"]
     args.accum_iter, args.global_batch = options.effective_batch(

@@ -27,6 +27,7 @@ from util.run import checkpoint, distributed, launch, options
 from util.run.amp import Precision
 from util.run.logger import cpu_threads, log, track
 from util.weights.load import DECODERS, load_into, load_pretrained, read_meta
+from util.weights.meta import defaults_of
 from util.weights.read import read_file
 
 # Files of --dump_features, as DINO names them.
@@ -70,7 +71,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     if args.load_features and (args.dump_features or args.finetune):
         raise ValueError("--load_features takes stored features: drop --dump_features and --finetune")
     meta = read_meta(args.finetune) if args.finetune else {}
-    options.fill_in(args, models_vit.defaults_of(meta))
+    options.fill_in(args, defaults_of(meta))
     args.num_workers = options.worker_count(args.num_workers, 4, world.local_size)
     with torch.device("meta"):  # every check of the model's sizes, at no cost
         args.patch_size = build_encoder(args).patch_embed.patch_size[0]

@@ -27,6 +27,7 @@ from util.run import checkpoint, distributed, launch, options
 from util.run.logger import cpu_threads, log
 from util.run.loop import TrainingLoop
 from util.weights.load import DECODERS, digest, load_into, load_pretrained, read_meta
+from util.weights.meta import defaults_of
 
 SCRIPT = "main_linprobe"
 
@@ -75,7 +76,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     args = copy.copy(args)
     args.which = options.resolve_which(args.which, args.teacher)
     meta = read_meta(args.finetune) if args.finetune else {}
-    options.fill_in(args, models_vit.defaults_of(meta))
+    options.fill_in(args, defaults_of(meta))
     args.accum_iter, args.global_batch = options.effective_batch(
         args.batch_size, args.accum_iter, args.global_batch, world.size
     )

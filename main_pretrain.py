@@ -217,16 +217,19 @@ def resolve_mask_strategy(args: argparse.Namespace) -> None:
 
 def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
     widths = {kind: teacher.width for kind, teacher in models_teacher.KINDS.items()}
-    widths["ema"] = models_hpm.MODELS[args.model].keywords["embed_dim"]
-    sizes = ["patch_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"]
-    model = models_hpm.MODELS[args.model](
+    widths["ema"] = models_hpm.SIZES[args.model]["embed_dim"]
+    model = models_hpm.build(
+        args.model,
         img_size=args.input_size,
         norm_pix_loss=args.target == "norm_pixel",
         vis_mask_ratio=args.vis_mask_ratio,
         learning_loss=args.learning_loss,
         relative=args.relative,
         target_dim=widths.get(args.target),
-        **{name: getattr(args, name) for name in sizes if getattr(args, name) is not None},
+        patch_size=args.patch_size,
+        decoder_embed_dim=args.decoder_embed_dim,
+        decoder_depth=args.decoder_depth,
+        decoder_num_heads=args.decoder_num_heads,
     )
     model.grad_checkpointing = args.grad_checkpointing
     return model

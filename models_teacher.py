@@ -1,4 +1,4 @@
-"""Frozen networks whose features are reconstruction targets: DINO and CLIP, ViT-B/16 at 224 pixels, from timm.
+"""Frozen feature teachers for reconstruction targets: DINO and CLIP, ViT-B/16 at 224 pixels, from timm.
 
 Shapes: B batch, L = 196 patches, D = 768 (DINO) or 512 (CLIP).
 """
@@ -21,7 +21,7 @@ IMAGE_SIZE, PATCH_SIZE = 224, 16
 
 @dataclass(frozen=True)
 class Kind:
-    """timm's name of the network, the width of its features, and the colours it was trained with."""
+    """A network's name in timm, the width of its features, and the mean and std it was trained with."""
 
     timm_name: str
     width: int
@@ -39,33 +39,32 @@ KINDS = {
     ),
 }
 
-# The text half of CLIP, and DINO's projection head: no part of what looks at images.
-_CLIP_TEXT = (
-    *("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale"),
-    *("input_resolution", "context_length", "vocab_size"),
-)
+# Prefixes of tensors that image features do not need: CLIP's text encoder, DINO's projection head.
+_CLIP_TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale")
+_CLIP_UNUSED = (*_CLIP_TEXT, "input_resolution", "context_length", "vocab_size")
 _DINO_HEAD = ("head.",)
 
 
 class FrozenTeacher(nn.Module):
-    """Patch features of whole images: (B, 3, 224, 224) -> (B, L, D). `build_teacher` gives it its weights.
+    """Patch features of whole images: (B, 3, 224, 224) -> (B, L, D). `build_teacher` loads its weights.
 
-    DINO: the tokens after the final norm. CLIP: after the final norm and the projection.
+    DINO: tokens after the final norm. CLIP: tokens after the final norm and the projection.
 
     Args:
         kind: "dino" or "clip".
-        mean, std: how the images that come in are normalised; the teacher sees them in its own colours (in the official
-            code CLIP sees ImageNet's).
+        mean, std: normalisation of the input; the teacher renormalises it to its own. (The official code gives CLIP
+            images normalised for ImageNet.)
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, kind: str, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.kind = KINDS[kind]
-        with torch.device("meta"):  # initial values take seconds to draw, and none of them stays
+        with torch.device("meta"):  # drawing initial values that are replaced takes seconds
             network = timm.create_model(self.kind.timm_name, pretrained=False)
-        assert dict(network.named_buffers()).keys() <= network.state_dict().keys(), (
-            "a buffer that no weights would fill"
-        )
+        assert dict(network.named_buffers()).keys() <= network.state_dict().keys(), "a buffer without weights"
         self.network = network.to_empty(device="cpu")
         own_mean, own_std = torch.tensor(self.kind.mean), torch.tensor(self.kind.std)
         self.register_buffer("scale", (torch.tensor(std) / own_std).view(1, 3, 1, 1))
@@ -74,18 +73,19 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, imgs: Tensor) -> Tensor:
+        """(B, 3, 224, 224) -> (B, L, D)."""
         tokens = self.network.forward_features(imgs * self.scale + self.shift)[:, 1:]  # (B, L, E)
-        return self.network.head(tokens)  # DINO's is the identity, CLIP's the projection
+        return self.network.head(tokens)  # DINO: the identity; CLIP: the projection
 
 
 def read_teacher(path: str) -> dict[str, Tensor] | None:
-    """The teacher's weights under timm's names, from the formats people have; None for timm's own download.
+    """The weights in a teacher's file; None for an empty path, where timm downloads them.
 
-    Reads DINO's backbone and full checkpoints, CLIP state dicts, and timm's names in .pth or .safetensors.
+    Reads DINO's backbone and full checkpoints, CLIP state dicts, and files with timm's names (.pth, .safetensors).
 
     Raises:
-        ValueError: no such file, or one that would run code (OpenAI's TorchScript archive; the message has the
-            conversion).
+        ValueError: the file is missing, or loading it would run code (OpenAI's TorchScript archive; the message shows
+            the conversion).
     """
     if not path:
         return None
@@ -100,27 +100,30 @@ def read_teacher(path: str) -> dict[str, Tensor] | None:
 def build_teacher(
     kind: str, weights: dict[str, Tensor] | None, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[FrozenTeacher, str]:
-    """The frozen network with its weights, and what was loaded, in words.
+    """The frozen network with its weights, and a summary of what was loaded.
 
     Raises:
-        ValueError: the weights do not fit, or there are none and timm's cannot be had.
+        ValueError: the weights do not fit, or timm cannot download its own.
     """
     teacher = FrozenTeacher(kind, mean, std)
     if weights is None:
         try:
             pretrained = timm.create_model(teacher.kind.timm_name, pretrained=True)
-        except Exception as error:  # no connection shows in many ways
+        except Exception as error:  # without a connection, the type of error varies
             raise ValueError(
                 f"--target {kind}: timm's weights ({teacher.kind.timm_name}) cannot be downloaded "
-                f"({type(error).__name__}); give them with --{kind}_path"
+                f"({type(error).__name__}): set --{kind}_path to a file that holds them"
             ) from error
         teacher.network.load_state_dict(pretrained.state_dict())
         return teacher, f"timm's {teacher.kind.timm_name}"
-    text = [name for name in weights if name.startswith(_CLIP_TEXT)] if kind == "clip" else []
-    if any(name.startswith("visual.") for name in weights):  # OpenAI's names, which timm knows how to convert
-        unknown = [name for name in weights if not name.startswith(("visual.", *_CLIP_TEXT))]
+    text = [name for name in weights if name.startswith(_CLIP_UNUSED)] if kind == "clip" else []
+    if any(name.startswith("visual.") for name in weights):  # OpenAI's names, which timm converts
+        unknown = [name for name in weights if not name.startswith(("visual.", *_CLIP_UNUSED))]
         if unknown:
-            raise ValueError(f"unexpected in a CLIP state dict: {', '.join(unknown[:4])}")
+            raise ValueError(f"unexpected keys in the CLIP state dict: {', '.join(unknown[:4])}")
         weights = checkpoint_filter_fn(weights, teacher.network)
-    report = load_into(teacher.network, weights, left_out=_DINO_HEAD if kind == "dino" else _CLIP_TEXT)
-    return teacher, f"{report}" + f"\ntext half left out ({len(text)} tensors)" * bool(text)
+    report = load_into(teacher.network, weights, left_out=_DINO_HEAD if kind == "dino" else _CLIP_UNUSED)
+    summary = str(report)
+    if text:
+        summary += f"\nunused: CLIP's text encoder ({len(text)} tensors)"
+    return teacher, summary

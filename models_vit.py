@@ -12,17 +12,32 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from util.run.distributed import all_reduce_sum
+from util.weights.meta import count_blocks
+
+
+def image_size(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(height, width) of the images that a model is built for.
+
+    Raises:
+        ValueError: the patch size does not divide it.
+    """
+    h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if h % patch_size or w % patch_size or min(h, w) < patch_size:
+        raise ValueError(
+            f"patch size {patch_size} does not divide an image of {h} x {w}: choose a multiple of {patch_size}"
+        )
+    return h, w
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
-    """timm's ViT. With `global_pool` the mean of the patch tokens goes through `fc_norm`; without, all tokens go
-    through `norm` and the class token is taken.
+    """timm's ViT: (B, C, H, W) -> logits (B, K).
+
+    With `global_pool` the head reads `fc_norm` of the mean patch token, otherwise the class token after `norm`.
 
     Args:
-        img_size: side of the image or (height, width), in pixels; a multiple of the patch size.
-        num_classes: outputs; 0 for none, `forward` then gives the pooled features.
+        img_size: side or (height, width) of the images in pixels, a multiple of the patch size.
+        num_classes: K; with 0, `forward` returns the pooled features (B, E).
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
 
     Raises:
@@ -43,11 +58,8 @@ class VisionTransformer(timm_vit.VisionTransformer):
         mlp_ratio: float = 4.0,
         norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6),
     ) -> None:
-        h, w = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if h % patch_size or w % patch_size or min(h, w) < patch_size:
-            raise ValueError(f"patch size {patch_size} does not divide an image of {h} x {w}")
         super().__init__(
-            img_size=(h, w),
+            img_size=image_size(img_size, patch_size),
             patch_size=patch_size,
             in_chans=in_chans,
             num_classes=num_classes,
@@ -64,28 +76,18 @@ class VisionTransformer(timm_vit.VisionTransformer):
             trunc_normal_(self.head.weight, std=2e-5)  # MAE starts fine-tuning from near-zero logits
 
     def pooled_features(self, imgs: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, E): what the head would see."""
+        """(B, C, H, W) -> input of the head (B, E)."""
         return self.forward_head(self.forward_features(imgs), pre_logits=True)
 
 
-_size = partial(partial, VisionTransformer)
-
-vit_micro_patch16 = _size(patch_size=16, embed_dim=128, depth=6, num_heads=4)
-vit_tiny_patch16 = _size(patch_size=16, embed_dim=192, depth=12, num_heads=3)
-vit_small_patch16 = _size(patch_size=16, embed_dim=384, depth=12, num_heads=6)
-vit_base_patch16 = _size(patch_size=16, embed_dim=768, depth=12, num_heads=12)
-vit_large_patch16 = _size(patch_size=16, embed_dim=1024, depth=24, num_heads=16)
-vit_huge_patch14 = _size(patch_size=14, embed_dim=1280, depth=32, num_heads=16)
-
-MODELS = {name: build for name, build in list(globals().items()) if name.startswith("vit_")}
-
-
 class FeatureNorm(nn.Module):
-    """Batch norm without parameters, for features that take no gradient: (B, E) -> (B, E), (MAE's linear probe).
+    """Batch norm without affine parameters (MAE's linear probe), for features without gradients: (B, E) -> (B, E).
 
-    In training it normalises with the statistics of the batches of all ranks, so that a probe does not depend on how
-    many ranks train it.
+    In training it uses the statistics of the batches of all ranks, so a probe does not depend on the world size.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, width: int, eps: float = 1e-6, momentum: float = 0.1) -> None:
         super().__init__()
@@ -102,16 +104,17 @@ class FeatureNorm(nn.Module):
             mean = total / count
             variance = (squares / count - mean.square()).clamp(min=0)
             self.running_mean.lerp_(mean.float(), self.momentum)
-            self.running_var.lerp_((variance * count / (count - 1)).float(), self.momentum)
+            unbiased = variance * count / (count - 1).clamp(min=1)  # a batch of one has no unbiased variance
+            self.running_var.lerp_(unbiased.float(), self.momentum)
         return ((x - mean) * (variance + self.eps).rsqrt()).to(x.dtype)
 
 
 class LinearProbe(nn.Module):
-    """Linear heads, trained side by side, on the features of a frozen encoder: (B, C, H, W) -> logits (S, B, K).
+    """Linear heads, trained in parallel on the features of a frozen encoder: (B, C, H, W) -> logits (S, B, K).
 
     Args:
-        encoder: in eval mode and without gradient, always. With global pooling its `fc_norm` is as initialised, which
-            makes it a layer norm without parameters.
+        encoder: kept in eval mode and without gradients. With global pooling its `fc_norm` keeps its initial values,
+            that is, it is a layer norm without affine parameters.
         num_heads: S.
     """
 
@@ -120,7 +123,7 @@ class LinearProbe(nn.Module):
         self.encoder = encoder.eval().requires_grad_(False)
         self.norm = FeatureNorm(encoder.embed_dim)
         self.heads = nn.ModuleList()
-        for _ in range(num_heads):  # one after the other, so that a head begins alike however many there are
+        for _ in range(num_heads):  # in order: the initial values of a head do not depend on the number of heads
             head = nn.Linear(encoder.embed_dim, num_classes)
             trunc_normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
@@ -139,43 +142,43 @@ class LinearProbe(nn.Module):
             return torch.stack([head(features) for head in self.heads])  # (S, B, K)
 
 
-def classifier_name(pretrained: str) -> str:
-    """mae_vit_base_patch16_dec512d8b -> vit_base_patch16: the classifier on the encoder of a pre-training model."""
-    return pretrained.removeprefix("mae_").split("_dec")[0]
+SIZES = {
+    "vit_micro_patch16": {"patch_size": 16, "embed_dim": 128, "depth": 6, "num_heads": 4},
+    "vit_tiny_patch16": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vit_small_patch16": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
+    "vit_base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
+    "vit_large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
 
 
-def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """Model, sizes, mean and std that a checkpoint says it has (read_meta); {} if it says nothing."""
-    if not meta:
-        return {}
-    sizes = {name: meta["options"][name] for name in ("input_size", "patch_size")}
-    return {"model": classifier_name(meta["model"]), **sizes, **meta["image"]}
+def build(
+    name: str, img_size: int | tuple[int, int] = 224, patch_size: int | None = None, **settings: Any
+) -> VisionTransformer:
+    """The model of size `name` (a key of `SIZES`), by default with the patch size in its name."""
+    sizes = SIZES[name] if patch_size is None else {**SIZES[name], "patch_size": patch_size}
+    return VisionTransformer(img_size, **{**sizes, **settings})
 
 
-def defaults_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """`settings_of`, and for what a checkpoint does not say, ViT-B at 224 pixels on ImageNet."""
-    image = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    return {"model": "vit_base_patch16", "input_size": 224, **image, **settings_of(meta)}
+MODELS: dict[str, Callable[..., VisionTransformer]] = {name: partial(build, name) for name in SIZES}
 
-
-def build(name: str, img_size: int, patch_size: int | None, **settings: Any) -> VisionTransformer:
-    """The model of size `name`, with patches as the name says where `patch_size` is None."""
-    patch = {} if patch_size is None else {"patch_size": patch_size}
-    return MODELS[name](img_size=img_size, **patch, **settings)
+vit_micro_patch16 = MODELS["vit_micro_patch16"]
+vit_tiny_patch16 = MODELS["vit_tiny_patch16"]
+vit_small_patch16 = MODELS["vit_small_patch16"]
+vit_base_patch16 = MODELS["vit_base_patch16"]
+vit_large_patch16 = MODELS["vit_large_patch16"]
+vit_huge_patch14 = MODELS["vit_huge_patch14"]
 
 
 def size_of(weights: dict[str, Tensor]) -> str | None:
-    """Name of the size that weights (MAE's names) are of, by width and depth; None if it is none of ours."""
-    depth = 0
-    while f"blocks.{depth}.norm1.weight" in weights:
-        depth += 1
-    found = {"embed_dim": weights["cls_token"].shape[-1], "depth": depth}
-    return next((name for name, build in MODELS.items() if found.items() <= build.keywords.items()), None)
+    """The key of `SIZES` with the width and depth of `weights` (MAE's names); None if there is none."""
+    found = {"embed_dim": weights["cls_token"].shape[-1], "depth": count_blocks(weights, "blocks")}
+    return next((name for name, sizes in SIZES.items() if found.items() <= sizes.items()), None)
 
 
 def fold_feature_norm(
     weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """One linear layer in place of `FeatureNorm` and a head: (K, E), (K,), (E,), (E,) -> (K, E), (K,)."""
+    """Fold `FeatureNorm` into a head's weight and bias: (K, E), (K,), (E,), (E,) -> (K, E), (K,)."""
     folded = weight.double() * (variance.double() + eps).rsqrt()
     return folded.float(), (bias.double() - folded @ mean.double()).float()

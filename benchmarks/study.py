@@ -284,7 +284,7 @@ def predict_at_mask_tokens(
     latent = model.forward_encoder(imgs)  # (B, 1 + L, E)
     seen = model.decoder_embed(latent) + model.decoder_pos_embed  # (B, 1 + L, F)
     hidden = (model.mask_token + model.decoder_pos_embed[:, 1:]).expand(len(imgs), -1, -1)  # (B, L, F)
-    loss_pred = model._hardness(torch.cat([seen, hidden.to(seen.dtype)], dim=1), num_last=hidden.shape[1])
+    loss_pred = model.forward_loss_predictor(torch.cat([seen, hidden.to(seen.dtype)], dim=1), num_last=hidden.shape[1])
     return (loss_pred, latent[:, 1:]) if return_tokens else loss_pred
 
 

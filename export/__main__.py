@@ -27,6 +27,7 @@ from export.publish import check_target, publish
 from util.run import options
 from util.run.logger import describe_environment, log, setup_logging
 from util.weights.load import DECODERS, digest, load_into, load_pretrained, read_meta, summarize_names
+from util.weights.meta import defaults_of, settings_of
 
 
 def get_args_parser() -> options.OptionParser:
@@ -78,7 +79,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
 
     args.meta = meta = read_meta(args.checkpoint)
     trained = meta.get("options", {})
-    said = {**models_vit.defaults_of(meta), "model": models_vit.settings_of(meta).get("model")}
+    said = {**defaults_of(meta), "model": settings_of(meta).get("model")}
     options.fill_in(args, {name: said[name] for name in ("model", "mean", "std")})
     options.fill_in(args, {"mask_ratio": trained.get("mask_ratio", 0.75)})
     args.norm_pix_loss = trained.get("target") == "norm_pixel" if trained else args.norm_pix_loss
@@ -141,7 +142,7 @@ def open_source(args: argparse.Namespace) -> Source:
     return Source(name, weights, model.eval(), autoencoder, list(args.mean), list(args.std), args.mask_ratio)
 
 
-SIZES = [f"{name} ({build.keywords['embed_dim']})" for name, build in models_vit.MODELS.items()]
+SIZES = [f"{name} ({sizes['embed_dim']})" for name, sizes in models_vit.SIZES.items()]
 
 
 def build_autoencoder(

@@ -153,7 +153,7 @@ def test_hf_mae(tmp_path, pretrained, norm_pix):
         shuffled = ours.forward_encoder(images(), ids)
         assert_equal(theirs.vit(images(), noise=noise).last_hidden_state, shuffled)
         tokens = ours.decoder_embed(latent) + ours.decoder_pos_embed
-        expected = ours.decoder_pred(ours.decoder_norm(ours._run(ours.decoder_blocks, tokens)))[:, 1:]
+        expected = ours.decoder_pred(ours.decoder_norm(ours.run_blocks(ours.decoder_blocks, tokens)))[:, 1:]
         assert_equal(theirs(images(), noise=noise).logits, expected)
         theirs = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "mae").eval()
         assert theirs.config.mask_ratio == (0.5 if norm_pix else 0.75)

@@ -88,6 +88,13 @@ def test_regular_mask_shows_one_patch_of_each_cell():
         masking.regular_mask(1, (7, 7))
 
 
+@pytest.mark.parametrize("pattern", [None, *masking.PATTERNS])
+def test_constructing_a_sampler_draws_nothing(pattern):
+    state = torch.get_rng_state()
+    masking.MaskSampler((4, 4), 0.75, epochs=2, pattern=pattern)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_strategies_at_the_ends_of_training():
     """Shares of the masked patches taken by predicted loss in the first and the last epoch of ten."""
     shares = {}

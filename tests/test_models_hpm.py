@@ -137,7 +137,7 @@ def test_the_predictors_head_is_the_mean_of_its_outputs():
     for block in model.decoder_blocks_losspred:
         x = block(x)
     official = model.decoder_pred_losspred(model.decoder_norm_losspred(x)).mean(-1)[:, -12:]
-    torch.testing.assert_close(model._hardness(tokens, 12), official, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.forward_loss_predictor(tokens, 12), official, rtol=1e-5, atol=1e-6)
 
 
 def test_the_teachers_pass_runs_no_reconstructor_and_can_return_tokens():
@@ -155,7 +155,7 @@ def test_second_masking_replaces_some_visible_tokens():
     x = torch.zeros(6, 4, 32)
     model.vis_mask_token.data.fill_(7.0)
     ids = torch.arange(4).expand(6, -1)
-    replaced = model._second_mask(x, ids)
+    replaced = model.mask_visible_tokens(x, ids)
     token = gather_tokens((model.vis_mask_token + model.pos_embed[:, 1:]).expand(6, -1, -1), ids)
     is_token = (replaced == token).all(-1)
     assert (is_token.sum(1) == 2).all()

@@ -118,7 +118,7 @@ def test_wrong_weights_are_refused(networks, tmp_path):
     with pytest.raises(ValueError, match="missing: head.weight"):
         build_teacher("clip", read_teacher(str(tmp_path / "b.pth")), *IMAGENET)
     torch.save({**openai_names(networks["clip"].state_dict()), "adapter": torch.ones(1)}, tmp_path / "c.pth")
-    with pytest.raises(ValueError, match="unexpected in a CLIP state dict: adapter"):
+    with pytest.raises(ValueError, match="unexpected keys in the CLIP state dict: adapter"):
         build_teacher("clip", read_teacher(str(tmp_path / "c.pth")), *IMAGENET)
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), str(tmp_path / "clip.pt"))
     with pytest.raises(ValueError, match="TorchScript archive.*Convert it once"):
@@ -133,7 +133,7 @@ def test_without_path_and_connection_the_error_says_what_to_give(monkeypatch):
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ValueError, match="cannot be downloaded .*; give them with --clip_path"):
+    with pytest.raises(ValueError, match="cannot be downloaded .*: set --clip_path"):
         build_teacher("clip", read_teacher(""), *IMAGENET)
 
 

@@ -5,6 +5,7 @@ import models_hpm
 import models_vit
 from models_vit import FeatureNorm, LinearProbe, VisionTransformer
 from util.weights.load import load_into
+from util.weights.meta import classifier_name
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -19,7 +20,7 @@ def test_names_of_maes_fine_tuning_vit():
 def test_every_pretraining_size_has_its_classifier():
     with torch.device("meta"):
         for name, build in models_hpm.MODELS.items():
-            classifier = models_vit.MODELS[models_vit.classifier_name(name)]
+            classifier = models_vit.MODELS[classifier_name(name)]
             encoder = {k: v.shape for k, v in build().state_dict().items() if k.startswith("blocks")}
             assert encoder == {k: v.shape for k, v in classifier().state_dict().items() if k.startswith("blocks")}
 
@@ -69,6 +70,13 @@ def test_feature_norm_is_batch_norm_without_parameters():
     torch.testing.assert_close(ours.running_var, reference.running_var)
     ours.eval(), reference.eval()
     torch.testing.assert_close(ours(x), reference(x), rtol=1e-4, atol=1e-5)
+
+
+def test_feature_norm_of_a_single_image_stays_finite():
+    norm = FeatureNorm(8)
+    assert norm(torch.randn(1, 8)).isfinite().all()
+    assert norm.running_mean.isfinite().all()
+    assert norm.running_var.isfinite().all()
 
 
 def test_the_probe_leaves_its_encoder_alone():

@@ -16,6 +16,7 @@ from programs import ROOT
 import models_vit
 from models_teacher import KINDS
 from util.run.distributed import World
+from util.weights.meta import classifier_name
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if path.name not in ("_run.sh", "slurm.sh"))
 KEYS = {"model", "batch", "rate", "published", "disagrees"}
@@ -81,7 +82,7 @@ def test_names_say_what_is_run(monkeypatch):
         tune = ROOT / "recipes" / path.name.replace("pretrain", "finetune")
         script, *options = commands(tune)[0]
         assert options[options.index("--finetune") + 1] == f"/out/{path.stem}/checkpoint-last.pth"
-        assert resolve(script, options, monkeypatch).model == models_vit.classifier_name(args.model)
+        assert resolve(script, options, monkeypatch).model == classifier_name(args.model)
 
 
 def test_the_table_lists_every_recipe_and_its_figure():
