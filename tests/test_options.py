@@ -131,7 +131,7 @@ MISTAKES = {
     "--norm_pix_loss --target pixel": "--target and --norm_pix_loss name different targets (pixel, norm_pixel)",
     "--mask_block --mask_regular": "give one",
     "--mask_block --mask_ratio 0.6": "--mask_block requires --mask_ratio 0.75, got 0.6",
-    "--mask_regular --input_size 240": "even grid of patches, not 15 x 15",
+    "--mask_regular --input_size 240": "even grid of patches, got 15 x 15",
     "--mask_block --mask_strategy hardest": "--mask_block and --mask_strategy hardest both choose the masks",
     "--no-learning_loss --mask_strategy hardest": "--mask_strategy hardest needs the loss predictor",
     "--global_batch 100 --batch_size 64": "change --batch_size to a divisor of 100",
