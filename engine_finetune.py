@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.data.datasets import Sample
 from util.run.amp import Amp
 from util.run.distributed import all_reduce_sum
 from util.run.loop import Loop
@@ -18,7 +17,7 @@ from util.run.loop import Loop
 def train_one_epoch(
     model: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
-    loader: Iterable[Sample],
+    loader: Iterable,
     optimizer: torch.optim.Optimizer,
     amp: Amp,
     loop: Loop,
@@ -53,7 +52,7 @@ def train_one_epoch(
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[Sample],
+    batches: Iterable,
     amp: Amp,
     to_model_input: Callable[[Tensor], Tensor],
     heads: Sequence[str] = ("",),
@@ -79,16 +78,16 @@ def evaluate(
             totals[head, 2] += ranked[head].sum()
         count += len(labels)
     totals, count = all_reduce_sum(totals), all_reduce_sum(count).item()
-    metrics = {}
-    for head, (loss, top1, top5) in zip(heads, totals.tolist(), strict=True):
-        metrics |= {f"acc1{head}": 100 * top1 / count, f"acc5{head}": 100 * top5 / count, f"loss{head}": loss / count}
+    metrics: dict[str, float] = {}
+    for name, (loss, top1, top5) in zip(heads, totals.tolist(), strict=True):
+        metrics |= {f"acc1{name}": 100 * top1 / count, f"acc5{name}": 100 * top5 / count, f"loss{name}": loss / count}
     return metrics
 
 
 @torch.no_grad()
 def extract_features(
     encode: Callable[[Tensor], Tensor],
-    batches: Iterable[Sample],
+    batches: Iterable,
     amp: Amp,
     to_model_input: Callable[[Tensor], Tensor],
     count: int,

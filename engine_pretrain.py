@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from util.data.datasets import Sample
 from util.ema import EMATeacher
 from util.masking import MaskSampler
 from util.metrics import rank_accuracy
@@ -21,7 +20,7 @@ def train_one_epoch(
     student: nn.Module,
     teacher: EMATeacher | None,
     feature_teacher: nn.Module | EMATeacher | None,
-    loader: Iterable[Sample],
+    loader: Iterable,
     optimizer: torch.optim.Optimizer,
     amp: Amp,
     masks: MaskSampler,
@@ -38,7 +37,7 @@ def train_one_epoch(
         teacher: EMA of the student, which scores the patches; None for the MAE baseline.
         feature_teacher: predicts features as reconstruction targets: a frozen network, (B, C, H, W) -> (B, L, D), or
             `teacher` itself, whose patch tokens are then the target. None reconstructs pixels.
-        loader: batches of uint8 images.
+        loader: batches of `util.data.datasets.Sample`; their images are uint8.
         masks: draws the masks from the scores, by the easy-to-hard schedule.
         loop: the course of the run: its steps, their micro-batches, learning rate, log and checkpoints.
         to_model_input: uint8 images -> normalised images (B, C, H, W), randomly flipped, on the device.
@@ -49,7 +48,7 @@ def train_one_epoch(
     """
     student.train()
     parameters = [p for p in student.parameters() if p.requires_grad]
-    features_from_ema = feature_teacher is not None and feature_teacher is teacher
+    features_from_ema = isinstance(feature_teacher, EMATeacher)
     for batches in loop.steps(loader):
         for images, *_ in batches:
             images = to_model_input(images)  # (B, C, H, W)
@@ -59,7 +58,7 @@ def train_one_epoch(
             with torch.no_grad(), amp.autocast():
                 if teacher is not None and (features_from_ema or masks.num_hardest(loop.epoch) > 0):
                     scores, target = teacher.score(images)  # (B, L), (B, L, E)
-                if not features_from_ema:
+                if not isinstance(feature_teacher, EMATeacher):
                     target = None if feature_teacher is None else feature_teacher(images)  # (B, L, D)
 
             # Mask: the patches of highest predicted loss, more of them from epoch to epoch; the rest at random.

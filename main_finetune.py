@@ -27,11 +27,12 @@ from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, ShardSampler, build_loader
 from util.data.sources import build_splits, count_classes
 from util.lr_decay import param_groups_lrd
-from util.run import distributed, folder, options
-from util.run.checkpoint import Run
+from util.run import distributed, options
+from util.run.checkpoint import Run, read_resumed
+from util.run.folder import BEST, LAST, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
-from util.weights.load import DECODERS, load_into, load_pretrained, read_meta
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 from util.weights.meta import defaults_of
 
 SCRIPT = "main_finetune"
@@ -107,10 +108,13 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     """
     args = copy.copy(args)
     options.resolve_which(args)
+    path = run_folder(args.output_dir, args.experiment, SCRIPT)
     args.weights = args.finetune
     if args.eval:
-        args.weights = args.resume or args.finetune or best_checkpoint(Path(args.output_dir, args.experiment))
-    meta = read_meta(args.weights) if args.weights else {}
+        args.weights = args.resume or args.finetune or best_checkpoint(path)
+    meta = {} if args.eval else read_resumed(path, args.resume, args.auto_resume)
+    if not meta and args.weights:
+        meta = read_meta(args.weights)
     options.fill_in(args, defaults_of(meta))
     if args.eval and meta.get("script") == SCRIPT:
         args.global_pool = meta["options"]["global_pool"]
@@ -134,7 +138,7 @@ def best_checkpoint(path: Path) -> str:
     Raises:
         ValueError: there is none.
     """
-    for name in (folder.BEST, folder.LAST):
+    for name in (BEST, LAST):
         if (path / name).exists():
             return str(path / name)
     raise ValueError(f"--eval: name a checkpoint with --resume or --finetune; {path} holds none")
@@ -211,8 +215,11 @@ def main(argv: list[str] | None = None) -> None:
         pin_memory = args.pin_mem and device.type == "cuda"
         counts = (args.shapes_train, args.shapes_val)
         train, val = build_splits(args.data_path, counts, args.cache_dir, distributed.from_rank_zero)
-        weights = load_pretrained(args.weights, args.which) if args.weights else None
-        if args.eval and args.nb_classes is None and "head.weight" in (weights or {}):
+        if not args.eval:
+            run = Run(run_folder(args.output_dir, args.experiment, SCRIPT), SCRIPT, args.resume, args.auto_resume)
+        resumed = not args.eval and run.state is not None
+        weights = load_pretrained(args.weights, args.which) if args.weights and not resumed else None
+        if args.eval and args.nb_classes is None and weights is not None and "head.weight" in weights:
             args.nb_classes = len(weights["head.weight"])
         args.nb_classes = count_classes(train, val, args.nb_classes)
         val_loader = build_loader(
@@ -222,7 +229,9 @@ def main(argv: list[str] | None = None) -> None:
             pin_memory,
         )
         if not args.eval:
-            run = Run(Path(args.output_dir, args.experiment), SCRIPT, args.resume, args.auto_resume)
+            args.initial = run.check_initial_weights(
+                args.weights, lambda: fingerprint(weights or load_pretrained(args.weights, args.which))
+            )
             sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
             args.steps_per_epoch = sampler.num_batches // args.accum_iter
             run.check(vars(args), FIXED)
@@ -232,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(args, args.nb_classes).to(device)
     amp.choose_attention(model)
     describe(args, len(train), len(val))
-    if args.eval or run.state is None:
+    if not resumed:
         load_weights(args, model, weights)
     if args.compile:
         model.compile(fullgraph=True)

@@ -9,7 +9,6 @@ Each --blr trains a head of its own, all in one pass over the features. docs/eva
 import argparse
 import copy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from util.data.sources import build_splits, count_classes
 from util.lars import LARS
 from util.run import distributed, options
 from util.run.checkpoint import Run, find_resume
+from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
         pin_memory = args.pin_mem and device.type == "cuda"
-        folder = Path(args.output_dir, args.experiment)
+        folder = run_folder(args.output_dir, args.experiment, SCRIPT)
         if args.eval:  # reads the run, and writes nothing
             found = distributed.from_rank_zero(lambda: find_resume(folder, args.resume, args.auto_resume))
             if found is None:
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
             allow_missing = ["fc_norm."] if args.global_pool else []
             allow_unexpected = (*DECODERS, "head.", "norm.", "fc_norm.")
             log.info("weights of %s\n%s", args.finetune, load_into(encoder, weights, allow_missing, allow_unexpected))
-        args.encoder = fingerprint(encoder)
+        args.encoder = fingerprint(encoder.state_dict())
         if args.eval and trained["options"].get("encoder") != args.encoder:
             raise ValueError("--eval: the probe was trained on another encoder: give the --finetune of its training")
     probe = models_vit.LinearProbe(encoder, len(args.lr), args.nb_classes).to(device)

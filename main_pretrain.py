@@ -8,7 +8,6 @@ Without --data_path it trains on Shapes, images that it draws itself. PRETRAIN.m
 
 import argparse
 import copy
-from pathlib import Path
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -26,10 +25,11 @@ from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToMode
 from util.ema import EMATeacher
 from util.run import distributed, options
 from util.run.checkpoint import Run
+from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.schedules import ema_decay_at, initial_weights_left
-from util.weights import load_into, load_pretrained
+from util.weights.load import fingerprint, load_into, load_pretrained
 from visualize.panel import pick_panel_images, training_panel
 
 SCRIPT = "main_pretrain"
@@ -301,7 +301,8 @@ def main(argv: list[str] | None = None) -> None:
         args = resolve_options(get_args_parser().parse_args(argv), world)
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
-        run = Run(Path(args.output_dir, args.experiment), SCRIPT, args.resume, args.auto_resume)
+        folder = run_folder(args.output_dir, args.experiment, SCRIPT)
+        run = Run(folder, SCRIPT, args.resume, args.auto_resume)
         source = build_source(
             args.data_path,
             "train",
@@ -313,12 +314,15 @@ def main(argv: list[str] | None = None) -> None:
         args.steps_per_epoch = sampler.num_batches // args.accum_iter
         run.check(vars(args), FIXED)
         weights = load_pretrained(args.load_from) if args.load_from and run.state is None else None
+        args.initial = run.check_initial_weights(
+            args.load_from, lambda: fingerprint(weights or load_pretrained(args.load_from))
+        )
         frozen = None
         if args.target in models_teacher.KINDS:
             teacher_weights = models_teacher.read_teacher(args.teacher_path)
-            frozen, report = models_teacher.build_teacher(args.target, teacher_weights, args.mean, args.std)
+            frozen, summary = models_teacher.build_teacher(args.target, teacher_weights, args.mean, args.std)
             frozen = frozen.to(device)
-            log.info("teacher   %s\n%s", args.target, report)
+            log.info("teacher   %s\n%s", args.target, summary)
         panel_images = None
         if args.vis_interval:
             panel_images = distributed.from_rank_zero(
@@ -384,11 +388,14 @@ def main(argv: list[str] | None = None) -> None:
                 "hard_ratio": num_hardest / masks.num_masked,
             }
         loop.end_epoch(stats, metrics)
-        if args.vis_interval and world.rank == 0 and (loop.epoch % args.vis_interval == 0 or loop.epoch == args.epochs):
+        due = args.vis_interval and (loop.epoch % args.vis_interval == 0 or loop.epoch == args.epochs)
+        if due and panel_images is not None and world.rank == 0:
+            images, names = panel_images
             panel = training_panel(
                 model,
                 None if teacher is None else teacher.module,
-                *panel_images,
+                images,
+                names,
                 masks,
                 mean=args.mean,
                 std=args.std,

@@ -187,7 +187,7 @@ def join_probe(args: argparse.Namespace) -> dict[str, Tensor]:
     encoder = models_vit.MODELS[recorded["model"]](**sizes, num_classes=0, global_pool=pooled)
     unused = (*DECODERS, "head.", "norm.", "fc_norm.")
     load_into(encoder, load_pretrained(path, recorded["which"]), ["fc_norm."] if pooled else [], unused)
-    if fingerprint(encoder) != recorded["encoder"]:
+    if fingerprint(encoder.state_dict()) != recorded["encoder"]:
         raise ValueError(f"{path} is not the encoder that {args.checkpoint} was trained on: use --encoder")
     state = load_pretrained(args.checkpoint)
     head = args.head or best_head(args)

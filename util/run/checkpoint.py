@@ -17,14 +17,15 @@ where it has them:
     extra               running means of an unfinished epoch, best accuracy
 """
 
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from util.run.distributed import from_rank_zero
 from util.run.folder import LAST, PREVIOUS, RunFolder, link, write_file
-from util.weights.load import FORMAT
+from util.weights.load import FORMAT, read_meta
 from util.weights.read import read_file
 
 log = logging.getLogger("hpm")
@@ -101,6 +102,16 @@ def find_resume(folder: Path, resume: str, auto_resume: bool) -> tuple[Path, dic
     return None
 
 
+def read_resumed(folder: Path, resume: str, auto_resume: bool) -> dict[str, Any]:
+    """Metadata (`read_meta`) of the checkpoint that a run will resume from; {} for a new run."""
+    candidates = [folder / LAST, folder / PREVIOUS] if auto_resume else []
+    for path in candidates:
+        if path.exists():
+            with contextlib.suppress(ValueError):  # damaged: reported by `Run`
+                return read_meta(path)
+    return read_meta(resume) if resume else {}
+
+
 def is_finished(epoch: int, step: int, options: dict[str, Any]) -> bool:
     """Whether a run at this position (the next epoch and step) has done what its options ask for."""
     taken, most = epoch * options["steps_per_epoch"] + step, options["max_steps"]
@@ -139,6 +150,7 @@ class Run:
             return self.path
 
         self.path = from_rank_zero(find)
+        log.info("run       %s", folder)
         if self.path is not None and self.state is None:
             self.state = read_run(self.path)
 
@@ -154,6 +166,30 @@ class Run:
         if self.state is not None:
             self.changes = check_resumable(self.path, self.state, self.script, options, fixed)
 
+    def check_initial_weights(self, path: str, compute: Callable[[], str]) -> str:
+        """Fingerprint of the weights that the run started from, "" for random ones. A resumed run cannot change them.
+
+        Args:
+            path: of the weights given now. Their file is not needed to resume: the checkpoint holds everything.
+            compute: their fingerprint.
+
+        Raises:
+            ValueError: the run started from other weights.
+        """
+
+        def check() -> str:
+            if self.state is None:
+                return compute() if path else ""
+            recorded = self.state["options"].get("initial")
+            if recorded is not None and path and Path(path).exists() and compute() != recorded:
+                raise ValueError(
+                    f"{self.path} started from other weights than {path}: omit --finetune or --load_from to resume it, "
+                    "or choose another --output_dir for a new run"
+                )
+            return recorded or ""
+
+        return from_rank_zero(check)
+
     def close(self) -> None:
         """Release the folder; the end of the process does it as well."""
         if self._lock is not None:
@@ -161,7 +197,7 @@ class Run:
 
 
 # What the checkpoint's options hold that is no option: derived from the data and from torchrun.
-DERIVED = ("steps_per_epoch", "processes", "encoder")
+DERIVED = ("steps_per_epoch", "processes", "encoder", "initial", "classes")
 
 
 def check_resumable(

@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -35,13 +35,13 @@ class World:
     local_size: int
 
 
-def read_environment(environ: dict[str, str] | None = None) -> World:
+def read_environment(given: Mapping[str, str] | None = None) -> World:
     """torchrun's environment variables; without torchrun, a world of one process. SLURM's variables are ignored.
 
     Raises:
         ValueError: some of torchrun's variables are missing, or they are not consistent numbers.
     """
-    environ = os.environ if environ is None else environ
+    environ = os.environ if given is None else given
     if not any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return World(rank=0, size=1, local_rank=0, local_size=1)
     missing = [name for name in _ENVIRONMENT if name not in environ]

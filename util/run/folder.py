@@ -12,6 +12,7 @@ bad_steps.json           the first of the consecutive skipped steps that aborted
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -89,6 +90,34 @@ def _not_written(path: Path, partial: Path, error: Exception) -> OSError:
     with contextlib.suppress(OSError):
         partial.unlink(missing_ok=True)
     return OSError(f"could not write {path} (disk full or read-only?): {error}; the previous file is intact")
+
+
+def run_folder(output_dir: str, experiment: str, script: str) -> Path:
+    """OUTPUT_DIR/EXPERIMENT; if another script's run is there, its subfolder for this one (the official shell scripts
+    pre-train and fine-tune in one folder)."""
+    path = Path(output_dir, experiment)
+    if (path / CONFIG).exists() and read_config(path).get("script") != script:
+        return path / script.removeprefix("main_")
+    return path
+
+
+def events_folder(log_dir: str | None, name: str, run: Path) -> Path:
+    """Folder of a run's TensorBoard events: the run folder, or LOG_DIR/NAME as in the official code.
+
+    Where a folder holds another run's events, NAME-2, NAME-3, ... is used instead, so that two runs never mix.
+    """
+    if log_dir is None:
+        return run
+    owner = str(run.resolve())
+    for number in itertools.count(1):
+        folder = Path(log_dir, name if number == 1 else f"{name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        marker = folder / "run.txt"
+        if not marker.exists():
+            write_text(marker, owner + "\n")
+        if marker.read_text(errors="surrogateescape").strip() == owner:
+            return folder
+    raise AssertionError
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:

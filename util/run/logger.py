@@ -103,7 +103,7 @@ class RunLogger:
 
     def epoch(self, record: dict[str, Any]) -> None:
         """One line of log.jsonl, and the same to TensorBoard."""
-        if self.folder is None:
+        if self.folder is None or self.writer is None:
             return
         with open(self.folder / LOG, "a") as file:
             file.write(json.dumps(record) + "\n")

@@ -7,13 +7,11 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util.data.datasets import Sample
 from util.data.loader import EpochSampler
 from util.data.sources import Source
 from util.metrics import MeanMeter
@@ -21,7 +19,7 @@ from util.rng import seed_all
 from util.run.amp import Amp
 from util.run.checkpoint import Run, is_finished, save_run
 from util.run.distributed import all_reduce_sum, from_rank_zero, shutdown
-from util.run.folder import BEST, LAST
+from util.run.folder import BEST, LAST, events_folder
 from util.run.logger import Progress, RunLogger
 from util.run.watch import Preempted, Watch
 from util.schedules import adjust_learning_rate
@@ -80,7 +78,7 @@ class Loop:
         self.epoch, self.step, self.stopped = options["start_epoch"], 0, False
         self.best: float | None = None
         self.meter = MeanMeter()
-        self.watch: Watch | None = None  # from the first epoch on
+        self.opened = False  # from the first epoch on: log, watch
         if run.state is not None:
             self._restore(run.state)
 
@@ -127,6 +125,7 @@ class Loop:
             log.info("Run already complete (epoch %d/%d, step %d)", self.epoch, self.options["epochs"], self.step)
             return
         folder = self.run.folder
+        self.opened = True
         self.watch = Watch(
             folder,
             self.source,
@@ -138,9 +137,11 @@ class Loop:
             max_bad_images=options["max_bad_images"],
             timeout_minutes=options["dist_timeout"],
         )
+        name = f"{options['model']}_{options['experiment'] or self.run.script}"
+        events = from_rank_zero(lambda: events_folder(options["log_dir"], name, folder))
         self.logger = RunLogger(
             folder if self.sampler.rank == 0 else None,
-            Path(options["log_dir"] or folder),
+            events,
             self.epoch + self.step / self.steps_per_epoch,
             {"script": self.run.script, "options": options},
         )
@@ -156,7 +157,7 @@ class Loop:
             )
             yield self.epoch
 
-    def steps(self, loader: Iterable[Sample]) -> Iterator[Iterator[Sample]]:
+    def steps(self, loader: Iterable) -> Iterator[Iterator]:
         """The remaining optimizer steps of the epoch, each an iterator over its micro-batches.
 
         Sets the learning rate before a step. After it, logs every `log_interval` steps, saves a checkpoint when one is
@@ -188,7 +189,7 @@ class Loop:
         self.progress.bar.close()
         self._trained_until = time.perf_counter()
 
-    def _micro_batches(self, batches: Iterator[Sample]) -> Iterator[Sample]:
+    def _micro_batches(self, batches: Iterator) -> Iterator:
         """The micro-batches of a step. What is drawn after each depends on (seed, rank, its number in the run) only."""
         first = (self.epoch * self.steps_per_epoch + self.step) * self.accum_iter
         for micro in range(self.accum_iter):
@@ -255,9 +256,10 @@ class Loop:
         Raises:
             Preempted: a signal stopped the run.
         """
-        if self.watch is None:  # no epoch was left
+        if not self.opened:  # no epoch was left
             self.run.close()
-            return shutdown()
+            shutdown()
+            return
         if self.stopped and not self.watch.stopped_by:  # by --max_steps
             self.save_mid_epoch()
         path = self.run.folder / LAST

@@ -177,7 +177,7 @@ def add_training_options(parser: OptionParser, *, batch_size: int, epochs: int, 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="run folder: checkpoints, log, options")
     group.add_argument("--experiment", default="", help="name of a subfolder of --output_dir for this run")
-    group.add_argument("--log_dir", help="folder of the TensorBoard events (default: the run folder)")
+    group.add_argument("--log_dir", help="TensorBoard events go to LOG_DIR/MODEL_EXPERIMENT (default: the run folder)")
     group.add_argument(
         "--resume", default="", help="checkpoint to resume from (ignored if the run folder already contains one)"
     )

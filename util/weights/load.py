@@ -1,7 +1,7 @@
 """Loading weights of this and other projects into a model, with an account of every tensor."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,9 @@ def _first_names(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Hash of all weights: a probe may only resume on the encoder it was trained with."""
+def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
+    """Hash of all tensors: a run may only resume with the weights it started from."""
     sha256 = hashlib.sha256()
-    for value in module.state_dict().values():
+    for value in state_dict.values():
         sha256.update(value.detach().cpu().contiguous().numpy().tobytes())
     return sha256.hexdigest()[:16]
