@@ -29,6 +29,7 @@ from export.publish import check_target, publish
 from util.run import options
 from util.run.logger import log, setup_logging
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
+from util.weights.meta import defaults_of, settings_of
 
 FORMATS = {form.name: form for form in (Timm, Safetensors, HfMae, HfVit, Detectron2, MMSeg, Onnx)}
 
@@ -81,8 +82,8 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
 
     args.meta = read_meta(args.checkpoint)
     recorded = args.meta.get("options", {})
-    args.model = args.model or models_vit.settings_of(args.meta).get("model")
-    defaults = models_vit.defaults_of(args.meta)
+    args.model = args.model or settings_of(args.meta).get("model")
+    defaults = defaults_of(args.meta)
     options.fill_in(args, {name: defaults[name] for name in ("mean", "std")})
     options.fill_in(args, {"mask_ratio": recorded.get("mask_ratio", 0.75)})
     if recorded:
@@ -160,9 +161,8 @@ def build_autoencoder(
 ) -> models_hpm.MaskedAutoencoderViT | None:
     """Encoder and decoders; None if the decoder predicts features or belongs to another input size."""
     weights = {name: tensor for name, tensor in weights.items() if name != "vis_mask_token"}  # used in training only
-    settings = {"img_size": size, "norm_pix_loss": args.norm_pix_loss}
-    if heads := args.meta.get("options", {}).get("decoder_num_heads"):
-        settings["decoder_num_heads"] = heads
+    heads = args.meta.get("options", {}).get("decoder_num_heads")
+    settings = {"img_size": size, "norm_pix_loss": args.norm_pix_loss, "decoder_num_heads": heads}
     model = models_hpm.build_for(f"mae_{name}", weights, **settings)
     if model.target_dim is not None or model.decoder_pos_embed.shape != weights["decoder_pos_embed"].shape:
         return None
