@@ -237,7 +237,7 @@ MISTAKES = {
     "--checkpoint HPM --images text.txt": "text.txt is neither a folder nor an archive",
     "--checkpoint HPM --images nothing": "nothing contains no images",
     "--checkpoint HPM --images nothing --split val": "--images nothing: looked for val/CLASS/*.jpg",
-    "--checkpoint HPM --device cuda": "this PyTorch sees no CUDA device",
+    "--checkpoint HPM --device cuda": "this PyTorch finds no CUDA device",
     "--checkpoint HPM --device gpu": "--device gpu",
     "--checkpoint HPM --output /proc/a.png": "/proc",
     "--checkpoint HPM --output a.txt": "expected the name of a picture, .png, .jpg",
