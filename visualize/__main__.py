@@ -19,7 +19,7 @@ from torch import Tensor
 
 import models_hpm
 from util.data import transforms
-from util.data.sources import ShapesSource, find_images
+from util.data.sources import ShapesSource, Source, find_images
 from util.masking import MaskSampler
 from util.pos_embed import interpolate_pos_embed
 from util.run import distributed, options
@@ -150,7 +150,7 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     if args.images is None:
         if args.split not in (None, "train", "val"):
             raise ValueError(f"--split {args.split}: Shapes have train and val")
-        sources = [ShapesSource(args.split or "val")]
+        sources: list[Source] = [ShapesSource(args.split or "val")]
     else:
         try:
             sources = [find_images(path, args.split, args.cache_dir) for path in args.images]
@@ -176,7 +176,7 @@ def draw_pictures(args: argparse.Namespace) -> list[Image.Image]:
     if args.target == "ema" and args.trained:  # the target is the teacher's tokens, and the file holds the teacher
         teacher = build_model(args, "ema")
 
-        def feature_target(imgs: Tensor, tokens: Tensor) -> Tensor:
+        def feature_target(imgs: Tensor, tokens: Tensor | None) -> Tensor:
             return teacher.predict_loss(imgs, return_tokens=True)[1]
 
     drawn = panel(

@@ -4,7 +4,7 @@ Shapes: H, W image, h, w grid of patches, P patch size, L = h * w. Images are (H
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -14,6 +14,8 @@ HIDDEN = (200, 200, 200)  # colour of masked patches
 COLOR, PALE = 0.75, 0.75  # opacity of a heat map; of white over patches without a value
 COLUMN, MIN_COLUMN, GAP, MARGIN, LINE = 192, 96, 8, 14, 16
 LEGEND = 372  # width of the colour scale with its labels
+
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # matplotlib's inferno: lightness increases evenly, so it also reads in greyscale.
 _INFERNO = ("#000004", "#1f0c48", "#550f6d", "#88226a", "#ba3655", "#e35933", "#f98c0a", "#f9c932", "#fcffa4")
@@ -121,7 +123,7 @@ def draw_grid(panel: Panel, heading: str = "", column: int = COLUMN) -> Image.Im
             y += LINE
     for y, row, (name, metrics) in zip(range(top, bottom, row_height), panel.rows, panel.captions, strict=True):
         for number, image in enumerate(row):
-            method = Image.LANCZOS if cell_width < width else Image.NEAREST
+            method = Image.Resampling.LANCZOS if cell_width < width else Image.Resampling.NEAREST
             picture = Image.fromarray(image).resize((cell_width, cell_height), method)
             canvas.paste(picture, (MARGIN + number * step, y))
         metrics = f"    {metrics}"
@@ -131,7 +133,7 @@ def draw_grid(panel: Panel, heading: str = "", column: int = COLUMN) -> Image.Im
     return canvas
 
 
-def _draw_scale(canvas: Image.Image, y: int, font: ImageFont.ImageFont) -> None:
+def _draw_scale(canvas: Image.Image, y: int, font: Font) -> None:
     """The colour scale as it looks over a middle grey, and the colour of patches without an error."""
     bar = heat_map(np.full((14, 160, 3), 128, np.uint8), np.tile(np.linspace(0, 1, 160), 14), (14, 160), 1)
     pale = np.full((14, 14, 3), PALE * 255 + (1 - PALE) * 128, np.uint8)
@@ -142,7 +144,7 @@ def _draw_scale(canvas: Image.Image, y: int, font: ImageFont.ImageFont) -> None:
         canvas.paste(Image.fromarray(swatch), (MARGIN + x, y + 1))
 
 
-def _wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
+def _wrap(text: str, width: int, font: Font) -> list[str]:
     """Lines no wider than `width`; a single word may be wider."""
     lines: list[str] = []
     for word in text.split():
@@ -153,7 +155,7 @@ def _wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
     return lines
 
 
-def _shorten(text: str, width: int, font: ImageFont.ImageFont) -> str:
+def _shorten(text: str, width: int, font: Font) -> str:
     """Printable text no wider than `width`, cut in the middle because file names differ at their ends."""
     text = "".join(char if char.isprintable() else "?" for char in text)
     short, keep = text, len(text)

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H, W image, S crop, L patches, V visible, M masked,
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,8 +75,8 @@ def training_panel(
     seed: int,
 ) -> Tensor:
     """The `panel` of a run after `epochs_done` epochs, with the masks of the last of them: (3, H, W) uint8."""
-    settings = {"mean": mean, "std": std, "feature_target": feature_target, "epoch": epochs_done - 1, "seed": seed}
-    drawn = panel(student, teacher, images, names, masks, **settings)
+    settings: dict[str, Any] = {"mean": mean, "std": std, "epoch": epochs_done - 1, "seed": seed}
+    drawn = panel(student, teacher, images, names, masks, feature_target=feature_target, **settings)
     picture = draw_grid(drawn, f"{epochs_done} of {masks.epochs} epochs")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
@@ -118,7 +119,7 @@ def panel(
         mask_of = {e: masks.draw(scores, len(imgs), e, generator(seed)) for e in {epoch, *other_epochs}}  # (B, L)
         result = reconstruct_and_score(model, imgs, mask_of[epoch].to(device), target, patch_stats)
 
-    result = {name: value.float().cpu().numpy() for name, value in result.items()}
+    found = {name: value.float().cpu().numpy() for name, value in result.items()}
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     grid, patch, to_scale = masks.grid_size, model.patch_embed.patch_size[0], SCALES[scale]
     columns = [("image", "", list(pixels))]
@@ -130,19 +131,19 @@ def panel(
         hidden = [hide(x, mask, grid, patch) for x, mask in zip(pixels, mask_of[e].numpy(), strict=True)]
         columns.append((title, mask_note(masks, e), hidden))
     note = f"from the {titles.get(epoch, 'mask')}"
-    if "reconstruction" in result:
+    if "reconstruction" in found:
         stats = f"{note}; {PATCH_STATS[patch_stats]}" if model.norm_pix_loss else note
-        columns.append(("reconstruction", stats, [to_image(x, mean, std) for x in result["reconstruction"]]))
-    if "errors" in result:
+        columns.append(("reconstruction", stats, [to_image(x, mean, std) for x in found["reconstruction"]]))
+    if "errors" in found:
         title = "true error" if model.target_dim is None else "true error of features"
-        triples = zip(pixels, result["errors"], mask_of[epoch].numpy(), strict=True)
+        triples = zip(pixels, found["errors"], mask_of[epoch].numpy(), strict=True)
         maps = [heat_map(x, masked_scale(to_scale, e, mask), grid, patch, shown=mask) for x, e, mask in triples]
         columns.append((title, note, maps))
-    metrics = [name for name in ("rank_acc", "loss_rec", "loss_learn") if name in result]
+    metrics = [name for name in ("rank_acc", "loss_rec", "loss_learn") if name in found]
     return Panel(
         titles=[(title, note) for title, note, _ in columns],
         rows=[list(row) for row in zip(*(pictures for _, _, pictures in columns), strict=True)],
-        captions=[(name, "    ".join(f"{m} {result[m][i]:.3f}" for m in metrics)) for i, name in enumerate(names)],
+        captions=[(name, "    ".join(f"{m} {found[m][i]:.3f}" for m in metrics)) for i, name in enumerate(names)],
     )
 
 
