@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import main_finetune
 import main_knn
 import models_teacher
-from benchmarks.report import table
 from benchmarks.trainer import step_flops
 from util.run import options
 from util.run.distributed import World
@@ -63,7 +62,7 @@ def describe(script: str, args: argparse.Namespace) -> str:
     if script == "main_knn.py":
         return f"{args.model}, k {', '.join(map(str, args.nb_knn))}, T {args.temperature:g}"
     lr = args.lr[0] if isinstance(args.lr, list) else args.lr
-    text = f"{args.model}, {args.epochs} epochs, batch {args.global_batch}, lr {lr:.1e}"
+    text = f"{args.model}, {args.epochs} epochs, batch {args.global_batch}, lr {lr:g}"
     if script == "main_pretrain.py":
         predictor = "none" if not args.learning_loss else "relative" if args.relative else "absolute"
         masks = "block" if args.mask_block else "regular" if args.mask_regular else args.mask_strategy
@@ -112,7 +111,7 @@ def compute(script: str, args: argparse.Namespace) -> str:
     macs = macs_per_image(script, args)
     if script == "main_knn.py":
         images = TRAIN_IMAGES + VAL_IMAGES
-        return f"{images:,} images x {macs / 1e9:.1f} GMAC = {images * macs / 1e18:.2g} EMAC"
+        return f"{images:,} images x {macs / 1e9:.1f} GMAC = {images * macs / 1e18:.3g} EMAC"
     total = TRAIN_IMAGES * args.epochs * macs / 1e18
     return f"{TRAIN_IMAGES:,} images x {args.epochs} epochs x {macs / 1e9:.1f} GMAC = {total:.3g} EMAC"
 
@@ -125,8 +124,9 @@ def main(argv: list[str] | None = None) -> None:
         for recipe in map(Path, given.recipes):
             for script, *words in commands(recipe):
                 args = resolve(script, words)
-                rows.append([recipe.name, script, describe(script, args), compute(script, args)])
-    log.info("%s", table(["recipe", "script", "resolves to", "compute"], rows))
+                rows.append([recipe.name, describe(script, args), compute(script, args)])
+    for row in [["recipe", "resolves to", "compute"], ["---"] * 3, *rows]:
+        log.info("| %s |", " | ".join(row))
 
 
 if __name__ == "__main__":
