@@ -148,7 +148,7 @@ def test_the_linear_head_reads_the_normed_patch_tokens_of_a_frozen_encoder():
         *("head.1.weight", "head.1.bias", "head.2.weight", "head.2.bias")
     }
     tokens = model.encoder.forward_features(imgs)[:, 1:]  # (B, L, E), row by row
-    maps = segment.patch_maps(model.encoder, imgs)
+    maps = segment.FrozenEncoder(model.encoder)(imgs)
     torch.testing.assert_close(maps[1, :, 2, 3], tokens[1, 2 * 4 + 3])
     assert not model.encoder.training
 

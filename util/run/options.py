@@ -128,14 +128,18 @@ def add_switch(group: argparse._ActionsContainer, name: str, default: bool | Non
 # -------------------------------------------------------------------------------------------------------- declarations
 
 
-def add_data_options(parser: OptionParser, *, num_workers: int, splits: tuple[str, ...] = ("train", "val")) -> None:
+DATA_LAYOUT = (
+    "folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with train.txt and val.txt (lines of PATH LABEL), or with "
+    "train.tar and val.tar; or one .tar or .tar.gz of such a tree (default: Shapes, images that the program draws "
+    "itself, which need no file)"
+)
+
+
+def add_data_options(
+    parser: OptionParser, *, num_workers: int, splits: tuple[str, ...] = ("train", "val"), layout: str = DATA_LAYOUT
+) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data_path",
-        help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with train.txt and val.txt (lines of PATH LABEL), "
-        "or with train.tar and val.tar; or one .tar or .tar.gz of such a tree (default: Shapes, images that the "
-        "program draws itself, which need no file)",
-    )
+    group.add_argument("--data_path", help=layout)
     for split, count, use in (("train", 2000, "training"), ("val", 500, "validation")):
         if split in splits:
             help = f"number of {use} images without --data_path"
@@ -246,7 +250,10 @@ def add_classifier_options(parser: OptionParser, models: list[str]) -> None:
         "--patch_size", type=COUNT, help="patch size in pixels (default: the checkpoint's, or the model's)"
     )
     group.add_argument(
-        "--nb_classes", type=COUNT, help="number of classes (default: the data set's; a larger number is allowed)"
+        "--nb_classes",
+        "--num_classes",
+        type=COUNT,
+        help="number of classes (default: the data set's; a larger number is allowed)",
     )
 
 
