@@ -3,12 +3,12 @@
 Shapes: B micro-batch, S crop, H, W original image, h, w image at its inference size, K classes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from models_segment import LinearSegmenter, UPerNet, resize, segmentation_loss, slide
+from models_segment import LinearSegmenter, UPerNet, resize, slide
 from util.data.datasets import Sample
 from util.miou import ConfusionMatrix, Scores
 from util.run.amp import Amp
@@ -18,20 +18,19 @@ from util.run.loop import Loop
 
 def train_one_epoch(
     model: nn.Module,
-    loss_weights: tuple[float, ...],
+    criterion: Callable[[Sequence[Tensor], Tensor], Tensor],
     loader: Iterable[Sample],
     optimizer: torch.optim.Optimizer,
     amp: Amp,
     loop: Loop,
     *,
     to_model_input: Callable[[Tensor], Tensor],
-    ignore_index: int,
-    clip_grad: float = 0.0,
 ) -> dict[str, float]:
     """Train to the end of the epoch (the steps up to the next evaluation), or to where the run stops.
 
     Args:
-        model: (B, 3, S, S) -> logits of one or several heads, each (B, K, h, w); `loss_weights` are theirs.
+        model: (B, 3, S, S) -> logits of one or several heads, each (B, K, h, w).
+        criterion: these logits and labels (B, S, S) -> scalar.
         loader: samples whose `image` is a tuple: images and labels, padded to S, and the sizes without padding.
 
     Returns:
@@ -46,10 +45,10 @@ def train_one_epoch(
             with loop.no_sync(model):
                 with amp.autocast():
                     outputs = model(images)
-                loss = segmentation_loss(outputs, loss_weights, labels, ignore_index)
+                loss = criterion(outputs, labels)
                 amp.backward(loss / loop.accum_iter)
             loop.meter.update(loss=loss)
-        loop.meter.update(grad_norm=amp.step(optimizer, parameters, clip_grad))
+        loop.meter.update(grad_norm=amp.step(optimizer, parameters, 0.0))
     return loop.meter.mean(all_reduce_sum)
 
 

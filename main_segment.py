@@ -10,7 +10,6 @@ import argparse
 import copy
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,15 +26,17 @@ from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCr
 from util.data.loader import ShardSampler, StepSampler, build_loader
 from util.data.sources import build_source
 from util.data.transforms import ToModelInput
-from util.lr_decay import param_groups_lrd
-from util.run import distributed, folder, options
-from util.run.checkpoint import Run
+from util.run import distributed, options
+from util.run.checkpoint import Run, read_resumed
+from util.run.folder import LAST, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
-from util.weights.load import load_into, load_pretrained, read_meta
+from util.weights.load import fingerprint, load_into, load_pretrained, read_meta
+from util.weights.meta import defaults_of
 from visualize.segmentation import Report
 
 SCRIPT = "main_segment"
+PROBES = ("knn", "logreg")
 
 # The protocols: MMSegmentation's for ADE20K, with other values on ViT-L, and DINOv3's for a frozen encoder.
 UPERNET = {"steps": 160_000, "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.65, "drop_path": 0.1}
@@ -58,7 +59,7 @@ def get_args_parser() -> options.OptionParser:
     group = parser.add_argument_group("segmentation")
     group.add_argument(
         "--head",
-        choices=["upernet", "linear", "knn", "logreg"],
+        choices=["upernet", "linear", *PROBES],
         help="upernet (default) is trained with the encoder, linear on a frozen one, on crops of --crop pixels; knn "
         "and logreg are fitted to the patch features of whole images of --input_size pixels",
     )
@@ -106,27 +107,28 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     options.resolve_which(args)
     if not args.data_path:
         raise ValueError(f"--data_path is missing: give data with {segmentation.LAYOUT.format('training')}")
-    args.weights = args.finetune
+    path = run_folder(args.output_dir, args.experiment, SCRIPT)
+    args.weights, own = args.finetune, {}
     if args.eval:
-        last = Path(args.output_dir, args.experiment, folder.LAST)
-        args.weights = args.resume or args.finetune or str(last)
-    meta = read_meta(args.weights) if args.weights else {}
-    if args.eval and meta.get("script") == SCRIPT:
-        kept = ("head", "crop", "stride", "short_side", "nb_classes", "reduce_zero_label")
-        options.fill_in(args, {name: meta["options"][name] for name in kept})
-    options.fill_in(args, {"head": "upernet", "crop": 512, **models_vit.defaults_of(meta)})
-    args.trained = args.head in ("upernet", "linear")
-    if args.eval and not args.trained:
+        args.weights = args.resume or args.finetune or str(path / LAST)
+        own = read_meta(args.weights)
+    elif args.head not in PROBES:
+        own = read_resumed(path, args.resume, args.auto_resume)
+    if own.get("script") == SCRIPT:
+        options.fill_in(args, {name: own["options"][name] for name in (*FIXED, "stride", "short_side")})
+    meta = own or (read_meta(args.weights) if args.weights else {})
+    options.fill_in(args, {"head": "upernet", "crop": 512, **defaults_of(meta)})
+    if args.eval and args.head in PROBES:
         raise ValueError(f"--head {args.head} is fitted at every start: omit --eval")
     options.fill_in(args, {"stride": args.crop * 2 // 3, "short_side": args.crop})
     if args.stride > args.crop:
         raise ValueError(f"--stride {args.stride} leaves gaps between windows of --crop {args.crop}: lower it")
     args.patch_size = build_model(args, torch.device("meta")).encoder.patch_embed.patch_size[0]  # checks the sizes
-    if args.trained:
-        resolve_schedule(args, world)
-    else:
+    if args.head in PROBES:
         options.fill_in(args, {"batch_size": 64})
         options.resolve_workers(args, world, 4)
+    else:
+        resolve_schedule(args, world)
     return args
 
 
@@ -156,7 +158,7 @@ def resolve_schedule(args: argparse.Namespace, world: distributed.World) -> None
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    size = args.crop if args.trained else args.input_size
+    size = args.input_size if args.head in PROBES else args.crop
     with device:
         return models_segment.build(
             args.head, args.model, size, args.patch_size, args.nb_classes or 1, args.drop_path or 0.0
@@ -177,7 +179,7 @@ def describe(args: argparse.Namespace, model: nn.Module, num_images: int) -> str
     """The start of the log: what will be trained and how. Returns the protocol of the evaluation in one line."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("model     %s on %s, %.1f M trainable parameters", args.head, args.model, trained / 1e6)
-    if args.trained and not args.eval:
+    if args.head not in PROBES and not args.eval:
         log.info(
             "steps     %d, warm-up %d, %s decay; an evaluation ends an epoch, every %d steps",
             args.steps,
@@ -186,9 +188,9 @@ def describe(args: argparse.Namespace, model: nn.Module, num_images: int) -> str
             args.eval_interval,
         )
     options.describe(get_args_parser(), args)
-    images = f"{args.input_size} x {args.input_size} pixels, one class per patch"
-    if args.trained:
-        images = f"short side {args.short_side}, windows {args.crop}, stride {args.stride}"
+    images = f"short side {args.short_side}, windows {args.crop}, stride {args.stride}"
+    if args.head in PROBES:
+        images = f"{args.input_size} x {args.input_size} pixels, one class per patch"
     frozen = "" if args.head == "upernet" else "frozen "
     return (
         f"{args.head} on {frozen}{args.model}, patch {args.patch_size}, {images}, scored at original size, "
@@ -216,21 +218,26 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             on_rank_zero=distributed.from_rank_zero,
         )
         args.nb_classes, args.reduce_zero_label = len(names), label_format.reduce_zero
-        weights = load_pretrained(args.weights, args.which) if args.weights else None
-        path, pin_memory = Path(args.output_dir, args.experiment), args.pin_mem and device.type == "cuda"
+        path, pin_memory = run_folder(args.output_dir, args.experiment, SCRIPT), args.pin_mem and device.type == "cuda"
         run = None
-        if args.trained and not args.eval:
+        if args.head not in PROBES and not args.eval:
             run = Run(path, SCRIPT, args.resume, args.auto_resume)
+        resumed = run is not None and run.state is not None
+        weights = load_pretrained(args.weights, args.which) if args.weights and not resumed else None
+        if run is not None:
+            args.initial = run.check_initial_weights(
+                args.weights, lambda: fingerprint(weights or load_pretrained(args.weights, args.which))
+            )
             run.check(vars(args), FIXED)
-            topology = (args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
-            sampler = StepSampler(args.eval_interval, len(sources["train"]), *topology)
+            count, batch = len(sources["train"]), args.batch_size
+            sampler = StepSampler(args.eval_interval, count, batch, args.accum_iter, world.rank, world.size, args.seed)
 
     # Model
     rng.seed_all(args.seed)
     model = build_model(args, torch.device("cpu")).to(device)
     amp.choose_attention(model)
     protocol = describe(args, model, len(sources["val"]))
-    if run is None or run.state is None:
+    if not resumed:
         load_weights(args, model, weights)
     if device.type == "cuda" and world.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -245,7 +252,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         sampler = ShardSampler(len(sources[split]), batch_size, world.rank, world.size)
         return build_loader(ImageDataset(sources[split], transform), sampler, args.num_workers, pin_memory)
 
-    if not args.trained:
+    if args.head in PROBES:
         train = shard("train", ProbeResize(args.input_size, resize_labels=True), args.batch_size)
         val = shard("val", ProbeResize(args.input_size, resize_labels=False), 1)
 
@@ -281,30 +288,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Optimizer, data, loop
     student = distributed.wrap_ddp(model, device)
-    spared = [] if args.decay_positions else models_segment.position_parameters(model)
-    rule = (models_segment.layer_of, model.depth + 1)
-    groups = param_groups_lrd(model, args.weight_decay, spared, args.layer_decay, *rule)
+    groups = models_segment.parameter_groups(model, args.weight_decay, args.layer_decay, args.decay_positions)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     crop = TrainingCrop(args.crop, args.short_side, args.ignore_index)
     dataset = ImageDataset(sources["train"], crop, args.seed, replace=not args.strict_images)
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory)
+    criterion = partial(models_segment.loss, weights=model.loss_weights, ignore_index=args.ignore_index)
     stateful = {"state_dict": model, "optimizer": optimizer, "loss_scaler": amp}
     loop = Loop(run, vars(args), stateful, sampler, sources["train"], amp)
 
     results = {}
     for epoch in loop.epochs():
-        stats = train_one_epoch(
-            student,
-            model.loss_weights,
-            loader,
-            optimizer,
-            amp,
-            loop,
-            to_model_input=to_model_input,
-            ignore_index=args.ignore_index,
-        )
+        stats = train_one_epoch(student, criterion, loader, optimizer, amp, loop, to_model_input=to_model_input)
         if loop.stopped:
             break
+        loop.save_mid_epoch()
         last = epoch + 1 == args.epochs
         scores = score(on_prediction=report.save if last else None)
         line = report.scores(scores, f"step {(epoch + 1) * args.eval_interval}/{args.steps}  ")

@@ -6,6 +6,7 @@ K classes, D channels of a head.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -203,18 +204,25 @@ def build(
     return LinearSegmenter(encoder, size, num_classes) if head == "linear" else FrozenEncoder(encoder)
 
 
-def layer_of(name: str, num_layers: int) -> int:
-    """Layer of a parameter for layer-wise decay (MMSegmentation's rule): all that is not the encoder is the head."""
-    return lr_decay.layer_of(name.removeprefix("encoder."), num_layers)
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float, decay_positions: bool = True
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer: all outside the encoder counts as the head of layer-wise decay (MMSegmentation).
+
+    Args:
+        decay_positions: weight decay on positions, class token and bias tables. BEiT means to spare them, but its rule
+            never matches in MMSegmentation.
+    """
+    positions = ("pos_embed", "cls_token", "relative_position_bias_table")
+    spared = [] if decay_positions else [name for name, _ in model.named_parameters() if name.endswith(positions)]
+
+    def layer_of(name: str, num_layers: int) -> int:
+        return lr_decay.layer_of(name.removeprefix("encoder."), num_layers)
+
+    return lr_decay.param_groups_lrd(model, weight_decay, spared, layer_decay, layer_of, model.depth + 1)
 
 
-def position_parameters(model: nn.Module) -> list[str]:
-    """Names of positions, class token and bias tables: BEiT's rule decays none of them, MMSegmentation decays all."""
-    endings = ("pos_embed", "cls_token", "relative_position_bias_table")
-    return [name for name, _ in model.named_parameters() if name.endswith(endings)]
-
-
-def segmentation_loss(outputs: Sequence[Tensor], weights: Sequence[float], labels: Tensor, ignore_index: int) -> Tensor:
+def loss(outputs: Sequence[Tensor], labels: Tensor, weights: Sequence[float], ignore_index: int) -> Tensor:
     """Weighted cross-entropies of logits (B, K, h, w), resized to the labels (B, H, W): a scalar.
 
     Each is the sum over the valid pixels divided by the number of all pixels, as in MMSegmentation: a batch of ignored

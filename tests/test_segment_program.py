@@ -14,8 +14,8 @@ from segment_data import NAMES, ade_files
 import main_segment
 from util.run.options import UserMistake
 
-SIZES = ["--crop", 32, "--input_size", 32, "--num_workers", 0]
-STEPS = ["--steps", 6, "--eval_interval", 3, "--batch_size", 4, "--global_batch", 4, "--log_interval", 2]
+SIZES = ["--crop", 16, "--num_workers", 0]
+STEPS = ["--steps", 4, "--eval_interval", 2, "--batch_size", 4, "--global_batch", 4, "--log_interval", 1]
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,10 @@ def test_training(trained):
     folder, log = trained
     assert re.search(r"data      train: 12 images; ignored \d\.\d %, grass \d\d\.\d %, .*; absent: no class", log)
     assert re.search(r"loaded +\d+ tensors\nunused .*norm \(2\).*\nnewly initialised +blocks \(18\)", log)
-    assert "steps     6, warm-up 0, linear decay" in log
+    assert "steps     4, warm-up 0, linear decay" in log
     assert "batch     4 = --batch_size 4 x --accum_iter 1 x 1 process" in log
-    protocol = "upernet on vit_micro_patch16, patch 4, short side 32, windows 32, stride 21, scored at original size, "
-    assert re.search(rf"step 6/6  mIoU \d+\.\d\d  pixel_accuracy \d+\.\d\d  \({protocol}3 classes, 5 images\)", log)
+    protocol = "upernet on vit_micro_patch16, patch 4, short side 16, windows 16, stride 10, scored at original size, "
+    assert re.search(rf"step 4/4  mIoU \d+\.\d\d  pixel_accuracy \d+\.\d\d  \({protocol}3 classes, 5 images\)", log)
     names = {p.name for p in folder.iterdir() if "tfevents" not in p.name}
     assert {"config.json", "log.jsonl", "iou.tsv", "checkpoint-last.pth", "checkpoint-2.pth", "preview"} <= names
     first, second = log_lines(folder)
@@ -86,7 +86,7 @@ def test_training(trained):
     } <= second.keys()
     assert mious(log) == [round(line["test_mIoU"], 2) for line in (first, second)]
     table = (folder / "iou.tsv").read_text().splitlines()
-    assert table[0].startswith("# step 6/6  mIoU ")
+    assert table[0].startswith("# step 4/4  mIoU ")
     assert [line.split("\t")[1] for line in table[2:]] == NAMES
     values = [float(line.split("\t")[3]) for line in table[2:]]
     assert np.mean(values) == pytest.approx(second["test_mIoU"], abs=1e-3)
@@ -106,7 +106,7 @@ def test_previews(trained):
 
 def test_resuming_is_bitwise(tmp_path, trained, pretrained, data):
     folder, _ = trained
-    start(tmp_path, data, pretrained, "--max_steps", 4)
+    start(tmp_path, data, pretrained, "--max_steps", 3)
     assert checkpoint(tmp_path)["step"] == 1
     log = start(tmp_path, data, pretrained, "--save_predictions", tmp_path / "png", "--save_preview", 2)
     assert "Resuming from" in log
@@ -119,7 +119,7 @@ def test_two_ranks_resume_bitwise(tmp_path, pretrained, data):
     """Batch norm on the CPU is per rank; rank 0's statistics count."""
     more = ("--batch_size", 2)
     start(tmp_path / "whole", data, pretrained, *more, runner=ranks)
-    start(tmp_path / "parts", data, pretrained, *more, "--max_steps", 4, runner=ranks)
+    start(tmp_path / "parts", data, pretrained, *more, "--max_steps", 3, runner=ranks)
     log = start(tmp_path / "parts", data, pretrained, *more, runner=ranks)
     assert "batch     4 = --batch_size 2 x --accum_iter 1 x 2 processes" in log
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
@@ -137,7 +137,7 @@ def test_under_torchrun(tmp_path, pretrained, data):
 def test_the_linear_head_leaves_the_encoder_alone(tmp_path, pretrained, data):
     log = start(tmp_path, data, pretrained, "--head", "linear", "--save_predictions", tmp_path / "png")
     assert "linear on frozen vit_micro_patch16" in log
-    assert "steps     6, warm-up 0, cosine decay" in log
+    assert "steps     4, warm-up 0, cosine decay" in log
     before, after = checkpoint(pretrained.parent)["state_dict"], checkpoint(tmp_path)["state_dict"]
     for name in ("norm.weight", "blocks.5.mlp.fc2.weight", "cls_token"):
         assert torch.equal(before[name], after[f"encoder.{name}"])
@@ -180,7 +180,19 @@ def test_evaluation_needs_no_training_images(tmp_path, trained):
 
 @pytest.mark.parametrize("head", ["knn", "logreg"])
 def test_probes(tmp_path, pretrained, data, head):
-    given = ["--head", head, "--data_path", data, "--finetune", pretrained, *SIZES, "--batch_size", 5]
+    given = [
+        "--head",
+        head,
+        "--data_path",
+        data,
+        "--finetune",
+        pretrained,
+        *SIZES,
+        "--batch_size",
+        5,
+        "--input_size",
+        32,
+    ]
     more = ["--save_predictions", tmp_path / "png", "--save_preview", 1]
     log = run("main_segment", *given, "--output_dir", tmp_path, *more)
     assert re.search(r"patches   \d{3}, \d+ of them to choose by", log)
@@ -202,9 +214,9 @@ def test_probes(tmp_path, pretrained, data, head):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--eval_interval", 4], r"--eval_interval 4 does not divide --steps 6"),
-        (["--warmup_steps", 6], r"--warmup_steps 6 leaves nothing of --steps 6"),
-        (["--stride", 40], r"--stride 40 leaves gaps between windows of --crop 32"),
+        (["--eval_interval", 3], r"--eval_interval 3 does not divide --steps 4"),
+        (["--warmup_steps", 4], r"--warmup_steps 4 leaves nothing of --steps 4"),
+        (["--stride", 40], r"--stride 40 leaves gaps between windows of --crop 16"),
         (["--crop", 30], r"patch size 4 does not divide an image of 30 x 30"),
         (["--head", "knn", "--eval"], r"--head knn is fitted at every start: omit --eval"),
         (
@@ -230,8 +242,8 @@ def test_data_are_required(tmp_path):
 def test_a_changed_crop_cannot_resume(trained, pretrained, data):
     folder, _ = trained
     with pytest.raises(UserMistake) as mistake:
-        start(folder, data, pretrained, "--crop", 64)
-    assert "was trained with --crop 32, now it is 64" in mistake.value.message
+        start(folder, data, pretrained, "--crop", 32)
+    assert "was trained with --crop 16, now it is 32" in mistake.value.message
 
 
 def test_weights_of_another_size_are_rejected(tmp_path, data, pretrained):

@@ -177,7 +177,10 @@ def add_training_options(parser: OptionParser, *, batch_size: int, epochs: int, 
         type=NOT_NEGATIVE,
         help=f"epochs of linear warm-up (default: {warmup_epochs}, or a fifth of --epochs if that is less)",
     )
+    add_run_options(parser)
 
+
+def add_run_options(parser: OptionParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="run folder: checkpoints, log, options")
     group.add_argument("--experiment", default="", help="name of a subfolder of --output_dir for this run")
