@@ -53,13 +53,16 @@ def train_one_epoch(
         for images, *_ in batches:
             images = to_model_input(images)  # (B, C, H, W)
 
-            # Score: the EMA teacher sees the whole image and predicts the reconstruction loss of every patch.
+            # Score: the EMA teacher sees the whole image, or all but what is hidden from it, and predicts the
+            # reconstruction loss of every patch, or of the hidden ones.
             scores = target = None
             with torch.no_grad(), amp.autocast():
+                if feature_teacher is not None and not features_from_ema:
+                    target = feature_teacher(images)  # (B, L, D)
                 if teacher is not None and (features_from_ema or masks.num_hardest(loop.epoch) > 0):
-                    scores, target = teacher.score(images)  # (B, L), (B, L, E)
-                if not isinstance(feature_teacher, EMATeacher):
-                    target = None if feature_teacher is None else feature_teacher(images)  # (B, L, D)
+                    hidden = masks.draw_hidden(len(images), device=images.device)  # (B, L), or None
+                    scores, tokens = teacher.score(images, hidden, masks.num_hidden, target)  # (B, L), (B, L, E)
+                    target = tokens if features_from_ema else target
 
             # Mask: the patches of highest predicted loss, more of them from epoch to epoch; the rest at random.
             mask = masks.draw(scores, len(images), loop.epoch, device=images.device)  # (B, L), True = masked

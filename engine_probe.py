@@ -5,24 +5,28 @@ chosen on a tenth of the training images. Shapes: B batch, N training patches, Q
 p patch side, K classes.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from util.data.datasets import Sample
 from util.knn import nearest
 from util.miou import ConfusionMatrix, Scores
 from util.rng import generator
 from util.run.amp import Amp
 from util.run.distributed import all_reduce_sum
 
+log = logging.getLogger("hpm")
+
 KS = (1, 3, 10, 30)
 DISTANCES = ("cosine", "euclidean")
 COSTS = tuple(10.0 ** (-6 + 11 * i / 7) for i in range(8))  # CAPI's grid of C, the weight of the data term
 _ROWS = 65536  # patches in memory at once, beyond the features themselves
 
-Encode = Callable[[Tensor], Tensor]  # (B, 3, S, S) -> (B, E, h, w)
+Encode = Callable[[Tensor], Tensor]  # (B, 3, S, S) uint8 -> (B, E, h, w) float32
 Classify = Callable[[Tensor], dict[str, Tensor]]  # (Q, E) -> predictions (Q,) by name
 
 
@@ -35,13 +39,7 @@ def patch_labels(labels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def extract_patches(
-    encode: Encode,
-    batches: Iterable,
-    amp: Amp,
-    to_model_input: Callable[[Tensor], Tensor],
-    count: int,
-    per_image: int,
-    seed: int,
+    encode: Encode, batches: Iterable[Sample], amp: Amp, count: int, per_image: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of the training patches, the same on every rank, on the CPU.
 
@@ -54,8 +52,7 @@ def extract_patches(
     """
     features = labels = None
     for (images, maps), _, index, *_ in batches:
-        with amp.autocast():
-            tokens = encode(to_model_input(images)).float().cpu()
+        tokens = encode(images).cpu()
         rows = tokens.flatten(2).transpose(1, 2)  # (B, L, E)
         classes = patch_labels(maps, tokens.shape[2:])
         if features is None:
@@ -147,6 +144,10 @@ def _logits(features: Tensor, solution: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- choices
 
 
+def logistic(solution: Tensor) -> Classify:
+    return lambda queries: {"logreg": _logits(queries, solution).argmax(dim=1)}
+
+
 def held_out(count: int, seed: int) -> Tensor:
     """Which of the training images are held out to choose hyper-parameters: a tenth, at least one; (count,) bool."""
     mask = torch.zeros(count, dtype=torch.bool)
@@ -166,64 +167,84 @@ def patch_miou(classify: Classify, features: Tensor, labels: Tensor, num_classes
 
 def build_classifier(
     head: str, features: Tensor, labels: Tensor, held: Tensor, num_classes: int
-) -> tuple[Classify, str, dict[str, float]]:
-    """The classifier of a head ("knn" or "logreg"), fitted to all patches with the hyper-parameters of the best.
+) -> tuple[Classify, list[str], str]:
+    """The classifier of a head, fitted to all patches with the hyper-parameters that the held-out ones choose.
 
     Args:
-        features, labels, held: (N, E), (N,) int64, and (N,) bool for the patches that choose.
+        features, labels, held: (N, E), (N,) int64, (N,) bool.
 
     Returns:
-        The classifier, which of its predictions is the chosen one, and mIoU on the held-out patches by candidate.
+        The classifier, the names of its predictions, and which of them is the chosen one.
     """
     part = features[~held], labels[~held]
-    scores: dict[str, float] = {}
-    if head == "knn":
-        ks = [k for k in KS if k <= len(part[0])]
-        for distance in DISTANCES:
-            found = patch_miou(neighbours(*part, ks, distance), features[held], labels[held], num_classes)
-            scores |= {f"{name} {distance}": value for name, value in found.items()}
-        name, distance = max(scores, key=scores.get).split()
-        return neighbours(features, labels, ks, distance), name, scores
+    ks = [k for k in KS if k <= len(part[0])]
+    candidates: dict[str, float] = {}
     solutions: dict[str, tuple[float, Tensor]] = {}
     solution = None
-    for cost in COSTS:
-        solution = fit_logistic(*part, num_classes, cost, solution)
-        name = f"C={cost:.2g}"
-        solutions[name] = cost, solution
-        predict = logistic_classifier(solution)
-        scores[name] = patch_miou(predict, features[held], labels[held], num_classes)["logreg"]
-    cost, start = solutions[max(scores, key=scores.get)]
-    return logistic_classifier(fit_logistic(features, labels, num_classes, cost, start)), "logreg", scores
-
-
-def logistic_classifier(solution: Tensor) -> Classify:
-    return lambda queries: {"logreg": _logits(queries, solution).argmax(dim=1)}
+    for setting in DISTANCES if head == "knn" else COSTS:
+        if head == "knn":
+            classify = neighbours(*part, ks, setting)
+        else:
+            solution = fit_logistic(*part, num_classes, setting, solution)
+            solutions[f"logreg C={setting:.2g}"] = setting, solution
+            classify = logistic(solution)
+        for name, score in patch_miou(classify, features[held], labels[held], num_classes).items():
+            name = f"{name} {setting}" if head == "knn" else f"{name} C={setting:.2g}"
+            candidates[name] = score
+            log.info("choice    %s  patch_mIoU %.2f", name, score)
+    best = max(candidates, key=candidates.get)
+    if head == "knn":
+        name, distance = best.split()
+        return neighbours(features, labels, ks, distance), [f"{k}-NN" for k in ks], name
+    return logistic(fit_logistic(features, labels, num_classes, *solutions[best])), ["logreg"], "logreg"
 
 
 @torch.no_grad()
-def evaluate_patches(
+def probe(
+    head: str,
     encode: Encode,
-    classify: Classify,
-    names: Iterable[str],
-    batches: Iterable,
+    train: Iterable[Sample],
+    val: Iterable[Sample],
     amp: Amp,
-    to_model_input: Callable[[Tensor], Tensor],
+    *,
+    num_images: int,
     num_classes: int,
     ignore_index: int,
-) -> dict[str, Scores]:
-    """Scores over all images of all ranks, at the labels' size: all pixels of a patch get its class.
+    max_patches: int,
+    seed: int,
+    on_prediction: Callable[[int, Tensor], None],
+) -> tuple[dict[str, Scores], str]:
+    """Fit a classifier to the patches of the training images and score it on the validation images of all ranks.
 
     Args:
-        names: of the predictions of `classify`.
-        batches: of one image.
+        head: "knn" or "logreg".
+        train: images with labels of the same size.
+        val: one image at a time, with its label at the original size (H, W), where all pixels of a patch get its class.
+        num_images: training images.
+        max_patches: most patches in memory; each image gives an equal part.
+        on_prediction: gets the index of each validation image of this rank and its predicted classes (H, W).
+
+    Returns:
+        Scores by name of the prediction, and the name that the held-out images chose.
     """
+    features, labels = extract_patches(encode, train, amp, num_images, max(1, max_patches // num_images), seed)
+    held = held_out(num_images, seed)[:, None].expand(labels.shape)
+    valid = labels != ignore_index
+    features, labels, held = features[valid].to(amp.device), labels[valid].to(amp.device).long(), held[valid]
+    mean, std = standardization(features)
+    features.sub_(mean).div_(std)
+    log.info("patches   %s, %s of them to choose by", f"{len(labels):,}", f"{int(held.sum()):,}")
+    classify, names, chosen = build_classifier(head, features, labels, held.to(amp.device), num_classes)
+
     matrices = {name: ConfusionMatrix(num_classes, ignore_index, amp.device) for name in names}
-    for (images, labels), *_ in batches:
-        with amp.autocast():
-            maps = encode(to_model_input(images)).float()  # (1, E, h, w)
-        labels = labels[0].to(amp.device)
-        for name, prediction in classify(maps[0].flatten(1).T).items():
-            grid = prediction.to(torch.uint8).view(1, 1, *maps.shape[2:])
-            pixels = F.interpolate(grid, size=labels.shape, mode="nearest")[0, 0]
-            matrices[name].update(pixels, labels)
-    return {name: matrix.scores(all_reduce_sum) for name, matrix in matrices.items()}
+    for (images, maps), _, index, *_ in val:
+        tokens = encode(images)  # (1, E, h, w)
+        rows = (tokens[0].flatten(1).T - mean) / std
+        label = maps[0].to(amp.device)
+        for name, prediction in classify(rows).items():
+            grid = prediction.to(torch.uint8).view(1, 1, *tokens.shape[2:])
+            pixels = F.interpolate(grid, size=label.shape, mode="nearest")[0, 0]
+            matrices[name].update(pixels, label)
+            if name == chosen:
+                on_prediction(int(index), pixels)
+    return {name: matrix.scores(all_reduce_sum) for name, matrix in matrices.items()}, chosen

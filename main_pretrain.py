@@ -43,6 +43,7 @@ FIXED = [
     "decoder_embed_dim",
     "decoder_depth",
     "decoder_num_heads",
+    "predictor_depth",
     "learning_loss",
     "vis_mask_ratio",
     "target",
@@ -106,6 +107,7 @@ def get_args_parser() -> options.OptionParser:
     )
     options.add_switch(group, "learning_loss", True, "train the loss predictor; without it, this is MAE")
     options.add_switch(group, "relative", True, "the predictor ranks patches; without it, it predicts their loss")
+    group.add_argument("--predictor_depth", type=options.COUNT, help="blocks of the predictor (default: the decoder's)")
 
     group = parser.add_argument_group("masks")
     group.add_argument(
@@ -141,6 +143,18 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--ema_decay", type=options.SHARE, default=0.999, help="decay per step at the start")
     group.add_argument("--ema_decay_final", type=options.SHARE, default=0.9999, help="decay per step after the ramp")
     group.add_argument("--ema_ramp_epochs", type=options.COUNT_OR_ZERO, default=100, help="epochs of the linear ramp")
+    group.add_argument(
+        "--teacher_keep",
+        type=options.number(float, above=0, high=1),
+        help="fraction of patches that the teacher sees; below 1 it scores the others, at their mask tokens (default: "
+        "1.0, HPM's; 1 - mask_ratio with --score_by loss)",
+    )
+    group.add_argument(
+        "--score_by",
+        choices=["predictor", "loss"],
+        default="predictor",
+        help="score of a patch: its predicted loss, or the teacher's reconstruction loss, of patches hidden from it",
+    )
 
     group = parser.add_argument_group("optimizer (AdamW, betas 0.9 and 0.95)")
     group.add_argument(
@@ -224,10 +238,35 @@ def resolve_target_and_masks(args: argparse.Namespace) -> None:
     if pattern and args.mask_strategy not in (None, "random"):
         name = "--mask_block" if args.mask_block else "--mask_regular"
         raise ValueError(f"{name} and --mask_strategy {args.mask_strategy} both choose the masks: give one")
+    by_loss = args.score_by == "loss"
     if args.mask_strategy is None:
-        args.mask_strategy = "easy_to_hard" if args.learning_loss and not pattern else "random"
-    if args.mask_strategy != "random" and not args.learning_loss:
-        raise ValueError(f"--mask_strategy {args.mask_strategy} needs the loss predictor: omit --no-learning_loss")
+        args.mask_strategy = "easy_to_hard" if (args.learning_loss or by_loss) and not pattern else "random"
+    if args.mask_strategy != "random" and not (args.learning_loss or by_loss):
+        raise ValueError(
+            f"--mask_strategy {args.mask_strategy} needs the loss predictor: omit --no-learning_loss, or give "
+            "--score_by loss"
+        )
+    resolve_teacher(args, by_loss)
+
+
+def resolve_teacher(args: argparse.Namespace, by_loss: bool) -> None:
+    """What the EMA teacher sees, in place.
+
+    Raises:
+        ValueError: options of the predictor or the teacher that do not go with the target or the masks.
+    """
+    if args.predictor_depth is not None and not args.learning_loss:
+        raise ValueError("--predictor_depth is for the loss predictor: omit it, or omit --no-learning_loss")
+    if args.mask_strategy == "random" and (by_loss or args.teacher_keep not in (None, 1.0)):
+        name = "--score_by loss" if by_loss else "--teacher_keep"
+        raise ValueError(f"{name} is for masks chosen by score, and the masks are random: omit it")
+    if by_loss and args.teacher_keep == 1:
+        raise ValueError("--score_by loss needs patches hidden from the teacher: give --teacher_keep below 1")
+    if args.teacher_keep is None:
+        args.teacher_keep = 1 - args.mask_ratio if by_loss else 1.0
+    if args.teacher_keep < 1 and args.target == "ema":
+        name = "--score_by loss" if by_loss else "--teacher_keep"
+        raise ValueError(f"--target ema needs the teacher's features of the whole image: omit {name}")
 
 
 def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
@@ -244,8 +283,9 @@ def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
         decoder_embed_dim=args.decoder_embed_dim,
         decoder_depth=args.decoder_depth,
         decoder_num_heads=args.decoder_num_heads,
+        predictor_depth=args.predictor_depth,
     )
-    model.grad_checkpointing = args.grad_checkpointing
+    model.grad_checkpointing, model.score_by = args.grad_checkpointing, args.score_by
     return model
 
 
@@ -267,6 +307,9 @@ def describe(
     log.info("model     %s, %.1f M trainable parameters", args.model, trained / 1e6)
     log.info("patches   %d x %d of %d pixels, %d masked", *masks.grid_size, args.patch_size, masks.num_masked)
     log.info("target    %s, loss predictor %s, masks %s", args.target, predictor, args.mask_strategy)
+    if masks.num_hidden:
+        seen = masks.num_patches - masks.num_hidden
+        log.info("teacher   sees %d patches, scores the other %d by %s", seen, masks.num_hidden, args.score_by)
     options.describe(get_args_parser(), args)
 
 
@@ -342,7 +385,8 @@ def main(argv: list[str] | None = None) -> None:
             report = load_into(model, weights, allow_missing=DECODERS, allow_unexpected=("head.", "fc_norm."))
         log.info("weights of %s\n%s", args.load_from, report)
     student = distributed.wrap_ddp(model, device)  # from here on, all ranks hold the same weights
-    teacher = EMATeacher(model) if args.learning_loss or args.target == "ema" else None
+    has_teacher = args.learning_loss or args.score_by == "loss" or args.target == "ema"
+    teacher = EMATeacher(model) if has_teacher else None
     feature_teacher = teacher if args.target == "ema" else frozen
     optimizer = build_optimizer(model, args)
     if args.compile:  # in place: names in checkpoints stay. Masks are drawn between the graphs

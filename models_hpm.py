@@ -16,23 +16,11 @@ from timm.models.vision_transformer import Block, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
-from models_vit import SIZES as ENCODER_SIZES
-from models_vit import image_size
+import models_vit
 from util.losses import absolute_loss, feature_loss, relative_loss
+from util.masking import gather_tokens, random_mask, split_mask
 from util.pos_embed import get_2d_sincos_pos_embed
 from util.weights.meta import autoencoder_settings
-
-
-def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """Select tokens by index: (B, N, E), (B, K) -> (B, K, E). Static shapes, unlike boolean indexing."""
-    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
-
-
-def split_mask(mask: Tensor, num_masked: int) -> tuple[Tensor, Tensor]:
-    """Mask (B, L) -> indices of the visible patches (B, V) and of the masked patches (B, M), in ascending order."""
-    ids = mask.int().argsort(dim=1, stable=True)
-    num_visible = mask.shape[1] - num_masked
-    return ids[:, :num_visible], ids[:, num_visible:]
 
 
 class MaskedAutoencoderViT(nn.Module):
@@ -45,6 +33,7 @@ class MaskedAutoencoderViT(nn.Module):
         learning_loss: add the loss predictor; without it this is the MAE baseline, and `relative` is ignored.
         relative: train the predictor to rank the masked patches of an image, not to predict the values of their loss.
         target_dim: width of feature targets; None reconstructs pixels.
+        predictor_depth: blocks of the loss predictor; None for as many as the reconstructor has (published).
 
     Raises:
         ValueError: the patch size does not divide the image, or a width is not a multiple of its number of heads.
@@ -68,19 +57,20 @@ class MaskedAutoencoderViT(nn.Module):
         learning_loss: bool = True,
         relative: bool = True,
         target_dim: int | None = None,
+        predictor_depth: int | None = None,
     ) -> None:
         super().__init__()
-        self.img_size, self.in_chans, self.vis_mask_ratio = image_size(img_size, patch_size), in_chans, vis_mask_ratio
+        self.img_size, self.in_chans = models_vit.image_size(img_size, patch_size), in_chans
         self.norm_pix_loss, self.target_dim = norm_pix_loss, target_dim
-        self.learning_loss, self.relative = learning_loss, relative
+        self.learning_loss, self.relative, self.vis_mask_ratio = learning_loss, relative, vis_mask_ratio
         self.grad_checkpointing = False
+        self.score_by = "predictor"  # or "loss": how `score_patches` scores hidden patches
 
         def blocks(part: str, width: int, depth: int, heads: int) -> nn.ModuleList:
             if width % heads:
                 raise ValueError(f"{part} width {width} is not a multiple of its {heads} heads")
-            return nn.ModuleList(
-                [Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)]
-            )
+            settings = {"mlp_ratio": mlp_ratio, "qkv_bias": True, "norm_layer": norm_layer}
+            return nn.ModuleList(Block(width, heads, **settings) for _ in range(depth))
 
         # Encoder
         self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim)
@@ -105,7 +95,8 @@ class MaskedAutoencoderViT(nn.Module):
 
         # Loss predictor. Its output is the mean over `pixel_dim` outputs (official); see `forward_loss_predictor`.
         if learning_loss:
-            self.decoder_blocks_losspred = blocks("decoder", decoder_embed_dim, decoder_depth, decoder_num_heads)
+            depth = predictor_depth or decoder_depth
+            self.decoder_blocks_losspred = blocks("decoder", decoder_embed_dim, depth, decoder_num_heads)
             self.decoder_norm_losspred = norm_layer(decoder_embed_dim)
             self.decoder_pred_losspred = nn.Linear(decoder_embed_dim, pixel_dim)
 
@@ -148,11 +139,9 @@ class MaskedAutoencoderViT(nn.Module):
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
         """Transformer blocks with optional activation checkpointing: (B, N, E) -> (B, N, E)."""
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for block in blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint_activations(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = checkpoint_activations(block, x, use_reentrant=False) if recompute else block(x)
         return x
 
     def forward_encoder(self, imgs: Tensor, ids_visible: Tensor | None = None) -> Tensor:
@@ -170,9 +159,7 @@ class MaskedAutoencoderViT(nn.Module):
         """The second masking: replace a fraction of the tokens (B, V, E) by `vis_mask_token` plus position."""
         batch, num_visible, _ = x.shape
         num_replaced = num_visible - int(num_visible * (1 - self.vis_mask_ratio))
-        chosen = torch.rand(batch, num_visible, device=x.device).topk(num_replaced, dim=1).indices
-        replaced = torch.zeros(batch, num_visible, 1, dtype=torch.bool, device=x.device)
-        replaced = replaced.scatter(1, chosen[:, :, None], True)
+        replaced = random_mask(batch, num_visible, num_replaced, device=x.device)[:, :, None]  # (B, V, 1)
         token = (self.vis_mask_token + self.pos_embed[:, 1:]).expand(batch, -1, -1)  # (B, L, E)
         if ids_visible is not None:
             token = gather_tokens(token, ids_visible)
@@ -198,19 +185,20 @@ class MaskedAutoencoderViT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), head.weight.mean(dim=0, keepdim=True)).squeeze(-1) + head.bias.mean()
 
+    def forward_reconstructor(self, tokens: Tensor, num_last: int) -> Tensor:
+        """Decoder tokens (B, 1 + L, F) -> prediction of the last `num_last` of them (B, num_last, D)."""
+        x = self.run_blocks(self.decoder_blocks, tokens)
+        return self.decoder_pred(self.decoder_norm(x[:, -num_last:]))
+
     def forward_decoder(self, latent: Tensor, ids_visible: Tensor, ids_masked: Tensor) -> tuple[Tensor, Tensor | None]:
         """Both decoders: (B, 1 + V, E) -> prediction (B, M, D), predicted loss (B, M) or None without a predictor."""
         tokens = self.embed_decoder_tokens(latent, ids_visible, ids_masked)
         num_masked = ids_masked.shape[1]
-        x = self.run_blocks(self.decoder_blocks, tokens)
-        pred = self.decoder_pred(self.decoder_norm(x[:, -num_masked:]))  # (B, M, D)
+        pred = self.forward_reconstructor(tokens, num_masked)
         return pred, self.forward_loss_predictor(tokens, num_masked) if self.learning_loss else None
 
     def forward_loss(self, pred: Tensor, target: Tensor) -> Tensor:
-        """Reconstruction loss per patch (HPM, section 3.1), (B, M, D), (B, M, D) -> (B, M).
-
-        Mean squared error for pixels, 2 - 2 cos for features.
-        """
+        """Loss per patch (B, M, D), (B, M, D) -> (B, M): mean squared error of pixels, or 2 - 2 cos of features."""
         if self.target_dim is not None:
             return feature_loss(pred, target)
         return (pred.float() - target.float()).square().mean(dim=-1)
@@ -241,8 +229,7 @@ class MaskedAutoencoderViT(nn.Module):
         ids_visible, ids_masked = split_mask(mask, num_masked)
         latent = self.forward_encoder(imgs, ids_visible)
         pred, loss_pred = self.forward_decoder(latent, ids_visible, ids_masked)
-        if target is None:
-            target = self.pixel_target(imgs)
+        target = self.pixel_target(imgs) if target is None else target
         patch_loss = self.forward_loss(pred, gather_tokens(target, ids_masked))
         loss_rec = patch_loss.mean()
         out = {"loss": loss_rec, "loss_rec": loss_rec, "pred": pred, "patch_loss": patch_loss, "latent": latent}
@@ -252,7 +239,7 @@ class MaskedAutoencoderViT(nn.Module):
         return out
 
     def predict_loss(self, imgs: Tensor, return_tokens: bool = False) -> Tensor | tuple[Tensor | None, Tensor]:
-        """The teacher's forward pass: every patch visible, no reconstructor. (B, C, H, W) -> predicted loss (B, L).
+        """HPM's teacher forward: every patch visible, no reconstructor. (B, C, H, W) -> predicted loss (B, L).
 
         With `return_tokens` also the encoder's normed patch tokens (B, L, E), the target of `--target ema`. Without a
         predictor the predicted loss is None.
@@ -265,13 +252,32 @@ class MaskedAutoencoderViT(nn.Module):
         loss_pred = self.forward_loss_predictor(tokens, num_last=latent.shape[1] - 1)
         return (loss_pred, latent[:, 1:]) if return_tokens else loss_pred
 
+    def score_patches(
+        self, imgs: Tensor, hidden: Tensor | None = None, num_hidden: int = 0, target: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Teacher forward: (B, C, H, W) -> scores (B, L), higher for harder patches, and patch tokens (B, L, E).
 
-# ------------------------------------------------------------------------------------------------------- factories
+        Without `hidden` these are `predict_loss`. With `hidden` (B, L), True in `num_hidden` patches of every row, the
+        encoder sees the other patches and scores the hidden ones at their mask tokens, where the decoders are trained:
+        by predicted loss or, with `score_by` "loss", by true reconstruction loss (AnatoMask, ECCV 2024), of features
+        against `target` (B, L, D). Visible patches then score -inf, and tokens are None.
+        """
+        if hidden is None:
+            return self.predict_loss(imgs, return_tokens=True)
+        ids_visible, ids_hidden = split_mask(hidden, num_hidden)
+        tokens = self.embed_decoder_tokens(self.forward_encoder(imgs, ids_visible), ids_visible, ids_hidden)
+        if self.score_by == "loss":
+            target = self.pixel_target(imgs) if target is None else target
+            pred = self.forward_reconstructor(tokens, num_hidden)
+            scores = self.forward_loss(pred, gather_tokens(target, ids_hidden))  # (B, num_hidden)
+        else:
+            scores = self.forward_loss_predictor(tokens, num_hidden)
+        return scores.new_full(hidden.shape, -torch.inf).scatter(1, ids_hidden, scores), None
 
 
 def _sizes(encoder: str, width: int, depth: int, heads: int) -> dict[str, int]:
     """An encoder of `models_vit` with decoders of this width, depth and number of heads."""
-    return {**ENCODER_SIZES[encoder], "decoder_embed_dim": width, "decoder_depth": depth, "decoder_num_heads": heads}
+    return {**models_vit.SIZES[encoder], "decoder_embed_dim": width, "decoder_depth": depth, "decoder_num_heads": heads}
 
 
 SIZES = {
@@ -302,12 +308,9 @@ mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b = MODELS["mae_vit_huge_pat
 
 
 def build_for(name: str, weights: dict[str, Tensor], **settings: Any) -> MaskedAutoencoderViT:
-    """The model of size `name` that fits `weights` (official names), without loading them.
+    """The model of size `name` that fits `weights` (official names), not loaded; `settings` replace what they say.
 
-    `settings` replace what is read from the weights. The second masking is off: pictures show the unmodified image.
-
-    Raises:
-        ValueError: the weights hold an encoder without its decoder.
+    The second masking is off: pictures show the unmodified image. Raises ValueError for an encoder without its decoder.
     """
     model = build(name, **{**autoencoder_settings(weights), **settings})
     model.vis_mask_ratio = 0.0

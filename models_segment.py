@@ -6,6 +6,7 @@ K classes, D channels of a head.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ import models_vit
 from util import lr_decay
 from util.weights.load import DECODERS, LoadReport, load_into
 
-HEADS = ("upernet", "linear")
+HEADS = ("fc_norm.", "head.")  # of classifiers, whose encoders are used here
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -132,13 +133,13 @@ class UPerNet(nn.Module):
         return self.head(pyramid), self.auxiliary(maps[2])
 
     def load_encoder(self, weights: dict[str, Tensor]) -> LoadReport:
-        """Start from a ViT's weights (MAE's names): the key third of each qkv bias cancels in the softmax and goes.
+        """Load pre-trained weights (MAE's names). The key part of each qkv bias is unused: it cancels in the softmax.
 
         Raises:
-            ValueError: the weights are not of this encoder.
+            ValueError: the weights do not fit the encoder.
         """
         weights = dict(weights)
-        unused = [*DECODERS, "norm.", "fc_norm.", "head."]
+        unused = [*DECODERS, *HEADS, "norm."]
         for name in [name for name in weights if name.endswith("attn.qkv.bias") and name.startswith("blocks.")]:
             query, key, value = weights.pop(name).chunk(3)
             stem = name.removesuffix("qkv.bias")
@@ -148,68 +149,80 @@ class UPerNet(nn.Module):
         return load_into(self.encoder, weights, new, unused)
 
 
-class LinearSegmenter(nn.Module):
-    """Batch norm and one linear layer on the patch tokens of a frozen encoder, after its final norm (DINOv3)."""
+class FrozenEncoder(nn.Module):
+    """Patch tokens of a frozen ViT after its final norm: (B, 3, S, S) -> (B, E, h, w)."""
 
-    loss_weights = (1.0,)
-
-    def __init__(self, encoder: models_vit.VisionTransformer, crop: int, num_classes: int) -> None:
+    def __init__(self, encoder: models_vit.VisionTransformer) -> None:
         super().__init__()
-        self.crop, self.num_classes, self.depth = crop, num_classes, len(encoder.blocks)
-        self.encoder = encoder.eval().requires_grad_(False)
-        self.head = nn.Sequential(
-            nn.Dropout2d(0.1), nn.BatchNorm2d(encoder.embed_dim), classifier(encoder.embed_dim, num_classes)
-        )
+        self.depth = len(encoder.blocks)
+        self.encoder = encoder.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "LinearSegmenter":
+    def train(self, mode: bool = True) -> "FrozenEncoder":
         super().train(mode)
         self.encoder.eval()
         return self
 
-    def forward(self, imgs: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, S, S) -> logits (B, K, h, w)."""
-        return (self.head(patch_maps(self.encoder, imgs)),)
+    def forward(self, imgs: Tensor) -> Tensor:
+        with torch.no_grad():
+            tokens = self.encoder.forward_features(imgs)[:, 1:]  # (B, L, E)
+        return tokens.transpose(1, 2).unflatten(2, self.encoder.patch_embed.grid_size)
 
     def load_encoder(self, weights: dict[str, Tensor]) -> LoadReport:
-        """Start from a ViT's weights.
+        """Load pre-trained weights (MAE's names).
 
         Raises:
-            ValueError: the weights are not of this encoder.
+            ValueError: the weights do not fit the encoder.
         """
-        return load_into(self.encoder, weights, allow_unexpected=(*DECODERS, "head.", "fc_norm."))
+        return load_into(self.encoder, weights, allow_unexpected=(*DECODERS, *HEADS))
 
 
-@torch.no_grad()
-def patch_maps(encoder: models_vit.VisionTransformer, imgs: Tensor) -> Tensor:
-    """Patch tokens of the last layer after the final norm: (B, 3, S, S) -> (B, E, h, w)."""
-    tokens = encoder.forward_features(imgs)[:, 1:]  # (B, L, E)
-    return tokens.transpose(1, 2).unflatten(2, encoder.patch_embed.grid_size)
+class LinearSegmenter(FrozenEncoder):
+    """Batch norm and one linear layer on the features of a frozen encoder (DINOv3)."""
 
+    loss_weights = (1.0,)
 
-def build_encoder(name: str, crop: int, patch_size: int | None) -> models_vit.VisionTransformer:
-    """The plain ViT with its final norm, for the frozen heads."""
-    return models_vit.build(name, crop, patch_size, num_classes=0, global_pool=False)
+    def __init__(self, encoder: models_vit.VisionTransformer, crop: int, num_classes: int) -> None:
+        super().__init__(encoder)
+        self.crop, self.num_classes, width = crop, num_classes, encoder.embed_dim
+        self.head = nn.Sequential(nn.Dropout2d(0.1), nn.BatchNorm2d(width), classifier(width, num_classes))
+
+    def forward(self, imgs: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, S, S) -> logits (B, K, h, w)."""
+        return (self.head(super().forward(imgs)),)
 
 
 def build(
-    head: str, name: str, crop: int, patch_size: int | None, num_classes: int, drop_path: float
-) -> UPerNet | LinearSegmenter:
-    """The model of a head ("upernet" or "linear") on a ViT of size `name` (models_vit)."""
-    encoder = build_encoder(name, crop, patch_size)
-    if head == "linear":
-        return LinearSegmenter(encoder, crop, num_classes)
-    assert head == "upernet", head
-    sizes = {"embed_dim": encoder.embed_dim, "depth": len(encoder.blocks)}
-    sizes["num_heads"] = encoder.blocks[0].attn.num_heads
-    return UPerNet(crop, encoder.patch_embed.patch_size[0], **sizes, num_classes=num_classes, drop_path_rate=drop_path)
+    head: str, name: str, size: int, patch_size: int | None, num_classes: int, drop_path: float
+) -> UPerNet | FrozenEncoder:
+    """The model of a head ("upernet", "linear", or a probe's: features only) on a ViT of size `name` (models_vit)."""
+    encoder = models_vit.build(name, size, patch_size, num_classes=0, global_pool=False)
+    if head == "upernet":
+        sizes = {"embed_dim": encoder.embed_dim, "depth": len(encoder.blocks)}
+        sizes["num_heads"] = encoder.blocks[0].attn.num_heads
+        patch_size = encoder.patch_embed.patch_size[0]
+        return UPerNet(size, patch_size, **sizes, num_classes=num_classes, drop_path_rate=drop_path)
+    return LinearSegmenter(encoder, size, num_classes) if head == "linear" else FrozenEncoder(encoder)
 
 
-def layer_of(name: str, num_layers: int) -> int:
-    """Layer of a parameter for layer-wise decay (MMSegmentation's rule): all that is not the encoder is the head."""
-    return lr_decay.layer_of(name.removeprefix("encoder."), num_layers)
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float, decay_positions: bool = True
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer: all outside the encoder counts as the head of layer-wise decay (MMSegmentation).
+
+    Args:
+        decay_positions: weight decay on positions, class token and bias tables. BEiT means to spare them, but its rule
+            never matches in MMSegmentation.
+    """
+    positions = ("pos_embed", "cls_token", "relative_position_bias_table")
+    spared = [] if decay_positions else [name for name, _ in model.named_parameters() if name.endswith(positions)]
+
+    def layer_of(name: str, num_layers: int) -> int:
+        return lr_decay.layer_of(name.removeprefix("encoder."), num_layers)
+
+    return lr_decay.param_groups_lrd(model, weight_decay, spared, layer_decay, layer_of, model.depth + 1)
 
 
-def segmentation_loss(outputs: Sequence[Tensor], weights: Sequence[float], labels: Tensor, ignore_index: int) -> Tensor:
+def loss(outputs: Sequence[Tensor], labels: Tensor, weights: Sequence[float], ignore_index: int) -> Tensor:
     """Weighted cross-entropies of logits (B, K, h, w), resized to the labels (B, H, W): a scalar.
 
     Each is the sum over the valid pixels divided by the number of all pixels, as in MMSegmentation: a batch of ignored

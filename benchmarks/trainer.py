@@ -167,8 +167,9 @@ def step_flops(args: Any, batch_size: int) -> int:
         num_patches = model.patch_embed.num_patches
         num_masked = count_masked(num_patches, args.mask_ratio)
         images = torch.empty(1, 3, *model.img_size)
+        target = None if model.target_dim is None else torch.empty(1, num_patches, model.target_dim)
         with FlopCounterMode(display=False) as counter:
-            model(images, random_mask(1, num_patches, num_masked), num_masked=num_masked)["loss"].backward()
+            model(images, random_mask(1, num_patches, num_masked), target, num_masked)["loss"].backward()
             if model.learning_loss:
                 with torch.no_grad():
                     model.predict_loss(images)

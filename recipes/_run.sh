@@ -68,12 +68,15 @@ finetune() {
         --output_dir "$OUT/$name" "$@"
 }
 
-# ablation OPTIONS...: pre-train ViT-B for 200 epochs in HPM's settings with these options, then fine-tune
+# [same_as=NAME] ablation OPTIONS...: pre-train ViT-B for 200 epochs in HPM's settings with these options, then
+# fine-tune. Where pretrain_NAME.sh and finetune_NAME.sh are the same two runs, it uses their folders.
 ablation() {
-    pretrain_hpm --model mae_vit_base_patch16_dec512d8b --epochs 200 --output_dir "$OUT/$name/pretrain" \
-        "$@" "${first[@]}"
-    finetune --finetune "$OUT/$name/pretrain/checkpoint-last.pth" --epochs 100 --output_dir "$OUT/$name/finetune" \
-        "${second[@]}"
+    local pretrained=$OUT/$name/pretrain finetuned=$OUT/$name/finetune
+    if [ -n "${same_as:-}" ]; then
+        pretrained=$OUT/pretrain_$same_as finetuned=$OUT/finetune_$same_as
+    fi
+    pretrain_hpm --model mae_vit_base_patch16_dec512d8b --epochs 200 --output_dir "$pretrained" "$@" "${first[@]}"
+    finetune --finetune "$pretrained/checkpoint-last.pth" --epochs 100 --output_dir "$finetuned" "${second[@]}"
 }
 
 linprobe_hpm() {

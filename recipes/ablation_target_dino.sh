@@ -5,6 +5,9 @@
 # batch      2048, then 1024
 # lr         1.2e-3, then 2e-3
 # published  not found
+# hardware   no published wall time
+# compute    1,281,167 images x 200 epochs x 85.5 GMAC = 21.9 EMAC; then 1,281,167 images x 100 epochs x 52.6 GMAC =
+#            6.74 EMAC
 # notes      DINO_PATH is the file of its weights; without it, timm downloads them. The official head has CLIP's width
 #            and needs an edit for DINO. Otherwise as in pretrain_hpm_base_200 and finetune_hpm_base_200.
 source "$(dirname "$0")/_run.sh"

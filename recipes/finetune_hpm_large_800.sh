@@ -5,6 +5,8 @@
 # batch      1024
 # lr         2e-3
 # published  85.8 top-1 (official README)
+# hardware   no published wall time
+# compute    1,281,167 images x 50 epochs x 184.5 GMAC = 11.8 EMAC
 # notes      Batch: the official scripts give 48 x 8 = 384 (base) and 64 x 8 = 512 (large), with the base lr and layer
 #            decay of UM-MAE, whose batch is 1024. This recipe uses 1024; 384 may be one node's share (inferred).
 source "$(dirname "$0")/_run.sh"

@@ -3,6 +3,8 @@
 #
 # model      vit_base_patch16
 # published  not found
+# hardware   no published wall time
+# compute    1,331,167 images x 17.6 GMAC = 0.0234 EMAC
 # notes      Which k the paper quotes is not known; DINO quotes 20 (from memory). The official script cannot run.
 source "$(dirname "$0")/_run.sh"
 

@@ -5,11 +5,13 @@
 # batch      2048
 # lr         1.2e-3
 # published  not found for this length
+# hardware   no published wall time
+# compute    1,281,167 images x 1600 epochs x 67.9 GMAC = 139 EMAC
 # notes      Batch: the official PRETRAIN.md gives 32 x 8 x 8 = 2048, scripts/pretrain_base.sh (the author's 800-epoch
 #            config) 32 x 8 x 1 = 256 with the same base lr. This recipe uses 2048, which is also 64 GPUs (the
 #            author's hardware) x 32. Target: every official command uses raw pixels, and so does this recipe. The
-#            README's 83.6 is MAE on normalised pixels. Baseline on normalised pixels, in MAE's settings:
-#            pretrain_mae_base_1600.
+#            README's MAE row of 83.6 is on normalised pixels. Baseline in the same settings:
+#            pretrain_mae_base_1600_pixel. On normalised pixels, in MAE's settings: pretrain_mae_base_1600.
 source "$(dirname "$0")/_run.sh"
 
 pretrain_hpm --model mae_vit_base_patch16_dec512d8b --epochs 1600 --batch_size 64 "$@"

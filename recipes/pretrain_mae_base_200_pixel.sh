@@ -4,9 +4,11 @@
 # model      mae_vit_base_patch16_dec512d8b
 # batch      2048
 # lr         1.2e-3
-# published  fine-tuned 82.2 top-1 (official README; pixels not stated); 82.31 (a user in issue 2 of the official
-#            repository; pixels not stated)
-# notes      HPM's README gives 82.2 for MAE after 200 epochs and does not say on which pixels. There is a recipe for
+# published  fine-tuned 82.2 top-1 (official README; target not stated); 82.31 (a user in issue 2 of the official
+#            repository; target not stated)
+# hardware   no published wall time
+# compute    1,281,167 images x 200 epochs x 29.2 GMAC = 7.47 EMAC
+# notes      HPM's README gives 82.2 for MAE after 200 epochs and does not state the target. There is a recipe for
 #            each. How much HPM gains over normalised pixels is an open question.
 source "$(dirname "$0")/_run.sh"
 

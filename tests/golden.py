@@ -91,8 +91,13 @@ class StepsOnly(Loop):
 class GivenMasks:
     """Stands in for a MaskSampler; the teacher scores the images nevertheless."""
 
+    num_hidden = 0
+
     def __init__(self, masks, num_masked):
         self.masks, self.num_masked = iter(masks), num_masked
+
+    def draw_hidden(self, batch_size, device):
+        return None
 
     def num_hardest(self, epoch):
         return 1

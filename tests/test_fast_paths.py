@@ -13,7 +13,7 @@ from engine_pretrain import train_one_epoch
 from models_hpm import MaskedAutoencoderViT
 from util.data.transforms import ToModelInput
 from util.ema import EMATeacher
-from util.masking import hard_mask
+from util.masking import hard_mask, random_mask
 from util.metrics import MeanMeter
 from util.run.amp import Amp
 
@@ -23,11 +23,20 @@ SMALL = {
 }
 
 
+# The teacher sees the whole image (HPM); scores the patches hidden from it by predicted or by true loss.
+TEACHERS = [{}, {"num_hidden": 12}, {"num_hidden": 12, "score_by": "loss"}]
+
+
 class Masks:
     """Masks of HPM's kind, with more of the hardest patches from step to step."""
 
+    num_hidden = 0
+
     def __init__(self, num_masked):
         self.num_masked, self.step = num_masked, 0
+
+    def draw_hidden(self, batch_size, device):
+        return random_mask(batch_size, 16, self.num_hidden, device=device) if self.num_hidden else None
 
     def num_hardest(self, epoch):
         return 1
@@ -37,11 +46,13 @@ class Masks:
         return hard_mask(scores, 12, (self.step - 1) // 3)
 
 
-def train(steps, device="cpu", compiled=False, num_masked=12, guard=nullcontext):
+def train(steps, device="cpu", compiled=False, num_masked=12, guard=nullcontext, num_hidden=0, score_by="predictor"):
     """Steps of HPM on random images, every third with another number of hardest patches; the loss of each."""
     device = torch.device(device)
     torch.manual_seed(0)
     model = MaskedAutoencoderViT(**SMALL).to(device)
+    model.score_by, masks = score_by, Masks(num_masked)
+    masks.num_hidden = num_hidden
     teacher = EMATeacher(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     if compiled:
@@ -65,7 +76,7 @@ def train(steps, device="cpu", compiled=False, num_masked=12, guard=nullcontext)
             [(batch,) for batch in images],
             optimizer,
             amp,
-            Masks(num_masked),
+            masks,
             loop,
             to_model_input=to_model_input,
             clip_grad=5.0,
@@ -88,10 +99,11 @@ def compiled_once(monkeypatch):
 
 
 @pytest.mark.compile
-def test_compiled_and_eager_steps_agree_over_ten_steps(compiled_once):
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_compiled_and_eager_steps_agree_over_ten_steps(compiled_once, teacher):
     """The graphs; that the kernels built for them compute the same, tests/stress/test_compiled.py shows."""
-    compiled = train(10, compiled=True)
-    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(train(10)), rtol=0, atol=1e-4)
+    compiled = train(10, compiled=True, **teacher)
+    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(train(10, **teacher)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.compile
@@ -139,8 +151,9 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_never_waits_for_the_device():
-    train(4, guard=NoWaiting)
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_step_never_waits_for_the_device(teacher):
+    train(4, guard=NoWaiting, **teacher)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +170,8 @@ def test_a_step_that_reads_the_number_of_masked_patches_would_be_noticed():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_on_cuda_passes_with_waiting_forbidden():
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_step_on_cuda_passes_with_waiting_forbidden(teacher):
     class Forbidden:
         def __enter__(self):
             torch.cuda.set_sync_debug_mode("error")
@@ -165,4 +179,4 @@ def test_a_step_on_cuda_passes_with_waiting_forbidden():
         def __exit__(self, *error):
             torch.cuda.set_sync_debug_mode("default")
 
-    train(4, device="cuda", guard=Forbidden)
+    train(4, device="cuda", guard=Forbidden, **teacher)

@@ -1,9 +1,8 @@
 """Recipes: every command resolves to what its header states, and some are run for two steps."""
 
-import importlib
+import functools
 import os
 import re
-import shlex
 import subprocess
 import sys
 
@@ -14,91 +13,139 @@ from images import write_tree
 from programs import ROOT
 
 import models_vit
+from benchmarks.recipes import TRAIN_IMAGES, VAL_IMAGES, commands, compute, describe, resolve
 from models_teacher import KINDS
-from util.run.distributed import World
-from util.weights.meta import classifier_name
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if path.name not in ("_run.sh", "slurm.sh"))
-KEYS = {"model", "batch", "lr", "published", "notes"}
+FIELDS = {"model", "batch", "lr", "published", "hardware", "compute", "notes"}
+OPTIONAL_FIELDS = {"same as", "definition"}
+TARGETS = {"hpm": "pixel", "mae": "norm_pixel", "pixel": "pixel", "normpix": "norm_pixel"}
+OWN_STRATEGIES = {"hard_to_easy", "constant", "hardest", "easiest"}  # not in the official code
 
 
 def header(path):
-    """The comment block of a recipe as {key: text}."""
-    found, key = {}, None
+    """The comment block of a recipe as {field: text}."""
+    found, field = {}, None
     for line in path.read_text().split("source")[0].splitlines()[3:]:
-        if line.startswith("#            "):
-            found[key] += " " + line[13:]
-        elif match := re.match(r"# (\w+) +(.*)", line):
-            key = match[1]
-            found[key] = match[2]
+        if line.startswith("# "):
+            name, text = line[2:13].strip(), line[13:]
+            field = name or field
+            found[field] = f"{found[field]} {text}" if field in found else text
     return found
 
 
-def commands(path, **environment):
-    done = subprocess.run(
-        ["bash", str(path)],
-        env={**os.environ, "DATA": "/data", "DRY": "1", "OUT": "/out", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines()]
+def numbers(text):
+    return [float(number.replace(",", "")) for number in re.findall(r"[\d.,]*\d(?:e-?\d+)?", text)]
 
 
-def resolve(script, options, monkeypatch, processes=8):
-    module = importlib.import_module(script.removesuffix(".py"))
-    parser = module.get_args_parser()
-    # The checkpoint of the earlier recipe does not exist yet.
-    monkeypatch.setattr(module, "read_meta", lambda path: {}, raising=False)
-    return module.resolve_options(parser.parse_args(options), World(0, processes, 0, processes))
+@functools.cache
+def resolved(path):
+    """Script and options of every command of a recipe."""
+    return [(script, resolve(script, words)) for script, *words in commands(path)]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_recipe_resolves_to_its_header(path, monkeypatch):
+def test_recipe_resolves_to_its_header(path):
     stated = header(path)
-    batches = [int(x) for x in re.findall(r"\d+", stated.get("batch", ""))]
-    lrs = [float(x) for x in re.findall(r"[\d.]+(?:e-?\d+)?", stated.get("lr", ""))]
-    assert KEYS - stated.keys() <= ({"batch", "lr"} if path.stem.startswith("knn") else set())
-    for number, (script, *options) in enumerate(commands(path)):
-        args = resolve(script, options, monkeypatch)
+    without_training = {"batch", "lr"} if path.stem.startswith("knn") else set()
+    assert FIELDS - without_training <= stated.keys() <= FIELDS | OPTIONAL_FIELDS
+    batches, lrs = numbers(stated.get("batch", "")), numbers(stated.get("lr", ""))
+    steps = stated["compute"].split("; then ")
+    for number, (script, args) in enumerate(resolved(path)):
         if number == 0:
             assert args.model == stated["model"]
         if batches:
             assert args.global_batch == batches[number]
             assert args.lr == pytest.approx([lrs[number]] if script == "main_linprobe.py" else lrs[number])
-        assert args.data_path == "/data"
+        check_arithmetic(script, args, steps[number])
         if script != "main_knn.py":
-            assert args.output_dir.startswith(f"/out/{path.stem}")
+            folders = [path.stem, *re.findall(r"\w+_\w+", stated.get("same as", "").split(".")[0])]
+            assert args.output_dir.split("/")[2] in folders
 
 
-def test_names_match_the_options(monkeypatch):
+def check_arithmetic(script, args, stated):
+    """images x epochs x GMAC = EMAC; the GMAC themselves are counted below and in tests/stress."""
+    images, *epochs, gmacs, emacs = numbers(stated)
+    expected = (TRAIN_IMAGES, [args.epochs]) if script != "main_knn.py" else (TRAIN_IMAGES + VAL_IMAGES, [])
+    assert (images, epochs) == expected
+    assert emacs == pytest.approx(images * (epochs or [1])[0] * gmacs / 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["pretrain_hpm_base_200", "pretrain_mae_large_800", "finetune_hpm_base_200", "knn_hpm_base"]
+)
+def test_multiply_accumulates(name):
+    path = ROOT / f"recipes/{name}.sh"
+    ((script, args),) = resolved(path)
+    assert header(path)["compute"] == compute(script, args)
+
+
+def test_names_match_the_options():
     for path in RECIPES:
         if not path.stem.startswith("pretrain"):
             continue
-        _, method, size, epochs, *_ = path.stem.split("_")
-        args = resolve("main_pretrain.py", commands(path)[0][1:], monkeypatch)
+        _, method, size, epochs, *target = path.stem.split("_")
+        ((_, args),) = resolved(path)
         assert (f"_{size}_" in args.model, args.epochs, args.learning_loss) == (True, int(epochs), method == "hpm")
+        assert args.target == TARGETS[target[0] if target else method]
+        assert args.global_batch == (4096 if method == "mae" and not target else 2048)
         tune = ROOT / "recipes" / path.name.replace("pretrain", "finetune")
-        script, *options = commands(tune)[0]
-        assert options[options.index("--finetune") + 1] == f"/out/{path.stem}/checkpoint-last.pth"
-        assert resolve(script, options, monkeypatch).model == classifier_name(args.model)
+        ((script, *words),) = commands(tune)
+        assert words[words.index("--finetune") + 1] == f"/out/{path.stem}/checkpoint-last.pth"
+        assert resolve(script, words).model == args.model.removeprefix("mae_").removesuffix("_dec512d8b")
 
 
-def test_the_table_lists_every_recipe_with_its_published_result():
-    table = (ROOT / "recipes/README.md").read_text()
+def test_every_hpm_recipe_has_a_baseline_in_its_settings():
+    """Raw-pixel MAE of the same size and length, which differs in the predictor and the masks alone."""
     for path in RECIPES:
-        row = next(line for line in table.splitlines() if f"[{path.name}]({path.name})" in line)
+        if path.stem.startswith("pretrain_hpm"):
+            baseline = ROOT / "recipes" / f"{path.stem.replace('hpm', 'mae')}_pixel.sh"
+            assert baseline.stem in header(path)["notes"]
+            (_, ours), (_, theirs) = resolved(path)[0], resolved(baseline)[0]
+            differ = {name for name, value in vars(ours).items() if vars(theirs)[name] != value}
+            assert differ == {"learning_loss", "mask_strategy", "output_dir"}
+
+
+def test_no_model_is_trained_twice():
+    """Recipes whose pre-training resolves to the same options say so, and share a folder."""
+    folders = {}
+    for path in RECIPES:
+        script, args = resolved(path)[0]
+        if script == "main_pretrain.py":
+            options = {k: v for k, v in vars(args).items() if k not in ("output_dir", "batch_size", "accum_iter")}
+            folders.setdefault(str(sorted(options.items())), set()).add(args.output_dir)
+    assert all(len(shared) == 1 for shared in folders.values()), folders.values()
+    same = {path.stem for path in RECIPES if "same as" in header(path)}
+    assert same == {"ablation_mask_easy_to_hard", "ablation_ratio_075", "ablation_objective_none"}
+
+
+def test_own_definitions_are_called_so():
+    for path in RECIPES:
+        script, args = resolved(path)[0]
+        own = script == "main_pretrain.py" and args.mask_strategy in OWN_STRATEGIES
+        assert header(path).get("definition", "").startswith("ours:") == own, path.stem
+
+
+def test_the_tables_list_every_recipe():
+    text = (ROOT / "recipes/README.md").read_text()
+    for path in RECIPES:
+        row = next(line for line in text.splitlines() if f"[{path.name}]({path.name})" in line)
         assert row.endswith(f"| {header(path)['published']} |"), path.name
-    assert table.count(".sh](") == len(RECIPES)
+    assert text.count(".sh](") == len(RECIPES)
+    for name in re.findall(r"^\| (\w+)\.sh \|", text, re.MULTILINE):
+        path = ROOT / f"recipes/{name}.sh"
+        ((script, args),) = resolved(path)
+        assert f"| {path.name} | {describe(script, args)} | {header(path)['compute']} |" in text
+    official = re.findall(r"`((?:pretrain|finetune)_\w+)`", text.split("## Official")[1].split("resolve to")[0])
+    assert all((ROOT / f"recipes/{name}.sh").exists() for name in official)
 
 
-def test_the_world_size_must_divide_the_global_batch(monkeypatch):
-    (script, *options), *_ = commands(ROOT / "recipes/pretrain_hpm_base_200.sh")
-    assert resolve(script, options, monkeypatch, processes=1).accum_iter == 32
-    assert resolve(script, options, monkeypatch, processes=32).accum_iter == 1
+def test_the_world_size_must_divide_the_global_batch():
+    ((script, *words),) = commands(ROOT / "recipes/pretrain_hpm_base_200.sh")
+    assert resolve(script, words, processes=1).accum_iter == 32
+    assert resolve(script, words, processes=32).accum_iter == 1
     with pytest.raises(ValueError, match="--global_batch 2048 is not a multiple of --batch_size 64 x 3 processes"):
-        resolve(script, options, monkeypatch, processes=3)
+        resolve(script, words, processes=3)
 
 
 def test_options_at_the_end_override_the_recipe():

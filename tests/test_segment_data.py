@@ -34,7 +34,7 @@ def source(path, split="train", form=REDUCED):
 
 
 def classes_of(path, num_classes=None, form=REDUCED, trust_zero=False):
-    counts = [check_files(source(path, split, form), threads=2) for split in ("train", "val")]
+    counts = [check_files(source(path, split, form)) for split in ("train", "val")]
     names = class_names(find_images(str(path), None), form.reduce_zero)
     return count_classes(counts, names, num_classes, form, trust_zero)
 
@@ -138,7 +138,7 @@ def test_bad_label_maps_name_file_and_value(tmp_path, data, message):
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"p_002.jpg is not a readable image"):
-        check_files(source(replaced(tmp_path, b"nothing", "images/training/p_002.jpg")), threads=1)
+        check_files(source(replaced(tmp_path, b"nothing", "images/training/p_002.jpg")))
 
 
 def test_labels_of_ade20k_need_the_shift(tmp_path):
@@ -176,7 +176,7 @@ def test_nothing_but_ignored_pixels(tmp_path):
 
 def test_the_histogram_of_labels(tmp_path):
     path = write_tree(tmp_path, ade_files())
-    counts = check_files(source(path), threads=1)
+    counts = check_files(source(path))
     assert counts.pixels.sum() == sum(source(path).load(i).label.size for i in range(8))
     line = describe_labels(counts, [*NAMES, "moon"], REDUCED)
     assert line.startswith(f"ignored {100 * counts.share(0):.1f} %, ")

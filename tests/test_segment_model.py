@@ -8,7 +8,6 @@ import torch
 from golden import FOLDER
 
 import models_segment as segment
-from util.lr_decay import param_groups_lrd
 
 
 def assert_close(ours, theirs):
@@ -75,9 +74,9 @@ def test_logits_losses_and_gradients(golden, model):
     logits, aux = outputs = model(golden["x"].double())
     assert_close(logits, golden["logits"])
     assert_close(aux, golden["aux"])
-    decode = segment.segmentation_loss([logits], [1.0], golden["y"], 255)
-    auxiliary = segment.segmentation_loss([aux], [0.4], golden["y"], 255)
-    total = segment.segmentation_loss(outputs, model.loss_weights, golden["y"], 255)
+    decode = segment.loss([logits], golden["y"], [1.0], 255)
+    auxiliary = segment.loss([aux], golden["y"], [0.4], 255)
+    total = segment.loss(outputs, golden["y"], model.loss_weights, 255)
     assert total.item() == pytest.approx(13.870189, rel=1e-6)
     assert decode.item() == pytest.approx(float(golden["loss_decode"]), rel=1e-5)
     assert auxiliary.item() == pytest.approx(float(golden["loss_aux"]), rel=1e-5)
@@ -94,7 +93,7 @@ def test_sliding_windows(golden, model):
 
 
 def test_float32_gives_the_same_loss(golden, model):
-    total = segment.segmentation_loss(model.float()(golden["x"]), model.loss_weights, golden["y"], 255)
+    total = segment.loss(model.float()(golden["x"]), golden["y"], model.loss_weights, 255)
     assert total.item() == pytest.approx(13.870189, rel=1e-5)
 
 
@@ -126,13 +125,13 @@ def test_ignored_pixels_cost_nothing():
     """The sum over valid pixels is divided by all pixels; where all are ignored, loss and gradient are zero."""
     logits = torch.randn(2, 5, 4, 4, requires_grad=True)
     labels = torch.randint(0, 5, (2, 8, 8), dtype=torch.uint8)
-    full = segment.segmentation_loss([logits], [1.0], labels, 255)
+    full = segment.loss([logits], labels, [1.0], 255)
     labels[1] = 255
-    half = segment.segmentation_loss([logits], [1.0], labels, 255)
-    alone = segment.segmentation_loss([logits[:1]], [1.0], labels[:1], 255)
+    half = segment.loss([logits], labels, [1.0], 255)
+    alone = segment.loss([logits[:1]], labels[:1], [1.0], 255)
     assert half.item() == pytest.approx(alone.item() / 2)
     assert half < full
-    nothing = segment.segmentation_loss([logits], [1.0], torch.full_like(labels, 255), 255)
+    nothing = segment.loss([logits], torch.full_like(labels, 255), [1.0], 255)
     nothing.backward()
     assert nothing == 0
     assert (logits.grad == 0).all()
@@ -148,7 +147,7 @@ def test_the_linear_head_reads_the_normed_patch_tokens_of_a_frozen_encoder():
         *("head.1.weight", "head.1.bias", "head.2.weight", "head.2.bias")
     }
     tokens = model.encoder.forward_features(imgs)[:, 1:]  # (B, L, E), row by row
-    maps = segment.patch_maps(model.encoder, imgs)
+    maps = segment.FrozenEncoder(model.encoder)(imgs)
     torch.testing.assert_close(maps[1, :, 2, 3], tokens[1, 2 * 4 + 3])
     assert not model.encoder.training
 
@@ -195,7 +194,7 @@ def test_an_encoder_loads_with_every_tensor_accounted_for(golden, model):
 
 
 def test_parameter_groups(golden, model):
-    groups = param_groups_lrd(model, 0.05, (), 0.65, segment.layer_of, model.depth + 1)
+    groups = segment.parameter_groups(model, 0.05, 0.65)
     ours = {name: (g["lr_scale"], g["weight_decay"]) for g in groups for name in g["names"]}
     expected = {}
     for name, settings in json.loads(golden["groups"]).items():
@@ -203,3 +202,8 @@ def test_parameter_groups(golden, model):
         names = [name.replace("qkv.bias", bias) for bias in ("q_bias", "v_bias")] if "qkv.bias" in name else [name]
         expected |= dict.fromkeys(names, pytest.approx(tuple(settings)))
     assert ours == expected
+    spared = segment.parameter_groups(model, 0.05, 0.65, decay_positions=False)
+    decayed = {name for g in spared for name in g["names"] if g["weight_decay"] > 0}
+    assert {name.split(".")[-1] for name in {name for name in ours if ours[name][1] > 0} - decayed} == {
+        *("pos_embed", "cls_token", "relative_position_bias_table")
+    }

@@ -1,7 +1,5 @@
 """Probes of patch features: labels of patches, k-NN, logistic regression, and the choice of hyper-parameters."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,7 +40,7 @@ def encode(images):
 
 def test_patches_are_rows_in_the_order_of_the_grid():
     images, labels = torch.randn(5, 3, 8, 12), torch.randint(0, 3, (5, 8, 12), dtype=torch.uint8)
-    features, classes = probe.extract_patches(encode, batches_of(images, labels), AMP, lambda x: x, 5, 100, seed=0)
+    features, classes = probe.extract_patches(encode, batches_of(images, labels), AMP, 5, 100, seed=0)
     assert features.shape == (5, 6, 3)
     torch.testing.assert_close(features[3, 1 * 3 + 2], encode(images)[3, :, 1, 2])
     assert torch.equal(classes, probe.patch_labels(labels, (2, 3)))
@@ -51,9 +49,9 @@ def test_patches_are_rows_in_the_order_of_the_grid():
 def test_a_limit_on_memory_draws_patches_of_every_image():
     """The same ones whatever the order and the batches."""
     images, labels = torch.randn(5, 3, 8, 12), torch.randint(0, 3, (5, 8, 12), dtype=torch.uint8)
-    whole, _ = probe.extract_patches(encode, batches_of(images, labels), AMP, lambda x: x, 5, 100, seed=0)
-    few, classes = probe.extract_patches(encode, batches_of(images, labels, 3), AMP, lambda x: x, 5, 2, seed=0)
-    again, _ = probe.extract_patches(encode, [*batches_of(images, labels, 1)][::-1], AMP, lambda x: x, 5, 2, seed=0)
+    whole, _ = probe.extract_patches(encode, batches_of(images, labels), AMP, 5, 100, seed=0)
+    few, classes = probe.extract_patches(encode, batches_of(images, labels, 3), AMP, 5, 2, seed=0)
+    again, _ = probe.extract_patches(encode, [*batches_of(images, labels, 1)][::-1], AMP, 5, 2, seed=0)
     assert few.shape == (5, 2, 3)
     assert classes.shape == (5, 2)
     assert torch.equal(few, again)
@@ -106,17 +104,16 @@ def test_less_data_weight_means_smaller_weights():
 
 
 @pytest.mark.parametrize("head", ["knn", "logreg"])
-def test_hyper_parameters_are_chosen_on_a_tenth_of_the_images(head):
+def test_hyper_parameters_are_chosen_on_a_tenth_of_the_images(head, caplog):
     features, labels = clusters(500)
     held = probe.held_out(50, seed=0).repeat_interleave(10)
     assert held.sum() == 50
-    classify, name, scores = probe.build_classifier(head, features, labels, held, 3)
-    assert len(scores) == (8 if head == "logreg" else len(probe.KS) * len(probe.DISTANCES))
-    assert name in classify(features)
+    with caplog.at_level("INFO", "hpm"):
+        classify, names, chosen = probe.build_classifier(head, features, labels, held, 3)
+    assert caplog.text.count("patch_mIoU") == (8 if head == "logreg" else len(probe.KS) * len(probe.DISTANCES))
     queries, truth = clusters(200, seed=5)
-    assert (classify(queries)[name] == truth).float().mean() > 0.9
-    worst = min(scores, key=scores.get)
-    assert scores[worst] < max(scores.values())
+    assert list(classify(queries)) == names
+    assert (classify(queries)[chosen] == truth).float().mean() > 0.9
 
 
 def test_the_choice_never_sees_the_held_out_patches_while_fitting(monkeypatch):
@@ -135,22 +132,28 @@ def test_the_choice_never_sees_the_held_out_patches_while_fitting(monkeypatch):
 
 
 def test_scores_at_the_size_of_the_labels():
-    """Equal to a confusion matrix of the predictions repeated over their patches."""
-    images = torch.randn(3, 3, 8, 12)
-    labels = [torch.randint(0, 2, size, dtype=torch.uint8) for size in [(8, 12), (16, 24), (5, 7)]]
+    """Equal to a confusion matrix of the predictions repeated over their patches; the chosen ones are handed over."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(9, 3, 8, 12, generator=generator)
+    masks = (encode(images)[:, 0] > 0).to(torch.uint8)  # (9, 2, 3): what can be learned
+    train = masks[:6].repeat_interleave(4, 1).repeat_interleave(4, 2)
+    labels = [torch.randint(0, 2, size, dtype=torch.uint8, generator=generator) for size in [(8, 12), (16, 24), (5, 7)]]
     labels[1][0] = 255
-    batches = [((images[i : i + 1], labels[i][None]), None, i, -1) for i in range(3)]
-
-    def classify(rows):
-        return {"sign": (rows[:, 0] > 0).long()}
-
-    scores = probe.evaluate_patches(encode, classify, ["sign"], batches, AMP, lambda x: x, 2, 255)["sign"]
+    val = [((images[6 + i][None], label[None]), None, i, -1) for i, label in enumerate(labels)]
+    kept = {}
+    scores, chosen = probe.probe(
+        *("knn", encode, batches_of(images[:6], train), val, AMP),
+        **{"num_images": 6, "num_classes": 2, "ignore_index": 255, "max_patches": 100, "seed": 0},
+        on_prediction=lambda index, prediction: kept.update({index: prediction}),
+    )
+    assert set(scores) == {"1-NN", "3-NN", "10-NN", "30-NN"}
     matrix = ConfusionMatrix(2, 255, AMP.device)
-    for image, label in zip(images, labels, strict=True):
-        patches = (encode(image[None])[0, 0] > 0).long()
+    for index, label in enumerate(labels):
         rows = [int(i * 2 / label.shape[0]) for i in range(label.shape[0])]
         columns = [int(j * 3 / label.shape[1]) for j in range(label.shape[1])]
-        matrix.update(patches[rows][:, columns], label)
-    expected = matrix.scores(lambda tensor: tensor)
-    assert scores.miou == pytest.approx(expected.miou)
-    assert not math.isnan(scores.miou)
+        assert len({kept[index][i, j].item() for i in range(2) for j in range(2)}) == 1  # one class per patch
+        matrix.update(kept[index], label)
+        assert kept[index].shape == label.shape
+        patches = kept[index][:: -(-label.shape[0] // 2)][:, :: -(-label.shape[1] // 3)]
+        assert torch.equal(patches[rows][:, columns], kept[index])
+    assert matrix.scores(lambda tensor: tensor).miou == pytest.approx(scores[chosen].miou)

@@ -20,9 +20,11 @@ class EMATeacher:
         self._student_parameters = list(student.parameters())
         self._buffers = list(zip(self.module.buffers(), student.buffers(), strict=True))
 
-    def score(self, imgs: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Teacher forward: (B, C, H, W) -> predicted loss (B, L), None without a predictor; patch tokens (B, L, E)."""
-        return self.module.predict_loss(imgs, return_tokens=True)
+    def score(
+        self, imgs: Tensor, hidden: Tensor | None = None, num_hidden: int = 0, target: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Teacher forward: (B, C, H, W) -> scores (B, L), patch tokens (B, L, E); see the model's `score_patches`."""
+        return self.module.score_patches(imgs, hidden, num_hidden, target)
 
     def compile(self, fullgraph: bool) -> None:
         """torch.compile the teacher forward; `module` itself stays eager."""

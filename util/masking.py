@@ -1,6 +1,6 @@
 """Masks: random (MAE), the hardest patches first (HPM, section 3.3), block and regular (UM-MAE).
 
-Shapes: B batch, L patches, V visible, M masked. A mask is bool (B, L), True = masked, M of them in every row.
+Shapes: B batch, L patches, V visible, M masked, E width. A mask is bool (B, L), True = masked, M of them in every row.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,8 @@ def hard_mask(
 ) -> torch.Tensor:
     """Predicted loss (B, L) -> mask (B, L): the `num_hardest` patches of highest loss, the others uniformly at random.
 
-    One batched computation without host synchronisation. NaN counts as hardest, as in the official code.
+    One batched computation without host synchronisation. NaN counts as hardest, as in the official code; -inf marks
+    patches without a score, which only the random choice takes.
     """
     assert 0 <= num_hardest <= num_masked <= loss_pred.shape[1], (num_hardest, num_masked, loss_pred.shape)
     priority = torch.rand(loss_pred.shape, generator=generator, device=loss_pred.device)  # in [0, 1)
@@ -96,6 +97,18 @@ def regular_mask(
     return (place != shown).flatten(1)  # (B, h/2, 2, w/2, 2) -> (B, L)
 
 
+def gather_tokens(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Select tokens by index: (B, N, E), (B, K) -> (B, K, E). Static shapes, unlike boolean indexing."""
+    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
+
+
+def split_mask(mask: torch.Tensor, num_masked: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask (B, L) -> indices of the visible patches (B, V) and of the masked patches (B, M), in ascending order."""
+    ids = mask.int().argsort(dim=1, stable=True)
+    num_visible = mask.shape[1] - num_masked
+    return ids[:, :num_visible], ids[:, num_visible:]
+
+
 # Masks that do not depend on predicted loss (UM-MAE, ratio 0.75).
 PATTERNS = {"block": block_mask, "regular": regular_mask}
 
@@ -109,9 +122,12 @@ class MaskSampler:
         strategy: one of `STRATEGIES`.
         alphas: (alpha_0, alpha_T).
         pattern: a name in `PATTERNS`, which replaces the strategy; None for none.
+        teacher_keep: fraction of the patches that the teacher sees; it scores the others. 1 is HPM's, which sees and
+            scores all of them.
 
     Raises:
-        ValueError: the ratio masks all patches or none, or the pattern does not fit the ratio or the grid.
+        ValueError: a ratio leaves all patches or none, the pattern does not fit the ratio or the grid, or the teacher
+            scores fewer patches than are chosen by score.
     """
 
     def __init__(
@@ -122,6 +138,7 @@ class MaskSampler:
         strategy: str = "easy_to_hard",
         alphas: tuple[float, float] = (0.0, 0.5),
         pattern: str | None = None,
+        teacher_keep: float = 1.0,
     ) -> None:
         self.grid_size, self.epochs, self.strategy, self.pattern = grid_size, epochs, strategy, pattern
         self.num_patches = grid_size[0] * grid_size[1]
@@ -142,6 +159,12 @@ class MaskSampler:
             raise ValueError(
                 f"--mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_patches} patches: leave some of each"
             )
+        self.num_hidden = self.num_patches - int(self.num_patches * teacher_keep)  # from the teacher
+        if teacher_keep < 1 and not max(1, *self._hardest) <= self.num_hidden < self.num_patches:
+            raise ValueError(
+                f"--teacher_keep {teacher_keep}: the teacher scores {self.num_hidden} of {self.num_patches} patches, "
+                f"and up to {max(self._hardest)} are masked by score: choose another value, or a lower --alpha_T"
+            )
         if pattern is not None:
             if mask_ratio != 0.75:
                 raise ValueError(f"--mask_{pattern} requires --mask_ratio 0.75, got {mask_ratio}")
@@ -153,11 +176,20 @@ class MaskSampler:
         pattern = next((name for name in PATTERNS if options.get(f"mask_{name}")), None)
         alphas = (options.get("alpha_0", 0.0), options.get("alpha_T", 0.5))
         strategy = options.get("mask_strategy") or "easy_to_hard"
-        return cls(grid_size, options["mask_ratio"], options["epochs"], strategy, alphas, pattern)
+        keep = options.get("teacher_keep", 1.0)
+        return cls(grid_size, options["mask_ratio"], options["epochs"], strategy, alphas, pattern, keep)
 
     def num_hardest(self, epoch: int) -> int:
         """Number of masked patches chosen by predicted loss in `epoch` (counted from 0)."""
         return self._hardest[epoch]
+
+    def draw_hidden(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> torch.Tensor | None:
+        """Mask (B, L) of the patches hidden from the teacher, `num_hidden` in every row; None if it sees all."""
+        if self.num_hidden == 0:
+            return None
+        return random_mask(batch_size, self.num_patches, self.num_hidden, generator, device)
 
     def draw(
         self,
@@ -167,13 +199,13 @@ class MaskSampler:
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Predicted loss (B, L) -> mask (B, L). `scores` may be None if `num_hardest(epoch)` is 0."""
+        """Scores (B, L), -inf for none -> mask (B, L). `scores` may be None if `num_hardest(epoch)` is 0."""
         if self.pattern is not None:
             return PATTERNS[self.pattern](batch_size, self.grid_size, generator, device)
         count = self.num_hardest(epoch)
         if count == 0:
             return random_mask(batch_size, self.num_patches, self.num_masked, generator, device)
-        assert scores is not None, "no predicted loss to choose the hardest patches by"
+        assert scores is not None, "no scores to choose the hardest patches by"
         if self.strategy == "easiest":
-            scores = -scores
+            scores = torch.where(scores.isneginf(), scores, -scores)
         return hard_mask(scores, self.num_masked, count, generator)

@@ -138,6 +138,7 @@ def build_model(args: argparse.Namespace, which: str) -> models_hpm.MaskedAutoen
     model = models_hpm.build_for(args.model, weights, **settings)
     interpolate_pos_embed(model, weights, "decoder_pos_embed")
     load_into(model, weights)
+    model.score_by = args.trained.get("score_by", "predictor")
     return model.to(distributed.pick_device(args.device, distributed.World(0, 1, 0, 1))).eval()
 
 
@@ -168,8 +169,9 @@ def draw_pictures(args: argparse.Namespace) -> list[Image.Image]:
     """The pictures of --checkpoint: all images in one, or one each."""
     model = build_model(args, args.which)
     settings = {**args.trained, "mask_ratio": args.mask_ratio, "epochs": args.epochs}
-    if not model.learning_loss:
-        settings["mask_strategy"] = "random"
+    can_score = model.target_dim is None if model.score_by == "loss" else model.learning_loss
+    if not can_score:
+        settings |= {"mask_strategy": "random", "teacher_keep": 1.0}
     masks = MaskSampler.from_options(settings, model.patch_embed.grid_size)
     images, names = load_images(args)
     feature_target = None

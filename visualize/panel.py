@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models_hpm import MaskedAutoencoderViT, gather_tokens, split_mask
+from models_hpm import MaskedAutoencoderViT
 from util.data.archives import compressed_archive
 from util.data.datasets import ImageDataset
 from util.data.sources import Source, build_source
 from util.data.transforms import CenterCrop, ToModelInput
-from util.masking import MaskSampler
+from util.masking import MaskSampler, gather_tokens, split_mask
 from util.metrics import rank_accuracy
 from util.rng import generator
 from util.run.logger import log
@@ -101,7 +101,7 @@ def panel(
 
     Args:
         model: reconstructs the images and predicts the loss of the masked patches.
-        teacher: predicts the loss of all patches, by which the masks are chosen; None for random masks.
+        teacher: scores the patches, by which the masks are chosen; None for random masks.
         epoch: whose mask to reconstruct from, counted from 0. The masks of `other_epochs` are drawn as well.
         seed: of the random part of the masks, the same in all epochs, so that only the chosen patches differ.
         feature_target: of models that reconstruct features. Without it they have neither error nor losses.
@@ -111,10 +111,13 @@ def panel(
     device = next(model.parameters()).device
     imgs = ToModelInput(mean, std, device, flip=False)(images)
     scores = tokens = None
+    unseen = masks.draw_hidden(len(imgs), generator(seed, 1))  # (B, L); None if the teacher sees the whole image
     with untouched(model, device, seed):
-        if teacher is not None:
-            scores, tokens = teacher.predict_loss(imgs, return_tokens=True)  # (B, L), (B, L, E)
+        if teacher is not None and unseen is None:
+            scores, tokens = teacher.score_patches(imgs)  # (B, L), (B, L, E)
         target = feature_target(imgs, tokens) if feature_target else None  # (B, L, D)
+        if teacher is not None and unseen is not None:
+            scores, _ = teacher.score_patches(imgs, unseen.to(device), masks.num_hidden, target)
         scores = None if scores is None else scores.float().cpu()  # so that the masks do not depend on the device
         mask_of = {e: masks.draw(scores, len(imgs), e, generator(seed)) for e in {epoch, *other_epochs}}  # (B, L)
         result = reconstruct_and_score(model, imgs, mask_of[epoch].to(device), target, patch_stats)
@@ -124,8 +127,13 @@ def panel(
     grid, patch, to_scale = masks.grid_size, model.patch_embed.patch_size[0], SCALES[scale]
     columns = [("image", "", list(pixels))]
     if scores is not None:
-        maps = [heat_map(x, to_scale(s), grid, patch) for x, s in zip(pixels, scores.numpy(), strict=True)]
-        columns.append(("predicted hardness", "all patches visible", maps))
+        maps = []
+        for x, s in zip(pixels, scores.numpy(), strict=True):
+            scored = ~np.isneginf(s)
+            values = np.zeros_like(s)
+            values[scored] = to_scale(s[scored])
+            maps.append(heat_map(x, values, grid, patch, shown=scored))
+        columns.append((*score_title(masks, teacher), maps))
     titles = mask_titles(masks, [epoch, *other_epochs])
     for e, title in titles.items():
         hidden = [hide(x, mask, grid, patch) for x, mask in zip(pixels, mask_of[e].numpy(), strict=True)]
@@ -207,6 +215,15 @@ def reconstruct(
             mean, deviation = mean.mean(dim=1, keepdim=True), deviation.mean(dim=1, keepdim=True)
         pred = pred * deviation + mean
     return model.unpatchify(patches.scatter(1, ids_masked[:, :, None].expand_as(pred), pred))
+
+
+def score_title(masks: MaskSampler, teacher: MaskedAutoencoderViT | None) -> tuple[str, str]:
+    """Title and note of the column of scores."""
+    by_loss = teacher is not None and teacher.score_by == "loss"
+    title = "loss of the teacher" if by_loss else "predicted hardness"
+    if masks.num_hidden == 0:
+        return title, "all patches visible"
+    return title, f"of {masks.num_hidden} patches hidden from the teacher"
 
 
 def mask_titles(masks: MaskSampler, epochs: Sequence[int]) -> dict[int, str]:

@@ -8,19 +8,24 @@ class k, counted from 0, is label k + 1. Shapes: N images, H, W image.
 
 import csv
 import io
+import logging
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from util.data.files import ImageFiles
+
+log = logging.getLogger("hpm")
+
+T = TypeVar("T")
 
 SPLITS = {"train": "training", "val": "validation"}
 LAYOUT = "images/{0}/NAME.jpg and annotations/{0}/NAME.png"
@@ -184,7 +189,7 @@ class LabelCounts:
         return float(self.pixels[value] / self.pixels.sum())
 
 
-def check_files(source: SegmentationSource, threads: int) -> LabelCounts:
+def check_files(source: SegmentationSource) -> LabelCounts:
     """Read every label map and the header of every image.
 
     Raises:
@@ -206,7 +211,7 @@ def check_files(source: SegmentationSource, threads: int) -> LabelCounts:
         return np.bincount(label.ravel(), minlength=256)
 
     pixels, first = np.zeros(256, dtype=np.int64), [""] * 256
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for index, counts in enumerate(pool.map(count, range(len(source)))):
             for value in np.flatnonzero((counts > 0) & (pixels == 0)):
                 first[value] = source.files.name(source.annotations[index])
@@ -265,3 +270,30 @@ def describe_labels(counts: LabelCounts, names: list[str], form: LabelFormat, mo
     absent = [short[index] for index, share in enumerate(shares) if share == 0]
     more = f" and {len(absent) - most} more" if len(absent) > most else ""
     return ", ".join(parts) + f"; absent: {', '.join(absent[:most]) or 'no class'}{more}"
+
+
+def checked_sources(
+    files: ImageFiles,
+    splits: Sequence[str],
+    form: LabelFormat,
+    num_classes: int | None,
+    *,
+    trust_zero: bool,
+    on_rank_zero: Callable[[Callable[[], T]], T] = lambda compute: compute(),
+) -> tuple[dict[str, SegmentationSource], list[str]]:
+    """The splits of a data set, with every label map checked, and the names of the classes.
+
+    Args:
+        on_rank_zero: runs the checks on rank 0 and broadcasts the result (util.run.distributed.from_rank_zero).
+
+    Raises:
+        ValueError: as `find_pairs`, `check_files`, `class_names` and `count_classes`.
+    """
+    sources = {split: find_pairs(files, split, form) for split in splits}
+    counts = on_rank_zero(lambda: [check_files(source) for source in sources.values()])
+    names = on_rank_zero(lambda: class_names(files, form.reduce_zero))
+    total = count_classes(counts, names, num_classes, form, trust_zero)
+    names += [f"class {index}" for index in range(len(names), total)]
+    for (split, source), count in zip(sources.items(), counts, strict=True):
+        log.info("data      %s: %s images; %s", split, f"{len(source):,}", describe_labels(count, names, form))
+    return sources, names[:total]

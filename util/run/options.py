@@ -128,14 +128,18 @@ def add_switch(group: argparse._ActionsContainer, name: str, default: bool | Non
 # -------------------------------------------------------------------------------------------------------- declarations
 
 
-def add_data_options(parser: OptionParser, *, num_workers: int, splits: tuple[str, ...] = ("train", "val")) -> None:
+DATA_LAYOUT = (
+    "folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with train.txt and val.txt (lines of PATH LABEL), or with "
+    "train.tar and val.tar; or one .tar or .tar.gz of such a tree (default: Shapes, images that the program draws "
+    "itself, which need no file)"
+)
+
+
+def add_data_options(
+    parser: OptionParser, *, num_workers: int, splits: tuple[str, ...] = ("train", "val"), layout: str = DATA_LAYOUT
+) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data_path",
-        help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with train.txt and val.txt (lines of PATH LABEL), "
-        "or with train.tar and val.tar; or one .tar or .tar.gz of such a tree (default: Shapes, images that the "
-        "program draws itself, which need no file)",
-    )
+    group.add_argument("--data_path", help=layout)
     for split, count, use in (("train", 2000, "training"), ("val", 500, "validation")):
         if split in splits:
             help = f"number of {use} images without --data_path"
@@ -173,7 +177,10 @@ def add_training_options(parser: OptionParser, *, batch_size: int, epochs: int, 
         type=NOT_NEGATIVE,
         help=f"epochs of linear warm-up (default: {warmup_epochs}, or a fifth of --epochs if that is less)",
     )
+    add_run_options(parser)
 
+
+def add_run_options(parser: OptionParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="./output_dir", help="run folder: checkpoints, log, options")
     group.add_argument("--experiment", default="", help="name of a subfolder of --output_dir for this run")
@@ -246,7 +253,10 @@ def add_classifier_options(parser: OptionParser, models: list[str]) -> None:
         "--patch_size", type=COUNT, help="patch size in pixels (default: the checkpoint's, or the model's)"
     )
     group.add_argument(
-        "--nb_classes", type=COUNT, help="number of classes (default: the data set's; a larger number is allowed)"
+        "--nb_classes",
+        "--num_classes",
+        type=COUNT,
+        help="number of classes (default: the data set's; a larger number is allowed)",
     )
 
 

@@ -47,6 +47,7 @@ def autoencoder_settings(weights: dict[str, Tensor]) -> dict[str, Any]:
         "decoder_depth": count_blocks(weights, "decoder_blocks"),
         "vis_mask_ratio": 0.5 if "vis_mask_token" in weights else 0.0,
         "learning_loss": "decoder_pred_losspred.weight" in weights,
+        "predictor_depth": count_blocks(weights, "decoder_blocks_losspred") or None,
         "target_dim": None if outputs == patch * patch * channels else outputs,
     }
 

@@ -1,0 +1,101 @@
+"""Training and exact evaluation of segmentation models.
+
+Shapes: B micro-batch, S crop, H, W original image, h, w image at its inference size, K classes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models_segment import LinearSegmenter, UPerNet, resize, slide
+from util.data.datasets import Sample
+from util.miou import ConfusionMatrix, Scores
+from util.run.amp import Amp
+from util.run.distributed import all_reduce_sum, from_rank_zero
+from util.run.loop import Loop
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: Callable[[Sequence[Tensor], Tensor], Tensor],
+    loader: Iterable[Sample],
+    optimizer: torch.optim.Optimizer,
+    amp: Amp,
+    loop: Loop,
+    *,
+    to_model_input: Callable[[Tensor], Tensor],
+) -> dict[str, float]:
+    """Train to the end of the epoch (the steps up to the next evaluation), or to where the run stops.
+
+    Args:
+        model: (B, 3, S, S) -> logits of one or several heads, each (B, K, h, w).
+        criterion: these logits and labels (B, S, S) -> scalar.
+        loader: samples whose `image` is a tuple: images and labels, padded to S, and the sizes without padding.
+
+    Returns:
+        Means over the epoch and all ranks: loss, grad_norm.
+    """
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for batches in loop.steps(loader):
+        for (images, labels, sizes), *_ in batches:
+            images = blank_padding(to_model_input(images), sizes.to(amp.device, non_blocking=True))
+            labels = labels.to(amp.device, non_blocking=True)
+            with loop.no_sync(model):
+                with amp.autocast():
+                    outputs = model(images)
+                loss = criterion(outputs, labels)
+                amp.backward(loss / loop.accum_iter)
+            loop.meter.update(loss=loss)
+        loop.meter.update(grad_norm=amp.step(optimizer, parameters, 0.0))
+    return loop.meter.mean(all_reduce_sum)
+
+
+def blank_padding(images: Tensor, sizes: Tensor) -> Tensor:
+    """Zero right of and below the image, after normalisation: (B, C, S, S) with (B, 2) heights and widths."""
+    rows = torch.arange(images.shape[2], device=images.device) < sizes[:, :1]  # (B, S)
+    columns = torch.arange(images.shape[3], device=images.device) < sizes[:, 1:]
+    return images * (rows[:, None, :, None] & columns[:, None, None, :])
+
+
+@torch.no_grad()
+def evaluate(
+    model: UPerNet | LinearSegmenter,
+    batches: Iterable[Sample],
+    amp: Amp,
+    to_model_input: Callable[[Tensor], Tensor],
+    *,
+    stride: int,
+    ignore_index: int,
+    on_prediction: Callable[[int, Tensor], None] | None = None,
+) -> Scores:
+    """Scores over the images of all ranks at their original sizes, by sliding windows.
+
+    Args:
+        batches: of one image (1, 3, h, w), with its label (1, H, W).
+        on_prediction: gets the index of each image of this rank and its predicted classes (H, W).
+    """
+    model.eval()
+    share_statistics(model)
+    matrix = ConfusionMatrix(model.num_classes, ignore_index, amp.device)
+
+    def predict(crops: Tensor) -> Tensor:
+        with amp.autocast():
+            return model(crops)[0]
+
+    for (images, labels), _, index, *_ in batches:
+        logits = slide(predict, to_model_input(images)[0], model.crop, stride, model.num_classes)  # (K, h, w)
+        prediction = resize(logits[None], labels.shape[1:])[0].argmax(dim=0)  # (H, W)
+        matrix.update(prediction, labels[0].to(amp.device))
+        if on_prediction is not None:
+            on_prediction(int(index), prediction)
+    return matrix.scores(all_reduce_sum)
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Running means and variances of rank 0 on all ranks. On CUDA they are equal; the CPU has no SyncBatchNorm."""
+    statistics = {name: buffer for name, buffer in model.named_buffers() if "running_" in name}
+    shared = from_rank_zero(lambda: {name: buffer.cpu() for name, buffer in statistics.items()})
+    for name, buffer in statistics.items():
+        buffer.copy_(shared[name])

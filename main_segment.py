@@ -1,0 +1,317 @@
+"""Train and evaluate semantic segmentation on a pre-trained ViT, or probe its patch features.
+
+    python main_segment.py --data_path ADEChallengeData2016 --finetune output_dir/checkpoint-last.pth --head knn
+    torchrun --nproc_per_node=8 main_segment.py --data_path ADEChallengeData2016 --finetune mae_pretrain_vit_base.pth
+
+docs/segmentation.md has the protocols and the commands for ADE20K.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+
+import models_segment
+import models_vit
+from engine_probe import probe
+from engine_segment import evaluate, train_one_epoch
+from util import rng
+from util.data import segmentation
+from util.data.datasets import ImageDataset, Sample
+from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCrop
+from util.data.loader import ShardSampler, StepSampler, build_loader
+from util.data.sources import build_source
+from util.data.transforms import ToModelInput
+from util.run import distributed, options
+from util.run.checkpoint import Run, read_resumed
+from util.run.folder import LAST, run_folder
+from util.run.logger import log
+from util.run.loop import Loop
+from util.weights.load import fingerprint, load_into, load_pretrained, read_meta
+from util.weights.meta import defaults_of
+from visualize.segmentation import Report
+
+SCRIPT = "main_segment"
+PROBES = ("knn", "logreg")
+
+# The protocols: MMSegmentation's for ADE20K, with other values on ViT-L, and DINOv3's for a frozen encoder.
+UPERNET = {"steps": 160_000, "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.65, "drop_path": 0.1}
+LARGE = {**UPERNET, "lr": 9e-5, "layer_decay": 0.75, "drop_path": 0.2}
+LINEAR = {"steps": 40_000, "lr": 1e-3, "weight_decay": 1e-3, "layer_decay": 1.0, "drop_path": 0.0}
+GLOBAL_BATCH, WARMUP_STEPS = 16, 1500
+
+# Options that must not change on resume: weights and schedule depend on them.
+FIXED = ["head", "model", "patch_size", "crop", "nb_classes", "reduce_zero_label", "steps", "eval_interval"]
+
+
+def get_args_parser() -> options.OptionParser:
+    parser = options.OptionParser((__doc__ or "").split("\n")[0])
+    options.add_classifier_options(parser, list(models_vit.MODELS))
+    layout = f"folder, .tar or .tar.gz in ADE20K's layout: {segmentation.LAYOUT}, and objectInfo150.txt"
+    options.add_data_options(parser, num_workers=4, splits=(), layout=layout.format("{training,validation}"))
+    options.add_run_options(parser)
+    options.add_device_options(parser)
+
+    group = parser.add_argument_group("segmentation")
+    group.add_argument(
+        "--head",
+        choices=["upernet", "linear", *PROBES],
+        help="upernet (default) is trained with the encoder, linear on a frozen one, on crops of --crop pixels; knn "
+        "and logreg are fitted to the patch features of whole images of --input_size pixels",
+    )
+    group.add_argument("--crop", type=options.COUNT, help="size of training crops and test windows (default: 512)")
+    group.add_argument("--stride", type=options.COUNT, help="stride of test windows (default: 2/3 of --crop)")
+    group.add_argument("--short_side", type=options.COUNT, help="short side of test images (default: --crop)")
+    options.add_switch(
+        group, "reduce_zero_label", None, "label 0 is ignored and class k is label k + 1, as in ADE20K (default: on)"
+    )
+    ignore = options.number(int, low=0, high=255)
+    group.add_argument("--ignore_index", type=ignore, default=255, help="ignored label, after that shift")
+    group.add_argument("--eval", action="store_true", help="evaluate --resume, --finetune, or the run's newest weights")
+    group.add_argument(
+        "--save_predictions", metavar="DIR", help="write the last predictions as PNG with the data's labels"
+    )
+    group.add_argument("--save_preview", type=options.COUNT, default=0, metavar="N", help="draw N validation images")
+    group.add_argument(
+        "--max_patches", type=options.COUNT, default=4_000_000, help="most training patches in memory (knn, logreg)"
+    )
+
+    group = parser.add_argument_group("schedule (defaults depend on head and size: upernet, large, linear)")
+    group.add_argument("--steps", type=options.COUNT, help="optimizer steps: 160000, 160000, 40000")
+    group.add_argument("--warmup_steps", type=options.COUNT_OR_ZERO, help="1500, at most a tenth of --steps")
+    group.add_argument("--eval_interval", type=options.COUNT, help="steps between evaluations: a tenth of --steps")
+    group.add_argument("--batch_size", type=options.COUNT, help="images per process and micro-batch")
+    group.add_argument("--global_batch", type=options.COUNT, help="global batch size: 16, in one micro-batch")
+    group.add_argument("--lr", type=options.NOT_NEGATIVE, help="learning rate: 1e-4, 9e-5, 1e-3")
+    share = options.number(float, above=0, high=1)
+    group.add_argument("--layer_decay", type=share, help="layer-wise lr decay: 0.65, 0.75, none")
+    group.add_argument(
+        "--drop_path", type=options.number(float, low=0, below=1), help="stochastic depth: 0.1, 0.2, none"
+    )
+    group.add_argument("--weight_decay", type=options.NOT_NEGATIVE, help="0.05, 0.05, 0.001; not on biases and norms")
+    options.add_switch(group, "decay_positions", True, "weight decay on positions, class token and bias tables as well")
+    return parser
+
+
+def resolve_options(args: argparse.Namespace, world: distributed.World) -> argparse.Namespace:
+    """Fill in what follows from other options, the protocol and the checkpoint, and reject impossible settings.
+
+    Raises:
+        ValueError: options that contradict each other, or a checkpoint that cannot be read.
+    """
+    args = copy.copy(args)
+    options.resolve_which(args)
+    if not args.data_path:
+        raise ValueError(f"--data_path is missing: give data with {segmentation.LAYOUT.format('training')}")
+    path = run_folder(args.output_dir, args.experiment, SCRIPT)
+    args.weights, own = args.finetune, {}
+    if args.eval:
+        args.weights = args.resume or args.finetune or str(path / LAST)
+        own = read_meta(args.weights)
+    elif args.head not in PROBES:
+        own = read_resumed(path, args.resume, args.auto_resume)
+    if own.get("script") == SCRIPT:
+        options.fill_in(args, {name: own["options"][name] for name in (*FIXED, "stride", "short_side")})
+    meta = own or (read_meta(args.weights) if args.weights else {})
+    options.fill_in(args, {"head": "upernet", "crop": 512, **defaults_of(meta)})
+    if args.eval and args.head in PROBES:
+        raise ValueError(f"--head {args.head} is fitted at every start: omit --eval")
+    options.fill_in(args, {"stride": args.crop * 2 // 3, "short_side": args.crop})
+    if args.stride > args.crop:
+        raise ValueError(f"--stride {args.stride} leaves gaps between windows of --crop {args.crop}: lower it")
+    args.patch_size = build_model(args, torch.device("meta")).encoder.patch_embed.patch_size[0]  # checks the sizes
+    if args.head in PROBES:
+        options.fill_in(args, {"batch_size": 64})
+        options.resolve_workers(args, world, 4)
+    else:
+        resolve_schedule(args, world)
+    return args
+
+
+def resolve_schedule(args: argparse.Namespace, world: distributed.World) -> None:
+    """Steps, batch and optimizer, in place. For the loop, an epoch is the interval between two evaluations.
+
+    Raises:
+        ValueError: options that contradict each other.
+    """
+    large = args.model in ("vit_large_patch16", "vit_huge_patch14")
+    options.fill_in(args, LINEAR if args.head == "linear" else LARGE if large else UPERNET)
+    args.lr_schedule = "cosine" if args.head == "linear" else "linear"
+    options.fill_in(args, {"warmup_steps": min(WARMUP_STEPS, args.steps // 10)})
+    parts = next(n for n in range(10, 0, -1) if args.steps % n == 0)
+    options.fill_in(args, {"eval_interval": args.steps // parts})
+    if args.steps % args.eval_interval:
+        raise ValueError(f"--eval_interval {args.eval_interval} does not divide --steps {args.steps}: give a divisor")
+    if args.warmup_steps >= args.steps:
+        raise ValueError(f"--warmup_steps {args.warmup_steps} leaves nothing of --steps {args.steps}: lower it")
+    if args.batch_size is None:
+        args.batch_size = max(1, (args.global_batch or GLOBAL_BATCH) // world.size)
+    if args.global_batch is None and GLOBAL_BATCH % (args.batch_size * world.size) == 0:
+        args.global_batch = GLOBAL_BATCH
+    args.epochs, args.warmup_epochs = args.steps // args.eval_interval, args.warmup_steps / args.eval_interval
+    args.min_lr, args.accum_iter, args.steps_per_epoch = 0.0, None, args.eval_interval
+    options.resolve_training(args, world, warmup_epochs=0, num_workers=4)
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    size = args.input_size if args.head in PROBES else args.crop
+    with device:
+        return models_segment.build(
+            args.head, args.model, size, args.patch_size, args.nb_classes or 1, args.drop_path or 0.0
+        )
+
+
+def load_weights(args: argparse.Namespace, model: nn.Module, weights: dict[str, Tensor] | None) -> None:
+    """The encoder's weights; with --eval, those of the whole model."""
+    if weights is None:
+        log.info("no --finetune: starting from random weights")
+        return
+    with options.user_mistakes():
+        report = load_into(model, weights, allow_unexpected=()) if args.eval else model.load_encoder(weights)
+    log.info("weights of %s\n%s", args.weights, report)
+
+
+def describe(args: argparse.Namespace, model: nn.Module, num_images: int) -> str:
+    """The start of the log: what will be trained and how. Returns the protocol of the evaluation in one line."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info("model     %s on %s, %.1f M trainable parameters", args.head, args.model, trained / 1e6)
+    if args.head not in PROBES and not args.eval:
+        log.info(
+            "steps     %d, warm-up %d, %s decay; an evaluation ends an epoch, every %d steps",
+            args.steps,
+            args.warmup_steps,
+            args.lr_schedule,
+            args.eval_interval,
+        )
+    options.describe(get_args_parser(), args)
+    images = f"short side {args.short_side}, windows {args.crop}, stride {args.stride}"
+    if args.head in PROBES:
+        images = f"{args.input_size} x {args.input_size} pixels, one class per patch"
+    frozen = "" if args.head == "upernet" else "frozen "
+    return (
+        f"{args.head} on {frozen}{args.model}, patch {args.patch_size}, {images}, scored at original size, "
+        f"{args.nb_classes} classes, {num_images:,} images"
+    )
+
+
+@record
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Returns: mIoU in percent, by name of the head or number of neighbours; {} if the run stopped early."""
+    # Options, paths and labels: mistakes end here, before a model is built.
+    with options.user_mistakes():
+        world = distributed.read_environment()
+        args = resolve_options(get_args_parser().parse_args(argv), world)
+        device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
+        args.device, args.precision = device.type, amp.name
+        files = build_source(args.data_path, None, cache_dir=args.cache_dir, on_rank_zero=distributed.from_rank_zero)
+        label_format = segmentation.LabelFormat(args.reduce_zero_label is not False, args.ignore_index)
+        sources, names = segmentation.checked_sources(
+            files,
+            ["val"] if args.eval else ["train", "val"],
+            label_format,
+            args.nb_classes,
+            trust_zero=args.reduce_zero_label is True,
+            on_rank_zero=distributed.from_rank_zero,
+        )
+        args.nb_classes, args.reduce_zero_label = len(names), label_format.reduce_zero
+        path, pin_memory = run_folder(args.output_dir, args.experiment, SCRIPT), args.pin_mem and device.type == "cuda"
+        run = None
+        if args.head not in PROBES and not args.eval:
+            run = Run(path, SCRIPT, args.resume, args.auto_resume)
+        resumed = run is not None and run.state is not None
+        weights = load_pretrained(args.weights, args.which) if args.weights and not resumed else None
+        if run is not None:
+            args.initial = run.check_initial_weights(
+                args.weights, lambda: fingerprint(weights or load_pretrained(args.weights, args.which))
+            )
+            run.check(vars(args), FIXED)
+            count, batch = len(sources["train"]), args.batch_size
+            sampler = StepSampler(args.eval_interval, count, batch, args.accum_iter, world.rank, world.size, args.seed)
+
+    # Model
+    rng.seed_all(args.seed)
+    model = build_model(args, torch.device("cpu")).to(device)
+    amp.choose_attention(model)
+    protocol = describe(args, model, len(sources["val"]))
+    if not resumed:
+        load_weights(args, model, weights)
+    if device.type == "cuda" and world.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.compile:
+        model.compile()
+    to_model_input = ToModelInput(args.mean, args.std, device, flip=False)
+
+    # Evaluation
+    report = Report(path, sources["val"], names, protocol, args.save_predictions, args.save_preview)
+
+    def shard(split: str, transform: EvaluationResize | ProbeResize, batch_size: int) -> Iterable[Sample]:
+        sampler = ShardSampler(len(sources[split]), batch_size, world.rank, world.size)
+        return build_loader(ImageDataset(sources[split], transform), sampler, args.num_workers, pin_memory)
+
+    if args.head in PROBES:
+        train = shard("train", ProbeResize(args.input_size, resize_labels=True), args.batch_size)
+        val = shard("val", ProbeResize(args.input_size, resize_labels=False), 1)
+
+        def encode(images: Tensor) -> Tensor:
+            with torch.no_grad(), amp.autocast():
+                return model(to_model_input(images)).float()
+
+        scores, chosen = probe(
+            args.head,
+            encode,
+            train,
+            val,
+            amp,
+            num_images=len(sources["train"]),
+            num_classes=args.nb_classes,
+            ignore_index=args.ignore_index,
+            max_patches=args.max_patches,
+            seed=args.seed,
+            on_prediction=report.save,
+        )
+        for name in sorted(scores, key=lambda name: name == chosen):  # the chosen one last, iou.tsv is its
+            report.scores(scores[name], f"{name}  ")
+        distributed.shutdown()
+        return {name: score.miou for name, score in scores.items()}
+
+    val = shard("val", EvaluationResize(args.short_side), 1)
+    score = partial(evaluate, model, val, amp, to_model_input, stride=args.stride, ignore_index=args.ignore_index)
+    if args.eval:
+        scores = score(on_prediction=report.save)
+        report.scores(scores)
+        distributed.shutdown()
+        return {args.head: scores.miou}
+
+    # Optimizer, data, loop
+    student = distributed.wrap_ddp(model, device)
+    groups = models_segment.parameter_groups(model, args.weight_decay, args.layer_decay, args.decay_positions)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    crop = TrainingCrop(args.crop, args.short_side, args.ignore_index)
+    dataset = ImageDataset(sources["train"], crop, args.seed, replace=not args.strict_images)
+    loader = build_loader(dataset, sampler, args.num_workers, pin_memory)
+    criterion = partial(models_segment.loss, weights=model.loss_weights, ignore_index=args.ignore_index)
+    stateful = {"state_dict": model, "optimizer": optimizer, "loss_scaler": amp}
+    loop = Loop(run, vars(args), stateful, sampler, sources["train"], amp)
+
+    results = {}
+    for epoch in loop.epochs():
+        stats = train_one_epoch(student, criterion, loader, optimizer, amp, loop, to_model_input=to_model_input)
+        if loop.stopped:
+            break
+        loop.save_mid_epoch()
+        last = epoch + 1 == args.epochs
+        scores = score(on_prediction=report.save if last else None)
+        line = report.scores(scores, f"step {(epoch + 1) * args.eval_interval}/{args.steps}  ")
+        loop.end_epoch(stats, line | {"train_lr": optimizer.param_groups[-1]["lr"]})
+        if last:
+            results = {args.head: scores.miou}
+    loop.close()
+    return results
+
+
+if __name__ == "__main__":
+    main()
