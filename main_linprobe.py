@@ -160,6 +160,9 @@ def main(argv: list[str] | None = None) -> None:
         counts = (args.shapes_train, args.shapes_val)
         train, val = build_splits(args.data_path, counts, args.cache_dir, distributed.from_rank_zero)
         args.nb_classes = count_classes(train, val, args.nb_classes)
+        if not args.eval:
+            sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
+            args.steps_per_epoch = sampler.num_batches // args.accum_iter
         weights = load_pretrained(args.finetune, args.which) if args.finetune else None
         if (
             weights is not None
@@ -207,8 +210,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # Optimizer, data, loop
     with options.user_mistakes():
-        sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
-        args.steps_per_epoch = sampler.num_batches // args.accum_iter
         run.check(vars(args), [*FIXED, "encoder"])
     student = distributed.wrap_ddp(probe, device)
     optimizer = build_optimizer(args, probe.heads)

@@ -256,7 +256,8 @@ def test_ranks_skip_alike_when_one_of_them_sees_the_fault(tmp_path):
     """A loss of NaN, and one of inf with a finite gradient, on rank 1 alone: the reduced gradient shows it."""
     out = run_two(
         """
-                model = distributed.wrap_ddp(torch.nn.Linear(4, 1), torch.device("cpu"))
+        from util.run.amp import Amp
+        model = distributed.wrap_ddp(torch.nn.Linear(4, 1), torch.device("cpu"))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         amp, before = Amp("fp32", torch.device("cpu")), model.module.weight.clone()
         for fault in (torch.nan, torch.inf):

@@ -20,7 +20,7 @@ def run_two(code, tmp_path, expect=0):
     """Run code under torchrun with two gloo processes; what they print, by rank."""
     script = tmp_path / "two.py"
     script.write_text(
-        "import sys; sys.path.insert(0, '.')\nimport torch\nfrom util import distributed\n"
+        "import sys; sys.path.insert(0, '.')\nimport torch\nfrom util.run import distributed\n"
         "world = distributed.read_environment()\ndistributed.setup(world, 'cpu', 'fp32', 1)\n"
         + textwrap.dedent(code)
         + "\ndistributed.shutdown()\n"

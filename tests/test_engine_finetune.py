@@ -63,5 +63,5 @@ def test_features_stand_in_the_order_of_the_data():
 
 def test_a_missing_image_is_noticed():
     loader, _ = batches(23, 5)
-    with pytest.raises(AssertionError, match="each image must come once"):
+    with pytest.raises(AssertionError, match="each image must occur once"):
         extract_features(nn.Flatten(), list(loader)[1:], Amp("fp32", CPU), TO_INPUT, 23, 768)

@@ -11,7 +11,7 @@ EVERYWHERE = {
     "--batch_size 0": "expected an integer >= 1, got '0'",
     "--batch_size many": "expected an integer >= 1, got 'many'",
     "--num_workers -1": "expected an integer >= 0, got '-1'",
-    "--seed -1": "expected an integer >= 0, got '-1'",
+    "--seed -1": "expected an integer >= 0 and <= 9.22337e+18, got '-1'",
     "--seed 99999999999999999999": "expected an integer >= 0 and <= ",
     "--mean nan 0 0": "expected a number, got 'nan'",
     "--mean 0.5 0.5": "expected 3 arguments",
@@ -52,7 +52,7 @@ TRAINING = {
 CLASSIFIER = {
     "--model vit_bse_patch16": "unknown value 'vit_bse_patch16'; did you mean vit_base_patch16",
     "--finetune /nowhere.pth": "checkpoint /nowhere.pth does not exist",
-    "--teacher --which student": "--teacher is --which ema, which contradicts --which student",
+    "--teacher --which student": "--teacher means --which ema, which contradicts --which student",
     "--nb_classes 3": "--nb_classes 3, but the data have 10 classes",
 }
 TABLE = {

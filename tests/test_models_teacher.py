@@ -184,7 +184,7 @@ def test_the_ema_target_needs_no_predictor_and_no_second_pass(tmp_path, monkeypa
     [
         (
             "--target dino --input_size 32 --patch_size 4",
-            "is a network of patch 16 at 224 pixels: give --input_size 224",
+            "is a network of patch size 16 at 224 pixels: give --input_size 224",
         ),
         ("--target ema --norm_pix_loss", "--target and --norm_pix_loss name different targets (ema, norm_pixel)"),
         ("--learn_feature_loss dino --target clip", "--target and --learn_feature_loss name different targets"),
