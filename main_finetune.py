@@ -27,7 +27,7 @@ from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, ShardSampler, build_loader
 from util.data.sources import build_splits, count_classes
 from util.lr_decay import param_groups_lrd
-from util.run import distributed, options
+from util.run import distributed, options, resolve
 from util.run.checkpoint import Run, read_resumed
 from util.run.folder import BEST, LAST, run_folder
 from util.run.logger import log
@@ -107,7 +107,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         ValueError: options that contradict each other, or a checkpoint that cannot be read.
     """
     args = copy.copy(args)
-    options.resolve_which(args)
+    resolve.resolve_which(args)
     path = run_folder(args.output_dir, args.experiment, SCRIPT)
     args.weights = args.finetune
     if args.eval:
@@ -115,10 +115,10 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     meta = {} if args.eval else read_resumed(path, args.resume, args.auto_resume)
     if not meta and args.weights:
         meta = read_meta(args.weights)
-    options.fill_in(args, defaults_of(meta))
+    resolve.fill_in(args, defaults_of(meta))
     if args.eval and meta.get("script") == SCRIPT:
         args.global_pool = meta["options"]["global_pool"]
-    options.resolve_training(args, world, warmup_epochs=5, num_workers=10)
+    resolve.resolve_training(args, world, warmup_epochs=5, num_workers=10)
     if args.lr is None:
         args.lr = args.blr * args.global_batch / 256
     if mixes(args) and args.batch_size % 2:
@@ -201,7 +201,7 @@ def describe(args: argparse.Namespace, num_train: int, num_val: int) -> None:
     log.info("data      %s: %s training images, %s validation images", data, f"{num_train:,}", f"{num_val:,}")
     log.info("model     %s, %d classes, %s", args.model, args.nb_classes, pooling)
     log.info("image     %d pixels in patches of %d", args.input_size, args.patch_size)
-    options.describe(get_args_parser(), args)
+    resolve.describe(get_args_parser(), args)
 
 
 @record

@@ -24,7 +24,7 @@ from util.data.datasets import ImageDataset
 from util.data.loader import ShardSampler, build_loader
 from util.data.sources import Source, build_splits, count_classes
 from util.knn import knn_correct
-from util.run import distributed, folder, options
+from util.run import distributed, folder, options, resolve
 from util.run.amp import Amp
 from util.run.logger import log, track
 from util.weights.load import DECODERS, load_into, load_pretrained, read_meta
@@ -76,14 +76,14 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         ValueError: options that contradict each other, or a checkpoint that cannot be read.
     """
     args = copy.copy(args)
-    options.resolve_which(args)
+    resolve.resolve_which(args)
     if args.load_features and (args.dump_features or args.finetune):
         raise ValueError("--load_features takes stored features: omit --dump_features and --finetune")
     if args.features == "pixels" and (args.load_features or args.compile):
         raise ValueError("--features pixels runs no encoder and reads images: omit --load_features and --compile")
     meta = read_meta(args.finetune) if args.finetune else {}
-    options.fill_in(args, defaults_of(meta))
-    options.resolve_workers(args, world, 4)
+    resolve.fill_in(args, defaults_of(meta))
+    resolve.resolve_workers(args, world, 4)
     with torch.device("meta"):  # checks the sizes of the model at no cost
         args.patch_size = build_encoder(args).patch_embed.patch_size[0]
     return args
@@ -215,7 +215,7 @@ def describe(args: argparse.Namespace, sources: dict[str, Source]) -> None:
     else:
         token = "mean of patch tokens" if args.global_pool else "class token"
         log.info("features  %s, %s, %d pixels in patches of %d", args.model, token, args.input_size, args.patch_size)
-    options.describe(get_args_parser(), args)
+    resolve.describe(get_args_parser(), args)
 
 
 def extract_all(

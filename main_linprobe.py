@@ -24,7 +24,7 @@ from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, ShardSampler, build_loader
 from util.data.sources import build_splits, count_classes
 from util.lars import LARS
-from util.run import distributed, options
+from util.run import distributed, options, resolve
 from util.run.checkpoint import Run, find_resume
 from util.run.folder import run_folder
 from util.run.logger import log
@@ -73,10 +73,10 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         ValueError: options that contradict each other, or a checkpoint that cannot be read.
     """
     args = copy.copy(args)
-    options.resolve_which(args)
+    resolve.resolve_which(args)
     meta = read_meta(args.finetune) if args.finetune else {}
-    options.fill_in(args, defaults_of(meta))
-    options.resolve_training(args, world, warmup_epochs=10, num_workers=10)
+    resolve.fill_in(args, defaults_of(meta))
+    resolve.resolve_training(args, world, warmup_epochs=10, num_workers=10)
     if args.lr is None:
         args.blr = args.blr or [{"sgd": 1e-3, "lars": 0.1}[args.optimizer]]
         args.lr = [blr * args.global_batch / 256 for blr in args.blr]
@@ -133,7 +133,7 @@ def describe(args: argparse.Namespace, num_train: int, num_val: int) -> None:
     pooling = "layer norm of the mean of patch tokens" if args.global_pool else "class token"
     log.info("data      %s: %s training images, %s validation images", data, f"{num_train:,}", f"{num_val:,}")
     log.info("features  %s, %s, %d pixels in patches of %d", args.model, pooling, args.input_size, args.patch_size)
-    options.describe(get_args_parser(), args)
+    resolve.describe(get_args_parser(), args)
 
 
 @record

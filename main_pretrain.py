@@ -23,17 +23,17 @@ from util.data.loader import EpochSampler, build_loader
 from util.data.sources import build_source
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
 from util.ema import EMATeacher
-from util.run import distributed, options
+from util.run import distributed, options, resolve
 from util.run.checkpoint import Run
 from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
-from util.schedules import ema_decay_at, initial_weights_left
-from util.weights.load import fingerprint, load_into, load_pretrained
+from util.run.pretrain_options import PANELS, add_pretraining_options
+from util.schedules import ema_decay_at, slow_teacher
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained
 from visualize.panel import pick_panel_images, training_panel
 
 SCRIPT = "main_pretrain"
-TARGETS = ["pixel", "norm_pixel", "ema", "dino", "clip"]
 
 # Options that must not change on resume: weights, target and schedule depend on them.
 FIXED = [
@@ -51,126 +51,13 @@ FIXED = [
     "global_batch",
 ]
 
-# What --load_from may lack: MAE's released encoders have no decoders, and MAE has no loss predictor.
-DECODERS = ("decoder_", "mask_token", "vis_mask_token")
-
-PANELS = 20  # per run: enough to see masks move, about 40 MB of TensorBoard events at 224 pixels
-
 
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
     options.add_training_options(parser, batch_size=64, epochs=400, warmup_epochs=40)
     options.add_data_options(parser, num_workers=8, splits=("train",))
     options.add_device_options(parser)
-    group = parser.add_argument_group("pictures")
-    group.add_argument(
-        "--vis_interval",
-        type=options.COUNT_OR_ZERO,
-        help="epochs between two panels in TensorBoard: masks, reconstructions and predicted hardness of eight "
-        f"validation images; 0 disables them (default: {PANELS} panels per run)",
-    )
-
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        choices=list(models_hpm.MODELS),
-        metavar="MODEL",
-        default="mae_vit_base_patch16",
-        help="model size; micro, tiny and small are for small images and CPUs: "
-        + ", ".join(name for name in models_hpm.MODELS if "dec" not in name),
-    )
-    group.add_argument("--input_size", type=options.COUNT, default=224, help="image size in pixels")
-    group.add_argument("--patch_size", type=options.COUNT, help="patch size in pixels (default: the model's)")
-    group.add_argument("--token_size", type=options.COUNT, help="patches per side; derived, the option is only checked")
-    group.add_argument("--decoder_embed_dim", type=options.COUNT, help="width of both decoders (default: the model's)")
-    group.add_argument("--decoder_depth", type=options.COUNT, help="blocks of each decoder; fewer are faster")
-    group.add_argument("--decoder_num_heads", type=options.COUNT, help="attention heads of both decoders")
-    options.add_switch(group, "grad_checkpointing", False, "recompute activations in the backward pass to save memory")
-    group.add_argument("--load_from", "--finetune", default="", help="initial weights of a new run (HPM, MAE, ours)")
-
-    group = parser.add_argument_group("target and loss predictor")
-    group.add_argument(
-        "--target",
-        choices=TARGETS,
-        help="reconstruction target: raw pixels (HPM's default), pixels normalised per patch (better for MAE), or "
-        "features of the EMA teacher, DINO or CLIP",
-    )
-    options.add_switch(group, "norm_pix_loss", False, "official name of --target norm_pixel")
-    group.add_argument(
-        "--learn_feature_loss", choices=["none", *TARGETS[2:]], default="none", help="official name of feature targets"
-    )
-    group.add_argument(
-        "--dino_path", default="none", help="DINO's backbone or full checkpoint, or timm's weights (none: download)"
-    )
-    group.add_argument(
-        "--clip_path", default="none", help="a CLIP state dict, or timm's weights in a file (none: download)"
-    )
-    options.add_switch(group, "learning_loss", True, "train the loss predictor; without it, this is MAE")
-    options.add_switch(group, "relative", True, "the predictor ranks patches; without it, it predicts their loss")
-    group.add_argument("--predictor_depth", type=options.COUNT, help="blocks of the predictor (default: the decoder's)")
-
-    group = parser.add_argument_group("masks")
-    group.add_argument(
-        "--mask_ratio", type=options.number(float, above=0, below=1), default=0.75, help="fraction of masked patches"
-    )
-    group.add_argument(
-        "--vis_mask_ratio",
-        type=options.number(float, low=0, below=1),
-        default=0.0,
-        help="fraction of the visible patches replaced by a learned token (UM-MAE)",
-    )
-    group.add_argument(
-        "--mask_strategy",
-        choices=list(masking.STRATEGIES),
-        help="how predicted loss selects the masked patches (default: easy_to_hard; random without a loss predictor)",
-    )
-    group.add_argument(
-        "--alpha_0",
-        type=options.SHARE,
-        default=0.0,
-        help="fraction of masked patches chosen by predicted loss in the first epoch",
-    )
-    group.add_argument(
-        "--alpha_T",
-        type=options.SHARE,
-        default=0.5,
-        help="fraction of masked patches chosen by predicted loss in the last epoch (1.0 does worse than random masks)",
-    )
-    options.add_switch(group, "mask_block", False, "keep one square visible, no mining (UM-MAE)")
-    options.add_switch(group, "mask_regular", False, "keep one patch of each 2 x 2 visible, no mining (UM-MAE)")
-
-    group = parser.add_argument_group("EMA teacher")
-    group.add_argument("--ema_decay", type=options.SHARE, default=0.999, help="decay per step at the start")
-    group.add_argument("--ema_decay_final", type=options.SHARE, default=0.9999, help="decay per step after the ramp")
-    group.add_argument("--ema_ramp_epochs", type=options.COUNT_OR_ZERO, default=100, help="epochs of the linear ramp")
-    group.add_argument(
-        "--teacher_keep",
-        type=options.number(float, above=0, high=1),
-        help="fraction of patches that the teacher sees; below 1 it scores the others, at their mask tokens (default: "
-        "1.0, HPM's; 1 - mask_ratio with --score_by loss)",
-    )
-    group.add_argument(
-        "--score_by",
-        choices=["predictor", "loss"],
-        default="predictor",
-        help="score of a patch: its predicted loss, or the teacher's reconstruction loss, of patches hidden from it",
-    )
-
-    group = parser.add_argument_group("optimizer (AdamW, betas 0.9 and 0.95)")
-    group.add_argument(
-        "--lr", type=options.NOT_NEGATIVE, help="learning rate (default: --blr x global batch size / 256)"
-    )
-    group.add_argument("--blr", type=options.NOT_NEGATIVE, default=1.5e-4, help="base learning rate per 256 images")
-    group.add_argument("--min_lr", type=options.NOT_NEGATIVE, default=0.0, help="final learning rate of the cosine")
-    group.add_argument(
-        "--weight_decay", type=options.NOT_NEGATIVE, default=0.05, help="weight decay (not applied to biases and norms)"
-    )
-    group.add_argument(
-        "--clip_grad",
-        type=options.NOT_NEGATIVE,
-        default=5.0,
-        help="gradient clipping: max norm, 0 disables it. The official code clips at 5 without documenting it",
-    )
+    add_pretraining_options(parser, list(models_hpm.MODELS))
     return parser
 
 
@@ -181,7 +68,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         ValueError: options that contradict each other.
     """
     args = copy.copy(args)
-    options.resolve_training(args, world, warmup_epochs=40, num_workers=8)
+    resolve.resolve_training(args, world, warmup_epochs=40, num_workers=8)
     args.mean, args.std = args.mean or list(IMAGENET_MEAN), args.std or list(IMAGENET_STD)
     if args.vis_interval is None:
         args.vis_interval = -(-args.epochs // PANELS)
@@ -310,30 +197,7 @@ def describe(
     if masks.num_hidden:
         seen = masks.num_patches - masks.num_hidden
         log.info("teacher   sees %d patches, scores the other %d by %s", seen, masks.num_hidden, args.score_by)
-    options.describe(get_args_parser(), args)
-
-
-def check_teacher(args: argparse.Namespace) -> None:
-    """Warn if the EMA teacher stays close to its random initialisation for so long that its scores are chance."""
-    tenth, half, end = (
-        initial_weights_left(
-            args.steps_per_epoch, args.epochs, args.ema_decay, args.ema_decay_final, args.ema_ramp_epochs, until
-        )
-        for until in (0.1, 0.5, 1.0)
-    )
-    if half > 0.1:
-        fitting = max(0.0, 1 - 30 / (args.steps_per_epoch * args.epochs))  # 5 % left after a tenth of the steps
-        log.warning(
-            "The EMA teacher follows the student too slowly for %d steps: after 10 %%, 50 %% and 100 %% of training, "
-            "%.0f %%, %.0f %% and %.0f %% of it are initial weights, so the patches that it scores as hard are random. "
-            "Try --ema_decay %.4g --ema_decay_final %.4g",
-            args.steps_per_epoch * args.epochs,
-            100 * tenth,
-            100 * half,
-            100 * end,
-            fitting,
-            fitting,
-        )
+    resolve.describe(get_args_parser(), args)
 
 
 @record
@@ -378,8 +242,10 @@ def main(argv: list[str] | None = None) -> None:
     amp.choose_attention(model)
     masks = masking.MaskSampler.from_options(vars(args), model.patch_embed.grid_size)
     describe(args, len(source), model, masks)
-    if args.target == "ema" or masks.num_hardest(args.epochs - 1) or masks.num_hardest(0):
-        check_teacher(args)
+    ema = (args.ema_decay, args.ema_decay_final, args.ema_ramp_epochs)
+    mining = masks.num_hardest(0) > 0 or masks.num_hardest(args.epochs - 1) > 0
+    if (mining or args.target == "ema") and (warning := slow_teacher(args.steps_per_epoch, args.epochs, *ema)):
+        log.warning("%s", warning)
     if weights is not None:
         with options.user_mistakes():
             report = load_into(model, weights, allow_missing=DECODERS, allow_unexpected=("head.", "fc_norm."))
@@ -407,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     loop = Loop(run, vars(args), stateful, sampler, source, amp)
 
     for epoch in loop.epochs():
-        ema_decay = ema_decay_at(epoch, args.ema_decay, args.ema_decay_final, args.ema_ramp_epochs)
+        ema_decay = ema_decay_at(epoch, *ema)
         stats = train_one_epoch(
             student,
             teacher,

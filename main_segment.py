@@ -26,7 +26,7 @@ from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCr
 from util.data.loader import ShardSampler, StepSampler, build_loader
 from util.data.sources import build_source
 from util.data.transforms import ToModelInput
-from util.run import distributed, options
+from util.run import distributed, options, resolve
 from util.run.checkpoint import Run, read_resumed
 from util.run.folder import LAST, run_folder
 from util.run.logger import log
@@ -104,7 +104,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         ValueError: options that contradict each other, or a checkpoint that cannot be read.
     """
     args = copy.copy(args)
-    options.resolve_which(args)
+    resolve.resolve_which(args)
     if not args.data_path:
         raise ValueError(f"--data_path is missing: give data with {segmentation.LAYOUT.format('training')}")
     path = run_folder(args.output_dir, args.experiment, SCRIPT)
@@ -115,18 +115,18 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     elif args.head not in PROBES:
         own = read_resumed(path, args.resume, args.auto_resume)
     if own.get("script") == SCRIPT:
-        options.fill_in(args, {name: own["options"][name] for name in (*FIXED, "stride", "short_side")})
+        resolve.fill_in(args, {name: own["options"][name] for name in (*FIXED, "stride", "short_side")})
     meta = own or (read_meta(args.weights) if args.weights else {})
-    options.fill_in(args, {"head": "upernet", "crop": 512, **defaults_of(meta)})
+    resolve.fill_in(args, {"head": "upernet", "crop": 512, **defaults_of(meta)})
     if args.eval and args.head in PROBES:
         raise ValueError(f"--head {args.head} is fitted at every start: omit --eval")
-    options.fill_in(args, {"stride": args.crop * 2 // 3, "short_side": args.crop})
+    resolve.fill_in(args, {"stride": args.crop * 2 // 3, "short_side": args.crop})
     if args.stride > args.crop:
         raise ValueError(f"--stride {args.stride} leaves gaps between windows of --crop {args.crop}: lower it")
     args.patch_size = build_model(args, torch.device("meta")).encoder.patch_embed.patch_size[0]  # checks the sizes
     if args.head in PROBES:
-        options.fill_in(args, {"batch_size": 64})
-        options.resolve_workers(args, world, 4)
+        resolve.fill_in(args, {"batch_size": 64})
+        resolve.resolve_workers(args, world, 4)
     else:
         resolve_schedule(args, world)
     return args
@@ -139,11 +139,11 @@ def resolve_schedule(args: argparse.Namespace, world: distributed.World) -> None
         ValueError: options that contradict each other.
     """
     large = args.model in ("vit_large_patch16", "vit_huge_patch14")
-    options.fill_in(args, LINEAR if args.head == "linear" else LARGE if large else UPERNET)
+    resolve.fill_in(args, LINEAR if args.head == "linear" else LARGE if large else UPERNET)
     args.lr_schedule = "cosine" if args.head == "linear" else "linear"
-    options.fill_in(args, {"warmup_steps": min(WARMUP_STEPS, args.steps // 10)})
+    resolve.fill_in(args, {"warmup_steps": min(WARMUP_STEPS, args.steps // 10)})
     parts = next(n for n in range(10, 0, -1) if args.steps % n == 0)
-    options.fill_in(args, {"eval_interval": args.steps // parts})
+    resolve.fill_in(args, {"eval_interval": args.steps // parts})
     if args.steps % args.eval_interval:
         raise ValueError(f"--eval_interval {args.eval_interval} does not divide --steps {args.steps}: give a divisor")
     if args.warmup_steps >= args.steps:
@@ -154,7 +154,7 @@ def resolve_schedule(args: argparse.Namespace, world: distributed.World) -> None
         args.global_batch = GLOBAL_BATCH
     args.epochs, args.warmup_epochs = args.steps // args.eval_interval, args.warmup_steps / args.eval_interval
     args.min_lr, args.accum_iter, args.steps_per_epoch = 0.0, None, args.eval_interval
-    options.resolve_training(args, world, warmup_epochs=0, num_workers=4)
+    resolve.resolve_training(args, world, warmup_epochs=0, num_workers=4)
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -187,7 +187,7 @@ def describe(args: argparse.Namespace, model: nn.Module, num_images: int) -> str
             args.lr_schedule,
             args.eval_interval,
         )
-    options.describe(get_args_parser(), args)
+    resolve.describe(get_args_parser(), args)
     images = f"short side {args.short_side}, windows {args.crop}, stride {args.stride}"
     if args.head in PROBES:
         images = f"{args.input_size} x {args.input_size} pixels, one class per patch"

@@ -26,7 +26,7 @@ from export.encoders import Safetensors, Timm
 from export.hugging_face import FOLDER_CONTENTS, HfMae, HfVit
 from export.onnx_graph import Onnx
 from export.publish import check_target, publish
-from util.run import options
+from util.run import options, resolve
 from util.run.logger import log, setup_logging
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 from util.weights.meta import defaults_of, settings_of
@@ -84,8 +84,8 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     recorded = args.meta.get("options", {})
     args.model = args.model or settings_of(args.meta).get("model")
     defaults = defaults_of(args.meta)
-    options.fill_in(args, {name: defaults[name] for name in ("mean", "std")})
-    options.fill_in(args, {"mask_ratio": recorded.get("mask_ratio", 0.75)})
+    resolve.fill_in(args, {name: defaults[name] for name in ("mean", "std")})
+    resolve.fill_in(args, {"mask_ratio": recorded.get("mask_ratio", 0.75)})
     if recorded:
         args.norm_pix_loss = recorded.get("target") == "norm_pixel"
     if args.meta.get("script") != "main_linprobe" and (args.encoder or args.head):

@@ -13,6 +13,7 @@ import main_pretrain
 from export import __main__ as export
 from util import masking
 from util.run import checkpoint, distributed, loop, options
+from util.run import resolve as resolving
 from visualize import __main__ as visualize
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,7 @@ def test_every_declared_option_is_read(script):
         read |= set(read_from_a_mapping(masking))
     if hasattr(script, "Loop"):
         read |= set(read_from_a_mapping(loop)) | set(read_from_a_mapping(checkpoint))
-    read |= {n.attr for n in ast.walk(ast.parse(Path(options.__file__).read_text())) if is_given(n)}
+    read |= {n.attr for n in ast.walk(ast.parse(Path(resolving.__file__).read_text())) if is_given(n)}
     declared = {action.dest for action in script.get_args_parser()._actions} - {"help"}
     ignored = set(script.get_args_parser().ignored)
     assert declared - read <= ignored

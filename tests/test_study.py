@@ -6,7 +6,7 @@ import pytest
 import torch
 from images import write_tar
 
-from benchmarks import study, study_report
+from benchmarks import ranking, study, study_report
 from models_hpm import mae_vit_micro_patch16
 
 
@@ -20,21 +20,21 @@ def row(variant, seed, knn, **more):
 def test_rank_correlation():
     values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
     others = torch.tensor([[0.1, 10.0, 11.0, 500.0], [4.0, 3.0, 2.0, 1.0], [2.0, 1.0, 4.0, 3.0]])
-    assert study.spearman(values, others).tolist() == pytest.approx([1.0, -1.0, 0.6])
+    assert ranking.spearman(values, others).tolist() == pytest.approx([1.0, -1.0, 0.6])
 
 
 def test_errors_are_means_over_the_masks_that_hide_a_patch():
     """One mask hides 3 of 4 patches: the fourth has no value. Many masks: the mean over the masks."""
     model = mae_vit_micro_patch16(img_size=16, patch_size=8, decoder_depth=1).eval()
     imgs = torch.randn(5, 3, 16, 16)
-    errors, expected = study.masked_errors(model, imgs, 1, 0.75)
+    errors, expected = ranking.masked_errors(model, imgs, 1, 0.75)
     assert (errors > 0).sum(dim=1).tolist() == [3] * 5
     assert (expected[errors == 0] == 0).all()
     mask = errors > 0
     out = model(imgs, mask)
     torch.testing.assert_close(errors[mask].view(5, 3), out["patch_loss"].detach())
     torch.testing.assert_close(expected[mask].view(5, 3), out["loss_pred"].detach())
-    many, _ = study.masked_errors(model, imgs, 32, 0.75)
+    many, _ = ranking.masked_errors(model, imgs, 32, 0.75)
     assert (many > 0).all()
     assert 0.5 < many.mean() / errors[mask].mean() < 2
 
@@ -43,19 +43,19 @@ def test_reading_at_mask_tokens():
     """Without blocks, what is read at a mask token is a function of its place alone, in the order of the patches."""
     model = mae_vit_micro_patch16(img_size=16, patch_size=4, decoder_depth=0).eval()
     imgs = torch.randn(3, 3, 16, 16)
-    scores, tokens = study.predict_at_mask_tokens(model, imgs, return_tokens=True)
+    scores, tokens = ranking.predict_at_mask_tokens(model, imgs, return_tokens=True)
     hidden = model.mask_token[0] + model.decoder_pos_embed[0, 1:]
     expected = model.decoder_pred_losspred(model.decoder_norm_losspred(hidden)).mean(dim=1)  # (16,)
     torch.testing.assert_close(scores, expected.expand(3, -1))
     torch.testing.assert_close(tokens, model.predict_loss(imgs, return_tokens=True)[1])
     deep = mae_vit_micro_patch16(img_size=16, patch_size=4, decoder_depth=1).eval()
-    assert study.predict_at_mask_tokens(deep, imgs).std(dim=0).min() > 0  # and with blocks, of the image
+    assert ranking.predict_at_mask_tokens(deep, imgs).std(dim=0).min() > 0  # and with blocks, of the image
 
 
 def test_only_variants_of_that_name_read_at_mask_tokens():
     published = type(mae_vit_micro_patch16()).predict_loss
-    for variant, expected in (("hpm_norm", published), ("hpm_norm_mask_tokens", study.predict_at_mask_tokens)):
-        with study.teacher_of(variant):
+    for variant, expected in (("hpm_norm", published), ("hpm_norm_mask_tokens", ranking.predict_at_mask_tokens)):
+        with ranking.teacher_of(variant):
             assert type(mae_vit_micro_patch16()).predict_loss is expected
     assert type(mae_vit_micro_patch16()).predict_loss is published
 

@@ -44,11 +44,25 @@ def ema_decay_at(epoch: float, decay: float = 0.999, final: float = 0.9999, ramp
     return decay + (final - decay) * epoch / ramp_epochs
 
 
-def initial_weights_left(
-    steps_per_epoch: int, epochs: int, decay: float, final: float, ramp_epochs: int, until: float
-) -> float:
-    """Fraction of initial weights in the EMA teacher after the fraction `until` of training: the product of decays."""
-    whole, part = divmod(until * epochs, 1)
-    decays = [ema_decay_at(epoch, decay, final, ramp_epochs) for epoch in range(int(whole) + 1)]
-    left = math.prod(value**steps_per_epoch for value in decays[:-1])
-    return left * decays[-1] ** (part * steps_per_epoch)
+def slow_teacher(steps_per_epoch: int, epochs: int, decay: float, final: float, ramp_epochs: int) -> str | None:
+    """A warning if the EMA teacher consists of initial weights for so long that its scores are chance, else None.
+
+    The fraction of initial weights is the product of the decays of all steps. More than a tenth halfway through
+    training is too much (our own choice).
+    """
+    decays = [ema_decay_at(epoch, decay, final, ramp_epochs) for epoch in range(epochs)]
+    logs = [steps_per_epoch * math.log(max(value, 1e-300)) for value in decays]  # of the fraction, by epoch
+    left = []
+    for until in (0.1, 0.5, 1.0):
+        whole, part = divmod(until * epochs, 1)
+        left.append(math.exp(sum(logs[: int(whole)]) + (part * logs[int(whole)] if part else 0.0)))
+    if left[1] <= 0.1:
+        return None
+    steps = steps_per_epoch * epochs
+    fitting = max(0.0, 1 - 30 / steps)  # leaves 5 % after a tenth of the steps
+    percent = ", ".join(f"{100 * value:.0f} %" for value in left)
+    return (
+        f"The EMA teacher follows the student too slowly for {steps} steps: after 10 %, 50 % and 100 % of training it "
+        f"is still {percent} initial weights, so the patches that it scores as hard are close to random. Try --ema_decay "
+        f"{fitting:.4g} --ema_decay_final {fitting:.4g}"
+    )

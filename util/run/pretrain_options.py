@@ -1,0 +1,117 @@
+"""Command-line options of main_pretrain.py: model, target, loss predictor, masks, EMA teacher, optimizer."""
+
+from util.masking import STRATEGIES
+from util.run.options import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, OptionParser, add_switch, number
+
+TARGETS = ["pixel", "norm_pixel", "ema", "dino", "clip"]
+PANELS = 20  # per run: enough to see masks move, about 40 MB of TensorBoard events at 224 pixels
+
+
+def add_pretraining_options(parser: OptionParser, models: list[str]) -> None:
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--vis_interval",
+        type=COUNT_OR_ZERO,
+        help="epochs between two panels in TensorBoard: masks, reconstructions and predicted hardness of eight "
+        f"validation images; 0 disables them (default: {PANELS} panels per run)",
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        choices=models,
+        metavar="MODEL",
+        default="mae_vit_base_patch16",
+        help="model size; micro, tiny and small are for small images and CPUs: "
+        + ", ".join(name for name in models if "dec" not in name),
+    )
+    group.add_argument("--input_size", type=COUNT, default=224, help="image size in pixels")
+    group.add_argument("--patch_size", type=COUNT, help="patch size in pixels (default: the model's)")
+    group.add_argument("--token_size", type=COUNT, help="patches per side; derived, the option is only checked")
+    group.add_argument("--decoder_embed_dim", type=COUNT, help="width of both decoders (default: the model's)")
+    group.add_argument("--decoder_depth", type=COUNT, help="blocks of each decoder; fewer are faster")
+    group.add_argument("--decoder_num_heads", type=COUNT, help="attention heads of both decoders")
+    add_switch(group, "grad_checkpointing", False, "recompute activations in the backward pass to save memory")
+    group.add_argument("--load_from", "--finetune", default="", help="initial weights of a new run (HPM, MAE, ours)")
+
+    group = parser.add_argument_group("target and loss predictor")
+    group.add_argument(
+        "--target",
+        choices=TARGETS,
+        help="reconstruction target: raw pixels (HPM's default), pixels normalised per patch (better for MAE), or "
+        "features of the EMA teacher, DINO or CLIP",
+    )
+    add_switch(group, "norm_pix_loss", False, "official name of --target norm_pixel")
+    group.add_argument(
+        "--learn_feature_loss", choices=["none", *TARGETS[2:]], default="none", help="official name of feature targets"
+    )
+    group.add_argument(
+        "--dino_path", default="none", help="DINO's backbone or full checkpoint, or timm's weights (none: download)"
+    )
+    group.add_argument(
+        "--clip_path", default="none", help="a CLIP state dict, or timm's weights in a file (none: download)"
+    )
+    add_switch(group, "learning_loss", True, "train the loss predictor; without it, this is MAE")
+    add_switch(group, "relative", True, "the predictor ranks patches; without it, it predicts their loss")
+    group.add_argument("--predictor_depth", type=COUNT, help="blocks of the predictor (default: the decoder's)")
+
+    group = parser.add_argument_group("masks")
+    group.add_argument(
+        "--mask_ratio", type=number(float, above=0, below=1), default=0.75, help="fraction of masked patches"
+    )
+    group.add_argument(
+        "--vis_mask_ratio",
+        type=number(float, low=0, below=1),
+        default=0.0,
+        help="fraction of the visible patches replaced by a learned token (UM-MAE)",
+    )
+    group.add_argument(
+        "--mask_strategy",
+        choices=list(STRATEGIES),
+        help="how predicted loss selects the masked patches (default: easy_to_hard; random without a loss predictor)",
+    )
+    group.add_argument(
+        "--alpha_0",
+        type=SHARE,
+        default=0.0,
+        help="fraction of masked patches chosen by predicted loss in the first epoch",
+    )
+    group.add_argument(
+        "--alpha_T",
+        type=SHARE,
+        default=0.5,
+        help="fraction of masked patches chosen by predicted loss in the last epoch (1.0 does worse than random masks)",
+    )
+    add_switch(group, "mask_block", False, "keep one square visible, no mining (UM-MAE)")
+    add_switch(group, "mask_regular", False, "keep one patch of each 2 x 2 visible, no mining (UM-MAE)")
+
+    group = parser.add_argument_group("EMA teacher")
+    group.add_argument("--ema_decay", type=SHARE, default=0.999, help="decay per step at the start")
+    group.add_argument("--ema_decay_final", type=SHARE, default=0.9999, help="decay per step after the ramp")
+    group.add_argument("--ema_ramp_epochs", type=COUNT_OR_ZERO, default=100, help="epochs of the linear ramp")
+    group.add_argument(
+        "--teacher_keep",
+        type=number(float, above=0, high=1),
+        help="fraction of patches that the teacher sees; below 1 it scores the others, at their mask tokens (default: "
+        "1.0, HPM's; 1 - mask_ratio with --score_by loss)",
+    )
+    group.add_argument(
+        "--score_by",
+        choices=["predictor", "loss"],
+        default="predictor",
+        help="score of a patch: its predicted loss, or the teacher's reconstruction loss, of patches hidden from it",
+    )
+
+    group = parser.add_argument_group("optimizer (AdamW, betas 0.9 and 0.95)")
+    group.add_argument("--lr", type=NOT_NEGATIVE, help="learning rate (default: --blr x global batch size / 256)")
+    group.add_argument("--blr", type=NOT_NEGATIVE, default=1.5e-4, help="base learning rate per 256 images")
+    group.add_argument("--min_lr", type=NOT_NEGATIVE, default=0.0, help="final learning rate of the cosine")
+    group.add_argument(
+        "--weight_decay", type=NOT_NEGATIVE, default=0.05, help="weight decay (not applied to biases and norms)"
+    )
+    group.add_argument(
+        "--clip_grad",
+        type=NOT_NEGATIVE,
+        default=5.0,
+        help="gradient clipping: max norm, 0 disables it. The official code clips at 5 without documenting it",
+    )

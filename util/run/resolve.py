@@ -1,0 +1,89 @@
+"""What follows from options: values that depend on others, on the number of processes, or on a checkpoint."""
+
+import argparse
+import logging
+import os
+from typing import Any
+
+import torch
+
+from util.run.distributed import World
+from util.run.options import OptionParser
+
+log = logging.getLogger("hpm")
+
+
+def fill_in(given: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    """Set the options that were not given to these values, in place."""
+    for name, value in defaults.items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+
+
+def resolve_which(given: argparse.Namespace) -> None:
+    """Resolve --which from the official --teacher, in place.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if given.teacher and given.which == "student":
+        raise ValueError("--teacher means --which ema, which contradicts --which student")
+    given.which = "ema" if given.teacher else given.which or "student"
+
+
+def resolve_workers(given: argparse.Namespace, world: World, official: int) -> None:
+    """Data loading workers: as given, or the official number limited by the CPU cores of each process, in place."""
+    if given.num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        given.num_workers = min(official, max(1, cores // world.local_size))
+
+
+def resolve_training(given: argparse.Namespace, world: World, *, warmup_epochs: int, num_workers: int) -> None:
+    """Batch, schedule and workers of a training run, in place.
+
+    Args:
+        warmup_epochs, num_workers: the official defaults. The warm-up is capped, so that no default is an error.
+
+    Raises:
+        ValueError: options that contradict each other, or leave nothing to train.
+    """
+    per_step = given.batch_size * world.size
+    if given.global_batch is None:
+        given.accum_iter = given.accum_iter or 1
+        given.global_batch = per_step * given.accum_iter
+    elif given.accum_iter is not None:
+        raise ValueError(f"--global_batch {given.global_batch} sets --accum_iter: give one of the two, not both")
+    elif given.global_batch % per_step:
+        raise ValueError(
+            f"--global_batch {given.global_batch} is not a multiple of --batch_size {given.batch_size} x {world.size} "
+            f"processes: change --batch_size to a divisor of {given.global_batch / world.size:g}"
+        )
+    given.accum_iter = given.global_batch // per_step
+    given.processes = world.size
+    if given.warmup_epochs is None:
+        given.warmup_epochs = min(warmup_epochs, given.epochs // 5)
+    elif given.warmup_epochs >= given.epochs and given.warmup_epochs > 0:
+        raise ValueError(f"--warmup_epochs {given.warmup_epochs:g} leaves nothing of --epochs {given.epochs}: lower it")
+    if given.start_epoch >= given.epochs:
+        raise ValueError(f"--start_epoch {given.start_epoch} leaves nothing of --epochs {given.epochs}")
+    resolve_workers(given, world, num_workers)
+
+
+def describe(parser: OptionParser, given: argparse.Namespace) -> None:
+    """Log what all scripts have in common: the arithmetic of the batch, the schedule, the device, ignored options."""
+    if "processes" in given and not getattr(given, "eval", False):
+        processes = "1 process" if given.processes == 1 else f"{given.processes} processes"
+        log.info(
+            "batch     %d = --batch_size %d x --accum_iter %d x %s",
+            given.global_batch,
+            given.batch_size,
+            given.accum_iter,
+            processes,
+        )
+        lr = ", ".join(f"{lr:.3g}" for lr in (given.lr if isinstance(given.lr, list) else [given.lr]))
+        log.info("schedule  lr %s, %g warm-up epochs, %d epochs in total", lr, given.warmup_epochs, given.epochs)
+    compiled = ", compiled" if given.compile else ""
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    log.info("compute   %s, %s%s, %s", given.device, given.precision, compiled, threads)
+    if ignored := [f"--{name}" for name in parser.ignored if getattr(given, name) is not None]:
+        log.info("ignored options: %s", ", ".join(ignored))
