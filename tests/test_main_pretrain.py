@@ -234,13 +234,52 @@ def test_changes_that_a_run_cannot_make(tmp_path, change, message, capsys):
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_folder_of_another_script_is_rejected_unchanged(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.json").write_text('{"script": "main_finetune"}')
+def test_scripts_can_share_a_folder(tmp_path):
+    """As the official shell scripts do: the second script uses a subfolder, and finds it again."""
+    pretrain(tmp_path / "run", "--max_steps", 3)
+    tune = [
+        "--model",
+        "vit_micro_patch16",
+        "--input_size",
+        16,
+        "--patch_size",
+        4,
+        "--batch_size",
+        8,
+        "--num_workers",
+        0,
+    ]
+    tune += ["--shapes_train", 16, "--shapes_val", 8, "--epochs", 1, "--output_dir", tmp_path / "run"]
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("[!.]*")}
+    log = run("main_finetune", *tune, "--finetune", tmp_path / "run/checkpoint-last.pth")
+    assert f"run       {tmp_path / 'run/finetune'}" in log
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").glob("[!.]*") if p.is_file()} == before
+    assert "Run already complete" in run("main_finetune", *tune)
+    assert "Resuming from" in pretrain(tmp_path / "run")
+
+
+def test_changed_hyperparameters_take_effect_on_resume(tmp_path):
+    pretrain(tmp_path / "run", "--max_steps", 3)
+    assert "Changed since the checkpoint: --weight_decay: 0.05 -> 0.3" in pretrain(
+        tmp_path / "run", "--weight_decay", 0.3
+    )
+    groups = checkpoint(tmp_path / "run")["optimizer"]["param_groups"]
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.3]
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert [part["options"]["weight_decay"] for part in config["history"]] == [0.05]
+
+
+def test_a_resumed_run_keeps_its_initial_weights(tmp_path, capsys):
+    """Their file is needed by a new run only; other weights are an error."""
+    for name in ("a", "b"):
+        pretrain(tmp_path / name, "--epochs", 1, "--seed", len(name) + ord(name))
+    first, other = (tmp_path / name / "checkpoint-last.pth" for name in ("a", "b"))
+    pretrain(tmp_path / "run", "--load_from", first, "--max_steps", 3)
     with pytest.raises(SystemExit):
-        pretrain(tmp_path / "run")
-    assert "holds a run of main_finetune, not of main_pretrain: choose another --output_dir" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
+        pretrain(tmp_path / "run", "--load_from", other)
+    assert f"started from other weights than {other}: omit --finetune or --load_from" in capsys.readouterr().err
+    first.unlink()
+    assert "Resuming from" in pretrain(tmp_path / "run", "--load_from", first)
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path):
@@ -257,7 +296,23 @@ def test_experiment_and_log_dir(tmp_path):
     pretrain(tmp_path / "out", "--experiment", "first", "--log_dir", tmp_path / "tb", "--epochs", 1)
     assert (tmp_path / "out/first/checkpoint-last.pth").exists()
     assert not list((tmp_path / "out/first").glob("*tfevents*"))
-    assert list((tmp_path / "tb").glob("*tfevents*"))
+    assert list((tmp_path / "tb/mae_vit_micro_patch16_first").glob("*tfevents*"))
+
+
+def test_events_of_two_runs_never_mix(tmp_path):
+    """Same model, experiment and --log_dir, other folders; each finds its own events again."""
+    for name in ("a", "b", "a"):
+        pretrain(tmp_path / name, "--log_dir", tmp_path / "tb", "--max_steps", 3 if name == "b" else 9)
+    folders = sorted(path.name for path in (tmp_path / "tb").iterdir())
+    assert folders == ["mae_vit_micro_patch16_main_pretrain", "mae_vit_micro_patch16_main_pretrain-2"]
+
+
+def test_a_teacher_that_follows_too_slowly_is_reported(tmp_path):
+    """Twelve steps with the published decay, and with the one that the warning suggests."""
+    assert "100 % initial weights" in pretrain(tmp_path / "a", "--max_steps", 1)
+    fitting = ["--ema_decay", 0.5, "--ema_decay_final", 0.5]
+    assert "follows the student too slowly" not in pretrain(tmp_path / "b", "--max_steps", 1, *fitting)
+    assert "follows the student too slowly" not in pretrain(tmp_path / "c", "--max_steps", 1, "--no-learning_loss")
 
 
 def test_ignored_official_options_are_reported(tmp_path):

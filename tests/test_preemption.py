@@ -105,6 +105,24 @@ def test_the_other_training_scripts_resume_bitwise(tmp_path, script, monkeypatch
     assert_resume_is_exact(script, options, tmp_path, signal.SIGUSR1)
 
 
+def test_ctrl_c_saves_like_sigterm(tmp_path):
+    """To the whole process group, as a terminal sends it; a lost terminal (SIGHUP) likewise."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        options = [*TRAINING["main_pretrain"], "--num_workers", 1, "--output_dir", tmp_path / number.name]
+        status, out = signalled("main_pretrain", options, number, after=2)
+        assert status == 75, out
+        assert "Traceback" not in out
+        assert checkpoint(tmp_path / number.name)["stopped"] == number.name
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    bare = Watch.__new__(Watch)
+    bare._noted = 0
+    bare._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        bare._note(signal.SIGINT, None)
+
+
 def second_rank(process):
     """The process id of torchrun's second process; those that load its data have its environment, but came later."""
     return min(pid for pid in descendants(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
@@ -201,4 +219,20 @@ def test_resuming_with_another_world_size_says_what_differs(tmp_path):
     assert "World size changed (2 -> 1)" in log
     assert "--processes" not in log
     assert json.loads((tmp_path / "config.json").read_text())["options"]["accum_iter"] == 2
+    assert len(log_lines(tmp_path)) == 2
+
+
+def test_an_epoch_is_saved_before_its_evaluation(tmp_path, monkeypatch):
+    """A damaged validation image, found at the first evaluation, costs no training."""
+
+    def damaged(*_, **__):
+        raise ValueError("val/dog/2.jpg: not a readable image")
+
+    monkeypatch.setattr("main_finetune.evaluate", damaged)
+    options = [*FINETUNE, "--num_workers", 0, "--output_dir", tmp_path]
+    with pytest.raises(ValueError, match="not a readable image"):
+        run("main_finetune", *options)
+    assert (checkpoint(tmp_path)["epoch"], checkpoint(tmp_path)["step"]) == (0, 12)
+    monkeypatch.undo()
+    assert "Resuming from" in run("main_finetune", *options)
     assert len(log_lines(tmp_path)) == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden import VIT_FILES, load
 
-from util.schedules import adjust_learning_rate, ema_decay_at
+from util.schedules import adjust_learning_rate, ema_decay_at, slow_teacher
 
 
 @pytest.mark.parametrize("name", VIT_FILES)
@@ -38,3 +38,11 @@ def test_ema_decay_ramps_over_the_first_hundred_epochs():
     assert ema_decay_at(50) == pytest.approx(0.99945)
     assert ema_decay_at(100) == ema_decay_at(1500) == 0.9999
     assert ema_decay_at(3, 0.9, 0.99, 0) == 0.99
+
+
+def test_slow_teachers():
+    """496 steps with the published decay leave 61 % of the initial weights; the published 200 epochs leave none."""
+    assert "95 %, 78 %, 61 % initial weights" in slow_teacher(31, 16, 0.999, 0.9999, 100)
+    assert "--ema_decay 0.9395 --ema_decay_final 0.9395" in slow_teacher(31, 16, 0.999, 0.9999, 100)
+    assert slow_teacher(31, 16, 0.9395, 0.9395, 100) is None
+    assert slow_teacher(625, 200, 0.999, 0.9999, 100) is None

@@ -63,6 +63,6 @@ def slow_teacher(steps_per_epoch: int, epochs: int, decay: float, final: float, 
     percent = ", ".join(f"{100 * value:.0f} %" for value in left)
     return (
         f"The EMA teacher follows the student too slowly for {steps} steps: after 10 %, 50 % and 100 % of training it "
-        f"is still {percent} initial weights, so the patches that it scores as hard are close to random. Try --ema_decay "
-        f"{fitting:.4g} --ema_decay_final {fitting:.4g}"
+        f"is still {percent} initial weights, so the patches that it scores as hard are close to random. Try "
+        f"--ema_decay {fitting:.4g} --ema_decay_final {fitting:.4g}"
     )
