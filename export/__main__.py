@@ -31,6 +31,8 @@ from util.run.logger import log, setup_logging
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 from util.weights.meta import defaults_of, settings_of
 
+CROP_PCT = 0.875  # of evaluation, if the checkpoint does not record it
+
 FORMATS = {form.name: form for form in (Timm, Safetensors, HfMae, HfVit, Detectron2, MMSeg, Onnx)}
 
 
@@ -78,7 +80,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(f"--output {args.output}: a {args.format} file ends in {' or '.join(form.suffixes)}")
     if args.output.exists() and source.exists() and args.output.samefile(source):
         raise ValueError(f"--output {args.output} is the checkpoint itself: choose another name")
-    check_target(args.output, None if form.suffixes else FOLDER_CONTENTS, args.overwrite)
+    check_target(args.output, () if form.suffixes else FOLDER_CONTENTS, args.overwrite)
 
     args.meta = read_meta(args.checkpoint)
     recorded = args.meta.get("options", {})
@@ -86,8 +88,8 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     defaults = defaults_of(args.meta)
     resolve.fill_in(args, {name: defaults[name] for name in ("mean", "std")})
     resolve.fill_in(args, {"mask_ratio": recorded.get("mask_ratio", 0.75)})
-    if recorded:
-        args.norm_pix_loss = recorded.get("target") == "norm_pixel"
+    if "target" in recorded:
+        args.norm_pix_loss = recorded["target"] == "norm_pixel"
     if args.meta.get("script") != "main_linprobe" and (args.encoder or args.head):
         raise ValueError("--encoder and --head apply only to checkpoints of main_linprobe.py")
     return args
@@ -116,10 +118,10 @@ def open_source(args: argparse.Namespace) -> Source:
         weights = join_probe(args)
     else:
         weights = load_pretrained(args.checkpoint, args.which)
-    weights = {name: tensor.float() for name, tensor in weights.items() if tensor.is_floating_point()}
-    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
-        if name not in weights:
-            raise ValueError(f"{args.checkpoint} has no {name}: it is not a ViT of this family")
+    weights = {key: tensor.float() for key, tensor in weights.items() if tensor.is_floating_point()}
+    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
+        if key not in weights:
+            raise ValueError(f"{args.checkpoint} has no {key}: it is not a ViT of this family")
     weights = fold_official_probe(weights)
     name = args.model or models_vit.size_of(weights)
     if name is None:
@@ -152,6 +154,7 @@ def open_source(args: argparse.Namespace) -> Source:
         autoencoder=build_autoencoder(args, name, size, weights) if has_decoder else None,
         mean=list(args.mean),
         std=list(args.std),
+        crop_pct=args.meta.get("options", {}).get("crop_pct", CROP_PCT),
         mask_ratio=args.mask_ratio,
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models_hpm import MaskedAutoencoderViT
 from models_vit import VisionTransformer
+from util.weights.meta import header_of
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # what is compared -> (theirs, ours)
 
@@ -41,6 +42,7 @@ class Source:
     channels: int
     mean: list[float]
     std: list[float]
+    crop_pct: float  # of the evaluation crop: S / shorter side
     mask_ratio: float  # of pre-training
 
     @property
@@ -54,6 +56,20 @@ class Source:
     @property
     def heads(self) -> int:
         return self.model.blocks[0].attn.num_heads
+
+    def header(self) -> dict[str, str]:
+        """Metadata of a .safetensors file, which `read_meta` reads."""
+        options: dict[str, Any] = {
+            "input_size": self.input_size,
+            "patch_size": self.patch_size,
+            "crop_pct": self.crop_pct,
+        }
+        if self.autoencoder is not None:
+            options["target"] = "norm_pixel" if self.autoencoder.norm_pix_loss else "pixel"
+            options["mask_ratio"] = self.mask_ratio
+            options["decoder_num_heads"] = self.autoencoder.decoder_blocks[0].attn.num_heads
+        image = {**self.meta.get("image", {}), "mean": self.mean, "std": self.std}
+        return header_of(self.name, options, image)
 
 
 class Format(ABC):
@@ -147,7 +163,7 @@ def require_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None
             raise Mismatch(f"{name} has another shape or other values")
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     """Write a file as readable as any other of this user; `save_file` restricts it to the owner."""
     separate = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    path.write_bytes(safetensors.torch.save(separate, {"format": "pt", **metadata}))
+    path.write_bytes(safetensors.torch.save(separate, {"format": "pt", **header}))

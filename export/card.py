@@ -75,7 +75,7 @@ def model_card(form: Format, name: str) -> str:
         "Versions at export": _table({name: environment[name] for name in ("git_commit", "python")} | packages),
         "Training": "The checkpoint does not record it: it was not written by this project's scripts.",
     }
-    if source.meta:
+    if "script" in source.meta:
         epochs = f"{source.meta['epoch']} of {source.meta['options']['epochs']}"
         options = {"data_path": "Shapes, drawn by the program"} | _without_folders(source.meta["options"])
         metrics = metrics_of(source.path, source.meta["epoch"])

@@ -1,6 +1,5 @@
 """Exports for timm, and safetensors files under MAE's names."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ class Timm(Format):
     def arguments(self) -> tuple[str, dict[str, Any]]:
         """Name and arguments of `timm.create_model`. A size that timm has no name for is spelled out."""
         source = self.source
-        name, settings = f"{source.name}_224", {"num_classes": source.classes}
+        name = f"{source.name}_224"
+        settings: dict[str, Any] = {"num_classes": source.classes}
         if source.mean_pooled:
             settings["global_pool"] = "avg"
         if not timm.is_model(name):
@@ -33,11 +33,17 @@ class Timm(Format):
             settings["patch_size"] = source.patch_size
         if source.channels != 3:
             settings["in_chans"] = source.channels
+        settings["pretrained_cfg_overlay"] = {  # what timm's own transform is made from
+            "input_size": (source.channels, source.input_size, source.input_size),
+            "mean": tuple(source.mean),
+            "std": tuple(source.std),
+            "crop_pct": source.crop_pct,
+        }
         return name, settings
 
     def write(self, path: Path) -> None:
         if path.suffix == ".safetensors":
-            write_safetensors(path, self.source.model.state_dict())
+            write_safetensors(path, self.source.model.state_dict(), self.source.header())
         else:
             write_file(path, self.source.model.state_dict())
 
@@ -49,11 +55,16 @@ class Timm(Format):
 
     def usage(self, path: str) -> str:
         name, settings = self.arguments()
-        arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        arguments = "".join(f"    {key}={value!r},\n" for key, value in settings.items())
         output = "model(images)" if self.source.classes else "model.forward_features(images)"
         return f"""import timm
-model = timm.create_model("{name}", checkpoint_path="{path}", {arguments}).eval()
-output = {output}  # images normalised with mean {self.source.mean}, std {self.source.std}"""
+model = timm.create_model(
+    "{name}",
+    checkpoint_path="{path}",
+{arguments}).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+images = transform(image)[None]  # image: a PIL image
+output = {output}"""
 
 
 class Safetensors(Format):
@@ -67,9 +78,7 @@ class Safetensors(Format):
         return self.source.weights | self.source.model.state_dict()
 
     def write(self, path: Path) -> None:
-        source = self.source
-        image = {"mean": json.dumps(source.mean), "std": json.dumps(source.std), "input_size": str(source.input_size)}
-        write_safetensors(path, self.keeps(), model=source.name, **image)
+        write_safetensors(path, self.keeps(), self.source.header())
 
     def check(self, path: Path, images: Tensor) -> Pairs:
         require_equal(load_pretrained(path), self.keeps())
@@ -78,4 +87,4 @@ class Safetensors(Format):
     def usage(self, path: str) -> str:
         return f"""from safetensors.torch import load_file
 weights = load_file("{path}")  # MAE's names
-# or, in this project's scripts: --finetune {path} --model {self.source.name} --input_size {self.source.input_size}"""
+# or, in this project's scripts: --finetune {path}; its header records model, sizes, mean and std"""

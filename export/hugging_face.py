@@ -7,15 +7,21 @@ D prediction width.
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from export.base import LAYER_NORM_EPS, Format, Mismatch, Pairs, Source, compare_outputs, write_safetensors
+from models_hpm import MaskedAutoencoderViT
 from util import masking
+from util.data.transforms import CenterCrop
 from util.weights.hugging_face import to_hugging_face
+
+CROP_NOTE = (
+    "The processor's centre crop starts at an offset that is rounded down, where this project rounds to the nearest "
+    "pixel: about one photograph in seven is shifted by one pixel."
+)
 
 FOLDER_CONTENTS = ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")
 
@@ -24,18 +30,22 @@ class HuggingFace(Format):
     """What the two formats share: loading, sizes, and the image processor."""
 
     needs = ("transformers",)
-    arguments: ClassVar[dict[str, Any]] = {}  # of from_pretrained
 
     @property
     @abstractmethod
     def model_class(self) -> str: ...
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`."""
+        return {}
 
     def write_folder(self, folder: Path, config: Any, weights: dict[str, Tensor]) -> None:
         """Write configuration, weights (names of transformers) and image processor."""
         folder.mkdir()
         config.architectures = [self.model_class]
         config.save_pretrained(folder)
-        write_safetensors(folder / "model.safetensors", weights)
+        write_safetensors(folder / "model.safetensors", weights, {})
         image_processor(self.source).save_pretrained(folder)
 
     def sizes(self) -> dict[str, Any]:
@@ -106,20 +116,28 @@ class HfVit(HuggingFace):
         theirs = self.open_strictly(path)
         encoder = theirs.vit if self.source.classes else theirs
         logits = theirs(images).logits if self.source.classes else None
-        pairs = compare_outputs(self.source, images, encoder(images).last_hidden_state, logits)
-        return pairs | check_image_processor(self.source, path)
+        check_image_processor(self.source, path)
+        return compare_outputs(self.source, images, encoder(images).last_hidden_state, logits)
 
     def note(self) -> str:
         if self.source.classes:
-            return "The checkpoint has no class names; `config.json` numbers the classes."
-        return "Without `add_pooling_layer=False` the library adds a pooler with random weights."
+            return f"{CROP_NOTE} The checkpoint has no class names; `config.json` numbers the classes."
+        return f"{CROP_NOTE} Without `add_pooling_layer=False` the library adds a pooler with random weights."
 
 
 class HfMae(HuggingFace):
     name = "hf_mae"
     opens = "transformers.ViTMAEForPreTraining"
-    model_class = "ViTMAEForPreTraining"
     holds_decoder = True
+
+    @property
+    def model_class(self) -> str:
+        return "ViTMAEForPreTraining"
+
+    @property
+    def autoencoder(self) -> MaskedAutoencoderViT:
+        assert self.source.autoencoder is not None  # `refuse` was called
+        return self.source.autoencoder
 
     def refuse(self) -> str | None:
         if self.source.autoencoder is not None:
@@ -129,12 +147,12 @@ class HfMae(HuggingFace):
         return "the checkpoint has no decoder: use hf_vit for the encoder, or a full pre-training checkpoint"
 
     def keeps(self) -> list[str]:
-        return [name for name in self.source.autoencoder.state_dict() if "losspred" not in name]
+        return [name for name in self.autoencoder.state_dict() if "losspred" not in name]
 
     def write(self, path: Path) -> None:
         from transformers import ViTMAEConfig
 
-        model = self.source.autoencoder
+        model = self.autoencoder
         block = model.decoder_blocks[0]
         config = ViTMAEConfig(
             **self.sizes(),
@@ -150,7 +168,7 @@ class HfMae(HuggingFace):
 
     def check(self, path: Path, images: Tensor) -> Pairs:
         """Tokens with every patch visible; predictions and loss of masked images."""
-        theirs, ours = self.open_strictly(path), self.source.autoencoder
+        theirs, ours = self.open_strictly(path), self.autoencoder
         shape = (len(images), ours.patch_embed.num_patches)
         in_order = torch.arange(shape[1], dtype=torch.float).expand(shape)  # (B, L): the patches are not shuffled
         theirs.config.mask_ratio = 0.0
@@ -164,21 +182,22 @@ class HfMae(HuggingFace):
         output = ours(images, mask)
         predictions = masked.logits[mask].unflatten(0, (len(images), -1))  # (B, M, D)
         pairs |= {"predictions": (predictions, output["pred"]), "losses": (masked.loss, output["loss_rec"])}
-        return pairs | check_image_processor(self.source, path)
+        check_image_processor(self.source, path)
+        return pairs
 
     def note(self) -> str:
-        text = "The export holds encoder and reconstructor."
-        if self.source.autoencoder.learning_loss:
+        text = f"{CROP_NOTE} The export holds encoder and reconstructor."
+        if self.autoencoder.learning_loss:
             text += " ViTMAE has no loss predictor, so HPM's is not exported."
         return text + " ViTMAE masks at random; HPM's masks need this project's code."
 
 
 def image_processor(source: Source) -> Any:
-    """The evaluation transform: resize the shorter side to S / 0.875, centre crop, normalise."""
+    """The evaluation transform: resize the shorter side, crop the centre, normalise."""
     from transformers import BitImageProcessor  # ViTImageProcessor cannot crop: it distorts the image
 
     return BitImageProcessor(
-        size={"shortest_edge": int(source.input_size / 0.875)},
+        size={"shortest_edge": int(source.input_size / source.crop_pct)},
         resample=3,  # bicubic
         crop_size={"height": source.input_size, "width": source.input_size},
         image_mean=source.mean,
@@ -186,13 +205,23 @@ def image_processor(source: Source) -> Any:
     )
 
 
-def check_image_processor(source: Source, folder: Path) -> Pairs:
-    """An image of one colour that has to be resized: its result is known exactly."""
+def check_image_processor(source: Source, folder: Path) -> None:
+    """Compare with the evaluation transform on a textured picture of odd size, but for the offset of the crop, which
+    transformers rounds down.
+
+    Raises:
+        Mismatch: some pixel differs by more than two levels, as far as Pillow's and PyTorch's resizing do.
+    """
     from transformers import AutoImageProcessor
 
-    colour = torch.tensor([30.0, 120.0, 210.0])
-    image = np.broadcast_to(colour.numpy().astype("uint8"), (source.input_size + 9, source.input_size + 40, 3))
+    size = source.input_size
+    sides = (2 * size + 9, 3 * size + 8)
+    picture = torch.randint(256, (3, *sides), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     processor = AutoImageProcessor.from_pretrained(folder)
-    theirs = processor(images=np.ascontiguousarray(image), return_tensors="pt")["pixel_values"]
-    ours = (colour / 255 - torch.tensor(source.mean)) / torch.tensor(source.std)
-    return {"preprocessed images": (theirs, ours[None, :, None, None].expand(1, 3, *theirs.shape[-2:]))}
+    pixels = processor(images=picture.permute(1, 2, 0).numpy(), return_tensors="pt")["pixel_values"][0]
+    theirs = (pixels.permute(1, 2, 0) * torch.tensor(source.std) + torch.tensor(source.mean)) * 255
+    resized = CenterCrop(size, source.crop_pct).resize(picture)
+    top, left = ((side - size) // 2 for side in resized.shape[-2:])
+    ours = resized[:, top : top + size, left : left + size].permute(1, 2, 0)
+    if (difference := float((theirs - ours).abs().max())) > 2:
+        raise Mismatch(f"preprocessed images differ by {difference:.1f} of 255 levels")

@@ -68,7 +68,7 @@ class Onnx(Format):
         shape = f"(B, {source.channels}, {source.input_size}, {source.input_size})"
         return f"""import onnxruntime
 session = onnxruntime.InferenceSession("{path}")
-output = session.run(["{self.output}"], {{"images": images}})[0]  # {shape} float32, mean {source.mean}, std \
+output = session.run(["{self.output}"], {{"images": images.numpy()}})[0]  # {shape} float32, mean {source.mean}, std \
 {source.std}"""
 
     def note(self) -> str:

@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
-def check_target(target: Path, contents: Iterable[str] | None, overwrite: bool) -> None:
+def check_target(target: Path, contents: Iterable[str], overwrite: bool) -> None:
     """Reject an output path that cannot be written.
 
     Args:
-        contents: names that a folder to be replaced may contain; None for a file.
+        contents: names that a folder to be replaced may contain; empty for a file.
 
     Raises:
         ValueError: the path exists and `overwrite` is not set, or is of the wrong kind, or contains other files.
     """
-    if target.is_dir() and contents is None:
+    if target.is_dir() and not contents:
         raise ValueError(f"--output {target} is a folder, but this format is a file: name a file in it")
-    if target.is_file() and contents is not None:
+    if target.is_file() and contents:
         raise ValueError(f"--output {target} is a file, but this format is a folder: choose another name")
     others = sorted({path.name for path in target.iterdir()} - set(contents)) if target.is_dir() else []
     if others:

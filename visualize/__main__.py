@@ -104,8 +104,8 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
         args.target = target
     meta = read_meta(args.checkpoint)
     trained = meta.get("options", {})
-    image = meta.get("image", {"mean": list(transforms.IMAGENET_MEAN), "std": list(transforms.IMAGENET_STD)})
-    if meta and meta["script"] != SCRIPT:
+    image = {"mean": list(transforms.IMAGENET_MEAN), "std": list(transforms.IMAGENET_STD), **meta.get("image", {})}
+    if meta.get("script", SCRIPT) != SCRIPT:
         raise ValueError(f"{args.checkpoint} was written by {meta['script']}: pictures need a pre-training checkpoint")
     for name in FIXED:
         given = getattr(args, name)

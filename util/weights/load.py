@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from util.pos_embed import interpolate_pos_embed
 from util.weights.hugging_face import from_hugging_face, is_hugging_face
-from util.weights.read import read_file, strip_wrappers
+from util.weights.meta import meta_of_folder, meta_of_header
+from util.weights.read import read_file, read_header, strip_wrappers
 
 FORMAT = "hpm"  # `format` of this project's checkpoints
 
@@ -49,7 +50,15 @@ def load_pretrained(path: str | Path, which: str = "student") -> dict[str, Tenso
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
-    """Script, model, epoch, step, options and image statistics stored in a checkpoint; empty for foreign files."""
+    """What a file records about its model: model, options and image statistics; from this project's checkpoints also
+    script, epoch and step. Exported .safetensors files have it in their header, Hugging Face folders in their
+    configuration. Empty for other files.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return meta_of_folder(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return meta_of_header(read_header(path)) or meta_of_folder(path.parent)
     content = read_file(path)
     if content.get("format") != FORMAT:
         return {}

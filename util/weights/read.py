@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -58,6 +58,19 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} contains a {type(content).__name__}, not a dictionary of weights")
     return content
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata in the header of a .safetensors file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 def _first_line(error: Exception) -> str:
