@@ -19,6 +19,7 @@ def panel(side=8, columns=3, rows=2, name="name.jpg", metrics="rank_acc 0.512   
         titles=[(f"column {c}", note) for c in range(columns)],
         rows=[[image(side, seed=10 * r + c) for c in range(columns)] for r in range(rows)],
         captions=[(name, metrics) for _ in range(rows)],
+        footer="reconstruction: student",
     )
 
 
@@ -100,7 +101,7 @@ def test_the_legend_shows_the_colours_of_the_heat_maps():
     grid = np.asarray(draw.draw_grid(panel()))
     grey, ends = np.full((1, 2, 3), 128, np.uint8), np.array([0.0, 1.0])
     for colour in draw.heat_map(grey, ends, (1, 2), 1)[0]:
-        assert (grid[-40:] == colour).all(axis=2).any()
+        assert (grid[-60:] == colour).all(axis=2).any()
 
 
 def test_a_long_name_is_cut_in_the_middle():

@@ -231,6 +231,17 @@ def test_the_teacher_chooses_the_masks_and_the_student_reconstructs(images, draw
     assert f"loss_rec {result['loss_rec'][2]:.3f}" in drawn.captions[2][1]
 
 
+def test_the_footer_names_the_weights(images):
+    both = "predicted hardness and masks: EMA teacher    reconstruction: student"
+    assert draw(build(), images, teacher=build()).footer == both
+    names = {"weights": ("student", "student")}
+    assert draw(build(), images, **names).footer == "predicted hardness and masks: student    reconstruction: student"
+    for masks in (plan(strategy="random"), plan(pattern="block")):
+        assert draw(build(), images, masks).footer == "predicted hardness: EMA teacher    reconstruction: student"
+    mae = draw(build(learning_loss=False), images, plan(strategy="random"), teacher=None)
+    assert mae.footer == "reconstruction: student"
+
+
 def test_a_panel_leaves_no_trace(images):
     """Neither in the RNG (the second masking draws), nor mode, gradients or weights; nor is anything compiled."""
     model = build(vis_mask_ratio=0.5).train()

@@ -120,6 +120,29 @@ def test_which_images(tmp_path, caplog):
     assert "val.tar.gz is compressed" in caplog.text
     damaged = write_tree(tmp_path / "damaged", train | {"val/cat/0.jpg": encode(picture())[:100]})
     assert torch.equal(shown(damaged)[0], of_train)
+    assert "damaged/val/cat/0.jpg" in caplog.text
+    assert shown(write_tree(tmp_path / "all_damaged", {name: data[:100] for name, data in train.items()})) is None
+    assert "No panels: none of the images can be read" in caplog.text
+
+
+def test_unreadable_images_are_replaced_by_the_next_ones(tmp_path, caplog):
+    files = {f"val/cat/{i:02}.jpg": encode(picture(i)) for i in range(16)}
+    for i in (2, 6, 7, 14):
+        files[f"val/cat/{i:02}.jpg"] = files[f"val/cat/{i:02}.jpg"][:100]
+    logging.getLogger("hpm").propagate = True
+    names = pick_images(build_source(str(write_tree(tmp_path / "data", files)), "val"), 16)[1]
+    assert names == [f"cat/{i:02}.jpg" for i in (0, 3, 4, 8, 9, 10, 12, 15)]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [str(i) in warning for i, warning in zip(("02", "06", "07", "14"), warnings, strict=True)] == [True] * 4
+
+
+def test_unreadable_images_do_not_stop_the_training(tmp_path):
+    """Neither one of the panel's images, nor if panels are impossible."""
+    train = members(("train",))
+    first = next(iter(train))
+    data = write_tree(tmp_path / "first", train | {first: train[first][:100]})
+    pretrain(tmp_path / "run", "--data_path", data, *DATA, "--vis_interval", 1)
+    assert list(panels(tmp_path / "run")) == [1000, 2000]
 
 
 def test_fewer_than_eight_images_are_shown_once_each(tmp_path):

@@ -71,7 +71,7 @@ def run_and_get(drawn, output, *options):
 
 
 def test_a_checkpoint_is_enough(hpm, drawn, tmp_path, monkeypatch):
-    """Model, mean and std, target and schedule come from the file; the images are Shapes."""
+    """Models, mean and std, target and schedule come from the file; the images are Shapes."""
     monkeypatch.chdir(tmp_path)
     log = run("visualize", "--checkpoint", hpm)
     assert "wrote visualization.png" in log
@@ -87,17 +87,36 @@ def test_a_checkpoint_is_enough(hpm, drawn, tmp_path, monkeypatch):
     assert titles(panel) == TITLES
     assert torch.equal(model.state_dict()["mask_token"], load_pretrained(hpm)["mask_token"])
     written = np.asarray(Image.open(tmp_path / "visualization.png"))
-    heading = f"{hpm.parent.name}/hpm.pth, mae_vit_micro_patch16, student, 3 of 4 epochs"
+    heading = f"{hpm.parent.name}/hpm.pth, mae_vit_micro_patch16, 3 of 4 epochs"
     assert (written == np.asarray(draw.draw_grid(panel, heading))).all()
     assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["visualization.png"]
+
+
+def same_weights(model, weights):
+    return all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_the_ema_teacher_chooses_the_masks_if_there_is_one(hpm, drawn, tmp_path):
+    """As in training, whose weights ever reconstruct."""
+    for which in ("student", "ema"):
+        model, given, panel = run_and_get(drawn, tmp_path / "a.png", "--checkpoint", hpm, "--which", which)
+        assert same_weights(model, load_pretrained(hpm, which))
+        assert same_weights(given["teacher"], load_pretrained(hpm, "ema"))
+        name = {"student": "student", "ema": "EMA teacher"}[which]
+        assert panel.footer == f"predicted hardness and masks: EMA teacher    reconstruction: {name}"
+    content = torch.load(hpm, weights_only=True)
+    del content["ema_state_dict"]
+    torch.save(content, tmp_path / "student.pth")
+    model, given, panel = run_and_get(drawn, tmp_path / "a.png", "--checkpoint", tmp_path / "student.pth")
+    assert same_weights(given["teacher"], load_pretrained(hpm, "student"))
+    assert panel.footer == "predicted hardness and masks: student    reconstruction: student"
 
 
 def test_every_option_takes_effect(hpm, drawn, tmp_path):
     output = ["--checkpoint", hpm]
     plain = run_and_get(drawn, tmp_path / "a.png", *output)
     model, given, panel = run_and_get(drawn, tmp_path / "b.png", *output, "--which", "ema", "--epoch", 1, "--seed", 5)
-    ema = load_pretrained(hpm, "ema")
-    assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())
+    assert same_weights(model, load_pretrained(hpm, "ema"))
     assert (given["epoch"], given["seed"]) == (1, 5)
     assert titles(panel) == [*TITLES[:3], "mask of epoch 1", *TITLES[3:]]
     assert given["names"] != plain[1]["names"]
@@ -119,9 +138,9 @@ def test_every_option_takes_effect(hpm, drawn, tmp_path):
 def test_one_file_per_image(hpm, drawn, tmp_path):
     panel = run_and_get(drawn, tmp_path / "each.png", "--checkpoint", hpm, "--one_file_each")[2]
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["each-1.png", "each-2.png"]
-    heading = f"{hpm.parent.name}/hpm.pth, mae_vit_micro_patch16, student, 3 of 4 epochs"
+    heading = f"{hpm.parent.name}/hpm.pth, mae_vit_micro_patch16, 3 of 4 epochs"
     for number, (row, caption) in enumerate(zip(panel.rows, panel.captions, strict=True), start=1):
-        part = draw.Panel(panel.titles, [row], [caption])
+        part = draw.Panel(panel.titles, [row], [caption], panel.footer)
         written = np.asarray(Image.open(tmp_path / f"each-{number}.png"))
         assert (written == np.asarray(draw.draw_grid(part, heading))).all()
 
@@ -147,6 +166,25 @@ def test_images_from_files_folders_and_archives(hpm, drawn, tmp_path):
     assert drawn[-1][1]["names"] == ["flat/2.jpg", "flat/0.jpg", "dog/1.jpg"]  # all of them, in their order
     names = run_and_get(drawn, tmp_path / "o.png", "--checkpoint", hpm, "--images", flat, *archives[:1])[1]["names"]
     assert len(names) == 2
+
+
+def test_unreadable_images(hpm, drawn, tmp_path, capsys):
+    """Replaced in a random choice, with a warning; an error if the file was named."""
+    folder = write_tree(tmp_path / "photos", {f"{i}.jpg": encode(picture(i)) for i in range(12)})
+    damaged = [folder / f"{i}.jpg" for i in (0, 3, 4, 7, 8, 9)]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:200])
+    log = run("visualize", "--checkpoint", hpm, "--images", folder, "--output", tmp_path / "o.png")
+    assert sorted(drawn[-1][1]["names"]) == [
+        f"photos/{name}" for name in ("1.jpg", "10.jpg", "11.jpg", "2.jpg", "5.jpg", "6.jpg")
+    ]
+    assert all(f"Unreadable image, replaced by the next one: {path}" in log for path in damaged)
+    files = [folder / "1.jpg", folder / "3.jpg"]
+    for more in ([], ["--num_images", 2]):
+        with pytest.raises(SystemExit) as stop:
+            run("visualize", "--checkpoint", hpm, "--images", *files, *more, "--output", tmp_path / "o.png")
+        assert stop.value.code == 2
+        assert f"error: {folder / '3.jpg'}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -197,6 +235,8 @@ def test_official_checkpoints(drawn, tmp_path, kind):
     options = ["--checkpoint", tmp_path / "file.pth", *FOREIGN]
     model, given, panel = run_and_get(drawn, tmp_path / "o.png", *options)
     assert torch.equal(model.mask_token, student.mask_token)
+    scored_by = student if kind.startswith("MAE") else teacher
+    assert torch.equal(given["teacher"].mask_token, scored_by.mask_token)
     assert not model.norm_pix_loss
     assert given["mean"] == [0.485, 0.456, 0.406]
     plain = ["image", "mask", "reconstruction", "true error"]
@@ -280,15 +320,19 @@ def test_mistakes_end_with_one_line(hpm, text, message, tmp_path, capsys, monkey
 # ------------------------------------------------------------------------------------------------------------ plots
 
 
-def write_log(folder, epochs=3, predictor=True):
+def write_log(folder, epochs=3, predictor=True, options=None, **values):
     folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"script": "main_pretrain", "options": options or {}}))
     for epoch in range(epochs):
-        line = {"epoch": epoch, "train_loss_rec": 1 / (epoch + 1), "train_lr": 1e-3}
+        line = {"epoch": epoch, "train_loss": 2.0, "train_loss_rec": 1 / (epoch + 1), "train_lr": 1e-3, **values}
         if predictor:
             line |= {"train_loss_learn": 0.6, "train_rank_acc": 0.7, "ema_decay": 0.999, "hard_ratio": epoch / epochs}
         with open(folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
     return folder
+
+
+LOSS, ACCURACY = list(curves.CURVES)[:2]
 
 
 def test_plots_of_one_and_of_several_runs(tmp_path, monkeypatch):
@@ -297,11 +341,11 @@ def test_plots_of_one_and_of_several_runs(tmp_path, monkeypatch):
 
     figures, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
-    hpm, mae = write_log(tmp_path / "hpm"), write_log(tmp_path / "a/mae", epochs=1, predictor=False)
+    hpm, mae = write_log(tmp_path / "hpm", knn_acc1=20.0), write_log(tmp_path / "a/mae", epochs=1, predictor=False)
     assert "wrote" in run("visualize", "--runs", hpm, mae, "--output", tmp_path / "both.png")
     axes = {axis.get_title(): axis for axis in figures[0].axes if axis.get_title()}
     assert list(axes) == list(curves.CURVES)
-    first, second = axes["reconstruction loss"].lines
+    first, second = axes[LOSS].lines
     assert (first.get_xdata().tolist(), first.get_ydata().tolist()) == ([1, 2, 3], [1, 1 / 2, 1 / 3])
     assert (second.get_xdata().tolist(), second.get_marker()) == ([1], "o")  # so that a single point is visible
     assert [len(line.get_xdata()) for line in axes["rank accuracy (0.5 is chance)"].lines] == [3, 0]
@@ -311,31 +355,70 @@ def test_plots_of_one_and_of_several_runs(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "both.png").format == "PNG"
     run("visualize", "--runs", mae, "--output", tmp_path / "one.svg")
     assert [axis.get_title() for axis in figures[1].axes if axis.get_title()] == [
-        "reconstruction loss",
+        LOSS,
         "learning rate",
     ]
     assert (tmp_path / "one.svg").read_text().startswith("<?xml")
 
 
-def test_runs_are_named_relative_to_their_common_parent(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("out/x/1", "out/y/1", "out/y/2"):
-        write_log(tmp_path / folder)
-    assert list(curves.read_runs(["out/x/1", "out/y/1", "out/y/2"])) == ["x/1", "y/1", "y/2"]
-    assert list(curves.read_runs(["out/y/1/", str(tmp_path / "out/y/2")])) == ["1", "2"]
-    assert list(curves.read_runs(["out/x/1"])) == ["1"]
+def curves_of(*folders):
+    """{title: [points of each run]}."""
+    figure = curves.plot(curves.name_runs(list(map(str, folders))))
+    points = {
+        axis.get_title(): [list(zip(*line.get_data(), strict=True)) for line in axis.lines] for axis in figure.axes
+    }
+    return {title: lines for title, lines in points.items() if title}
+
+
+def test_accuracy_of_fine_tuning_probes_and_pre_training(tmp_path):
+    """Next to the loss; a probe shows its best head, and k-NN the epochs in which it was measured."""
+    fine_tuning = write_log(tmp_path / "finetune", epochs=2, predictor=False, test_acc1=71.5)
+    heads = {"test_acc1 lr 0.1": 40.0, "test_acc1 lr 1": 44.0, "test_acc5 lr 0.1": 90.0}
+    probe = write_log(tmp_path / "probe", epochs=2, predictor=False, **heads)
+    pre_training = write_log(tmp_path / "pretrain")
+    lines = [json.loads(line) for line in (pre_training / "log.jsonl").read_text().splitlines()]
+    lines[1] |= {"knn_acc1": 30.0}
+    lines[2] |= {"knn_acc1": None}
+    (pre_training / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = curves_of(fine_tuning, probe, pre_training)
+    assert list(drawn)[:2] == [LOSS, ACCURACY]
+    assert drawn[ACCURACY] == [[(1, 71.5), (2, 71.5)], [(1, 44.0), (2, 44.0)], [(2, 30.0)]]
+    assert drawn[LOSS][2] == [(1, 1), (2, 1 / 2), (3, 1 / 3)]
+    without = [{"epoch": 0, "train_loss": 3.0}]
+    (fine_tuning / "log.jsonl").write_text(json.dumps(without[0]) + "\n")
+    assert curves_of(fine_tuning) == {LOSS: [[(1, 3.0)]]}
+
+
+def test_options_that_differ_between_runs(tmp_path):
+    common = {"model": "mae_vit_base_patch16", "lr": 1e-3, "experiment": ""}
+    hpm = write_log(tmp_path / "hpm", options={**common, "target": "pixel", "alpha_T": 0.5, "output_dir": "hpm"})
+    mae = write_log(tmp_path / "mae", options={**common, "target": "norm_pixel", "output_dir": "mae"})
+    log = run("visualize", "--runs", hpm, mae, "--output", tmp_path / "a.png")
+    table = ["option   hpm    mae", "alpha_T  0.5    -", "target   pixel  norm_pixel"]
+    assert "\n".join(["Options that differ:", *table]) in log
+    for same in ([hpm], [hpm, hpm]):
+        assert "Options" not in run("visualize", "--runs", *same, "--output", tmp_path / "a.png")
+    (mae / "config.json").unlink()
+    assert "model    mae_vit_base_patch16  -" in curves.compare_options(curves.name_runs([str(hpm), str(mae)]))
+
+
+def test_runs_are_named_relative_to_their_common_parent():
+    assert list(curves.name_runs(["out/x/1", "out/y/1", "out/y/2"])) == ["x/1", "y/1", "y/2"]
+    assert list(curves.name_runs(["out/y/1/", "out/y/2"])) == ["1", "2"]
+    assert list(curves.name_runs(["out/x/1"])) == ["1"]
 
 
 def test_logs_of_killed_runs(tmp_path):
     file = write_log(tmp_path / "run") / "log.jsonl"
     whole = file.read_text()
     file.write_text(whole + whole[:20])
-    assert len(curves.read_runs([tmp_path / "run"])["run"]) == 3
+    assert len(curves_of(tmp_path / "run")[LOSS][0]) == 3
+    file.write_text('{"epoch": 0}\n')
+    with pytest.raises(ValueError, match="nothing to plot"):
+        curves_of(tmp_path / "run")
     file.write_text("")
     with pytest.raises(ValueError, match="no log.jsonl with a completed epoch"):
-        curves.read_runs([tmp_path / "run"])
-    with pytest.raises(ValueError, match="not runs of main_pretrain"):
-        curves.plot({"x": [{"epoch": 0, "test_acc1": 5.0}]})
+        curves_of(tmp_path / "run")
 
 
 def test_an_interrupted_write_leaves_the_old_picture(tmp_path, monkeypatch):

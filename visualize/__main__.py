@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-import models_hpm
+from models_hpm import MODELS, MaskedAutoencoderViT, build_for
 from util.data import transforms
 from util.data.sources import ShapesSource, Source, find_images
 from util.masking import MaskSampler
@@ -27,7 +27,7 @@ from util.run.folder import write_atomic
 from util.run.logger import log, setup_logging
 from util.weights.load import load_into, load_pretrained, read_meta
 from visualize import draw
-from visualize.panel import PATCH_STATS, center_crops, panel
+from visualize.panel import PATCH_STATS, panel, read_crops
 
 SCRIPT = "main_pretrain"  # which writes the checkpoints
 TARGETS = ["pixel", "norm_pixel", "ema", "dino", "clip"]
@@ -51,7 +51,12 @@ def get_args_parser() -> options.OptionParser:
         "--num_images", type=options.COUNT, help="number of images, drawn at random (default: 8, or all named files)"
     )
     group.add_argument("--one_file_each", action="store_true", help="write one file per image: OUTPUT-1.png, ...")
-    group.add_argument("--which", choices=["student", "ema"], default="student", help="which weights to visualise")
+    group.add_argument(
+        "--which",
+        choices=["student", "ema"],
+        default="student",
+        help="weights that reconstruct; masks and predicted hardness are the EMA teacher's if the checkpoint has one",
+    )
     group.add_argument(
         "--epoch", type=options.COUNT_OR_ZERO, help="epoch whose mask to draw and reconstruct from (default: the last)"
     )
@@ -75,7 +80,7 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--input_size", type=options.COUNT, help="input resolution (default: the run's, or 224)")
     group.add_argument("--cache_dir", help="folder for decompressed .tar.gz archives (default: ~/.cache/hpm)")
     group = parser.add_argument_group("checkpoints without metadata (official HPM, MAE)")
-    group.add_argument("--model", choices=list(models_hpm.MODELS), metavar="MODEL", help=f"default: {FOREIGN['model']}")
+    group.add_argument("--model", choices=list(MODELS), metavar="MODEL", help=f"default: {FOREIGN['model']}")
     group.add_argument("--target", choices=TARGETS, help="reconstruction target (default: pixel)")
     options.add_switch(group, "norm_pix_loss", None, "official name of --target norm_pixel")
     options.add_switch(group, "relative", None, "the predictor ranks patches; otherwise it predicts loss values")
@@ -121,13 +126,29 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def build_model(args: argparse.Namespace, which: str) -> models_hpm.MaskedAutoencoderViT:
+def load_models(args: argparse.Namespace) -> tuple[MaskedAutoencoderViT, MaskedAutoencoderViT, tuple[str, str]]:
+    """The model of --which, the one that chooses the masks (as in training the EMA teacher, if the checkpoint has one),
+    and the names of the latter and the former.
+
+    Raises:
+        ValueError: no such weights, or they do not fit the model.
+    """
+    model = build_model(args, load_pretrained(args.checkpoint, args.which))
+    if args.which == "ema":
+        return model, model, ("EMA teacher", "EMA teacher")
+    try:
+        weights = load_pretrained(args.checkpoint, "ema")
+    except ValueError:  # the file has none; it is readable, as the student was loaded
+        return model, model, ("student", "student")
+    return model, build_model(args, weights), ("EMA teacher", "student")
+
+
+def build_model(args: argparse.Namespace, weights: dict[str, Tensor]) -> MaskedAutoencoderViT:
     """The model of --checkpoint with its student or EMA weights.
 
     Raises:
-        ValueError: the checkpoint has no decoder or no such weights, or does not fit the model.
+        ValueError: there is no decoder in the weights, or they do not fit the model.
     """
-    weights = load_pretrained(args.checkpoint, which)
     settings = {"img_size": args.input_size, "norm_pix_loss": args.target == "norm_pixel", "relative": args.relative}
     if args.trained.get("decoder_num_heads"):  # cannot be inferred from tensor shapes
         settings["decoder_num_heads"] = args.trained["decoder_num_heads"]
@@ -135,7 +156,7 @@ def build_model(args: argparse.Namespace, which: str) -> models_hpm.MaskedAutoen
         settings["target_dim"] = None
     elif args.target and "decoder_pred.weight" in weights:  # features can be as wide as a patch of pixels
         settings["target_dim"] = len(weights["decoder_pred.weight"])
-    model = models_hpm.build_for(args.model, weights, **settings)
+    model = build_for(args.model, weights, **settings)
     interpolate_pos_embed(model, weights, "decoder_pos_embed")
     load_into(model, weights)
     model.score_by = args.trained.get("score_by", "predictor")
@@ -146,7 +167,7 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     """The images (B, 3, S, S) uint8 and their names: files named one by one in their order, else a random choice.
 
     Raises:
-        ValueError: no such images, or one of them is unreadable.
+        ValueError: no such images, or a named file is unreadable.
     """
     if args.images is None:
         if args.split not in (None, "train", "val"):
@@ -158,32 +179,25 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
         except ValueError as error:
             raise ValueError(str(error).replace("--data_path", "--images")) from error
     images = [(source, index) for source in sources for index in range(len(source))]
-    only_files = args.images is not None and all(Path(path).is_file() for path in args.images)
-    if args.num_images or not only_files or len(images) != len(args.images):  # an archive holds several
-        order = np.random.default_rng(args.seed).permutation(len(images))
-        images = [images[place] for place in order[: args.num_images or 8]]
-    return center_crops(images, args.input_size)
+    named = args.images is not None and len(images) == len(args.images)  # one per path: no folder or archive of several
+    count = args.num_images or (len(images) if named else 8)
+    if args.num_images or not named:
+        images = [images[place] for place in np.random.default_rng(args.seed).permutation(len(images))]
+    return read_crops(images, range(count), args.input_size, strict=named)
 
 
 def draw_pictures(args: argparse.Namespace) -> list[Image.Image]:
     """The pictures of --checkpoint: all images in one, or one each."""
-    model = build_model(args, args.which)
+    model, teacher, weights = load_models(args)
     settings = {**args.trained, "mask_ratio": args.mask_ratio, "epochs": args.epochs}
     can_score = model.target_dim is None if model.score_by == "loss" else model.learning_loss
     if not can_score:
         settings |= {"mask_strategy": "random", "teacher_keep": 1.0}
     masks = MaskSampler.from_options(settings, model.patch_embed.grid_size)
     images, names = load_images(args)
-    feature_target = None
-    if args.target == "ema" and args.trained:  # the target is the teacher's tokens, and the file holds the teacher
-        teacher = build_model(args, "ema")
-
-        def feature_target(imgs: Tensor, tokens: Tensor | None) -> Tensor:
-            return teacher.predict_loss(imgs, return_tokens=True)[1]
-
     drawn = panel(
         model,
-        model,
+        teacher,
         images,
         names,
         masks,
@@ -192,13 +206,14 @@ def draw_pictures(args: argparse.Namespace) -> list[Image.Image]:
         epoch=args.epoch,
         other_epochs=[0, args.epochs - 1],
         seed=args.seed,
-        feature_target=feature_target,
+        feature_target=(lambda imgs, tokens: tokens) if args.target == "ema" and args.trained else None,
         patch_stats=args.patch_stats,
         scale=args.scale,
+        weights=weights,
     )
     path = Path(args.checkpoint).resolve()
     done = "" if args.epochs_done is None else f", {args.epochs_done} of {args.epochs} epochs"
-    heading = f"{path.parent.name}/{path.name}, {args.model}, {args.which}{done}"
+    heading = f"{path.parent.name}/{path.name}, {args.model}{done}"
     parts = [drawn]
     if args.one_file_each:
         rows = zip(drawn.rows, drawn.captions, strict=True)
@@ -221,7 +236,10 @@ def main(argv: list[str] | None = None) -> None:
                 from visualize import curves
             except ImportError as error:
                 raise ValueError("plots require matplotlib: pip install matplotlib") from error
-            figure = curves.plot(curves.read_runs(args.runs))
+            runs = curves.name_runs(args.runs)
+            figure = curves.plot(runs)
+            if table := curves.compare_options(runs):
+                log.info("Options that differ:\n%s", table)
             savers = [partial(figure.savefig, format=suffix.removeprefix("."), dpi=130)]
         else:
             kind = Image.registered_extensions()[suffix]

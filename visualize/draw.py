@@ -79,11 +79,12 @@ def to_image(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
 
 
 class Panel(NamedTuple):
-    """(title, note) of each column, rows of equally sized images, and (name, metrics) of each row."""
+    """(title, note) of each column, rows of equally sized images, (name, metrics) of each row, and a line below."""
 
     titles: list[tuple[str, str]]
     rows: list[list[np.ndarray]]
     captions: list[tuple[str, str]]
+    footer: str
 
 
 def column_width(side: int, wanted: int) -> int:
@@ -93,7 +94,7 @@ def column_width(side: int, wanted: int) -> int:
 
 
 def draw_grid(panel: Panel, heading: str = "", column: int = COLUMN) -> Image.Image:
-    """Rows of images under column titles, a caption below each row, a heading above them all.
+    """Rows of images under column titles, a caption below each row, a heading above and a legend below them all.
 
     Args:
         column: approximate width of an image, in pixels.
@@ -113,7 +114,7 @@ def draw_grid(panel: Panel, heading: str = "", column: int = COLUMN) -> Image.Im
     row_height = cell_height + LINE + GAP
     bottom = top + row_height * len(panel.rows)
 
-    canvas = Image.new("RGB", (full + 2 * MARGIN, bottom + LINE + 6 + MARGIN), BACKGROUND)
+    canvas = Image.new("RGB", (full + 2 * MARGIN, bottom + 2 * LINE + 8 + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, MARGIN - 2), _shorten(heading, full, title_font), INK, title_font)
     for number, lines in enumerate(heads):
@@ -130,6 +131,7 @@ def draw_grid(panel: Panel, heading: str = "", column: int = COLUMN) -> Image.Im
         name = _shorten(name, full - round(text_font.getlength(metrics)), text_font)
         draw.text((MARGIN, y + cell_height + 3), name + metrics, INK, text_font)
     _draw_scale(canvas, bottom + 4, text_font)
+    draw.text((MARGIN, bottom + LINE + 8), _shorten(panel.footer, full, text_font), INK, text_font)
     return canvas
 
 

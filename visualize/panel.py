@@ -3,7 +3,7 @@
 Shapes: B batch, C channels, H, W image, S crop, L patches, V visible, M masked, D prediction width, E encoder width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from visualize.draw import SCALES, Panel, draw_grid, heat_map, hide, to_image
 # Images (B, C, H, W) and the teacher's tokens (B, L, E; None without a teacher) -> feature targets (B, L, D).
 FeatureTarget = Callable[[Tensor, Tensor | None], Tensor | None]
 
+ATTEMPTS = 20  # unreadable images after which no more are tried
+
 PATCH_STATS = {
     "image": "each patch's mean and variance taken from the image",
     "none": "no patch statistics: one mean and variance, of the visible patches",
@@ -34,9 +36,9 @@ PATCH_STATS = {
 
 def pick_panel_images(
     data_path: str | None, train: Source, size: int, cache_dir: str | None = None
-) -> tuple[Tensor, list[str]]:
+) -> tuple[Tensor, list[str]] | None:
     """`pick_images` of the val split if there is one that can be read without decompressing another archive, else of
-    the training images."""
+    the training images; None if they are unreadable, because pictures must not stop the training."""
     try:
         if data_path is not None:
             packed, present = (compressed_archive(Path(data_path), split) for split in ("val", "train"))
@@ -45,20 +47,48 @@ def pick_panel_images(
         return pick_images(build_source(data_path, "val", cache_dir=cache_dir), size)
     except (ValueError, OSError) as error:
         log.info("No usable val split for the panels, falling back to training images: %s", error)
+    try:
         return pick_images(train, size)
+    except ValueError as error:
+        log.warning("No panels: %s", error)
+        return None
 
 
 def pick_images(source: Source, size: int, count: int = 8) -> tuple[Tensor, list[str]]:
-    """Centre crops (N, 3, S, S) uint8 of `count` images, evenly spaced over the source, and their names."""
-    count = min(count, len(source))
-    return center_crops([(source, len(source) * i // count) for i in range(count)], size)
+    """Centre crops (N, 3, S, S) uint8 of `count` images, evenly spaced over the source, and their names. Unreadable
+    images are replaced as in `read_crops`."""
+    candidates = [(source, index) for index in range(len(source))]
+    return read_crops(candidates, [len(source) * i // count for i in range(count)], size)
 
 
-def center_crops(picked: Sequence[tuple[Source, int]], size: int) -> tuple[Tensor, list[str]]:
-    """Centre crops (N, 3, S, S) uint8 of (source, index) pairs, and short names."""
+def read_crops(
+    candidates: Sequence[tuple[Source, int]], starts: Iterable[int], size: int, strict: bool = False
+) -> tuple[Tensor, list[str]]:
+    """Centre crops (N, 3, S, S) uint8 of the images at the positions `starts` of `candidates`, and their names. An
+    unreadable image is replaced by the next candidate, with a warning.
+
+    Raises:
+        ValueError: no image is readable; with `strict`, one is not.
+    """
     crop = CenterCrop(size)
-    images = torch.stack([ImageDataset(source, crop)[index].image for source, index in picked])
-    return images, ["/".join(Path(source.name(index)).parts[-2:]) for source, index in picked]
+    images, names, unreadable, position = [], [], 0, 0
+    for start in starts:
+        position = max(position, start)
+        while position < len(candidates) and unreadable < ATTEMPTS:
+            source, index = candidates[position]
+            position += 1
+            try:
+                images.append(ImageDataset(source, crop)[index].image)
+                names.append("/".join(Path(source.name(index)).parts[-2:]))
+                break
+            except ValueError as error:
+                if strict:
+                    raise
+                unreadable += 1
+                log.warning("Unreadable image, replaced by the next one: %s", error)
+    if not images:
+        raise ValueError(f"none of the images can be read ({unreadable} tried)")
+    return torch.stack(images), names
 
 
 def training_panel(
@@ -96,6 +126,7 @@ def panel(
     feature_target: FeatureTarget | None = None,
     patch_stats: str = "image",
     scale: str = "author",
+    weights: tuple[str, str] = ("EMA teacher", "student"),
 ) -> Panel:
     """One row of pictures for each image (B, 3, H, W) uint8. The state of the model is untouched.
 
@@ -107,6 +138,7 @@ def panel(
         feature_target: of models that reconstruct features. Without it they have neither error nor losses.
         patch_stats: see `reconstruct`.
         scale: how values become colours, a name in `SCALES`.
+        weights: names of `teacher` and `model`, for the line that says whose predictions are shown.
     """
     device = next(model.parameters()).device
     imgs = ToModelInput(mean, std, device, flip=False)(images)
@@ -147,11 +179,16 @@ def panel(
         triples = zip(pixels, found["errors"], mask_of[epoch].numpy(), strict=True)
         maps = [heat_map(x, masked_scale(to_scale, e, mask), grid, patch, shown=mask) for x, e, mask in triples]
         columns.append((title, note, maps))
+    footer = f"reconstruction: {weights[1]}"
+    if scores is not None:
+        chosen = any(masks.num_hardest(e) for e in mask_of)
+        footer = f"predicted hardness{' and masks' if chosen else ''}: {weights[0]}    {footer}"
     metrics = [name for name in ("rank_acc", "loss_rec", "loss_learn") if name in found]
     return Panel(
         titles=[(title, note) for title, note, _ in columns],
         rows=[list(row) for row in zip(*(pictures for _, _, pictures in columns), strict=True)],
         captions=[(name, "    ".join(f"{m} {found[m][i]:.3f}" for m in metrics)) for i, name in enumerate(names)],
+        footer=footer,
     )
 
 
