@@ -57,7 +57,7 @@ def train_one_epoch(
             # reconstruction loss of every patch, or of the hidden ones.
             scores = target = None
             with torch.no_grad(), amp.autocast():
-                if feature_teacher is not None and not features_from_ema:
+                if feature_teacher is not None and not isinstance(feature_teacher, EMATeacher):
                     target = feature_teacher(images)  # (B, L, D)
                 if teacher is not None and (features_from_ema or masks.num_hardest(loop.epoch) > 0):
                     hidden = masks.draw_hidden(len(images), device=images.device)  # (B, L), or None

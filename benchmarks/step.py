@@ -1,4 +1,4 @@
-"""Time of a pre-training step, HPM's and MAE's, and how close it comes to what the machine can multiply.
+"""Time of a pre-training step of HPM, its cheaper variants and MAE, and how close it comes to what the machine can do.
 
     python -m benchmarks.step --precision fp32 --compile no yes --batch_size 8
     python -m benchmarks.step --model mae_vit_base_patch16 mae_vit_large_patch16 --precision bf16 --compile yes \\
@@ -21,7 +21,7 @@ import torch
 
 import models_hpm
 from benchmarks.report import ratio, table, with_range
-from benchmarks.trainer import ALONE, PARTS, Case, Trainer, step_flops, synchronize
+from benchmarks.trainer import ALONE, METHODS, PARTS, Case, Trainer, step_flops, synchronize
 from util.run import distributed, options
 from util.run.amp import default_precision
 from util.run.logger import log, setup_logging
@@ -87,7 +87,7 @@ def get_args_parser() -> options.OptionParser:
         "--model", nargs="+", choices=known, metavar="MODEL", default=["mae_vit_base_patch16"], help="model sizes"
     )
     parser.add_argument(
-        "--method", nargs="+", choices=["hpm", "mae"], default=["hpm", "mae"], help="with or without loss predictor"
+        "--method", nargs="+", choices=list(METHODS), default=["hpm", "mae"], help="methods, see benchmarks/trainer.py"
     )
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16", "fp16"], help="default: main_pretrain.py's")
     parser.add_argument("--compile", nargs="+", choices=["no", "yes"], default=["no", "yes"], help="eager, compiled")
@@ -140,17 +140,23 @@ def main(argv: list[str] | None = None) -> None:
     seconds, rates = measure(trainers, products, args.repeats, args.steps)
 
     rows, steps = [], {case: [values["step"] for values in seconds[case]] for case in cases}
+    flops = {case: step_flops(trainer.args, case.batch_size) for case, trainer in trainers.items()}
     for case, trainer in trainers.items():
-        flops = step_flops(trainer.args, case.batch_size)
-        share = ratio([flops / step for step in steps[case]], rates[case])
+        share = ratio([flops[case] / step for step in steps[case]], rates[case])
         median = statistics.median(steps[case])
-        row = [str(case), f"{median * 1e3:.1f}", f"{case.batch_size / median:.1f}", f"{flops / 1e12:.3f}"]
+        row = [str(case), f"{median * 1e3:.1f}", f"{case.batch_size / median:.1f}", f"{flops[case] / 1e12:.3f}"]
+        mae = replace(case, method="mae")
+        if mae in cases:
+            row += [with_range(ratio(steps[case], steps[mae])), f"{flops[case] / flops[mae]:.2f}"]
         row += [f"{statistics.median(rates[case]) / 1e12:.3f}", with_range(share, scale=100, digits=1)]
         if args.memory:
             peak = peak_on_cuda(trainer, args.steps) if device.type == "cuda" else peak_of_process(case, size)
             row.append(f"{peak / 2**30:.2f}")
         rows.append(row)
-    header = ["case", "ms per step", "images/s", "TFLOP per step", "product TFLOP/s", "share of product, %"]
+    header = ["case", "ms per step", "images/s", "TFLOP per step"]
+    if "mae" in args.method:
+        header += ["time : MAE", "FLOPs : MAE"]
+    header += ["product TFLOP/s", "share of product, %"]
     log.info("\n%s", table([*header, "peak GiB"] if args.memory else header, rows))
     if args.parts:
         rows = [[str(case), *part_shares(seconds[case])] for case in cases]

@@ -16,7 +16,7 @@ from engine_pretrain import train_one_epoch
 from util import rng
 from util.data.transforms import ToModelInput
 from util.ema import EMATeacher
-from util.masking import MaskSampler, count_masked, random_mask
+from util.masking import MaskSampler, random_mask
 from util.metrics import MeanMeter
 from util.run import distributed
 from util.run.amp import Amp
@@ -24,6 +24,19 @@ from util.run.loop import Loop
 
 ALONE = distributed.World(rank=0, size=1, local_rank=0, local_size=1)
 PARTS = ("data", "teacher", "mask", "forward", "backward", "optimizer", "EMA", "rest")
+
+
+# Options of main_pretrain.py by method: published HPM, MAE, the predictor with random masks, and teachers that see a
+# quarter of the patches; with the published predictor, with one of two blocks, or without any.
+METHODS = {
+    "hpm": [],
+    "mae": ["--no-learning_loss"],
+    "predictor": ["--mask_strategy", "random"],
+    "predictor_2": ["--mask_strategy", "random", "--predictor_depth", "2"],
+    "sparse": ["--teacher_keep", "0.25"],
+    "sparse_2": ["--teacher_keep", "0.25", "--predictor_depth", "2"],
+    "loss": ["--score_by", "loss", "--no-learning_loss"],
+}
 
 
 @dataclass(frozen=True)
@@ -46,9 +59,12 @@ class Case:
         words = ["--model", self.model, "--precision", self.precision, "--batch_size", str(self.batch_size)]
         if self.compile == "yes":
             words.append("--compile")
-        if self.method == "mae":
-            words.append("--no-learning_loss")
-        return [*words, "--epochs", "2"]  # the second one masks by predicted loss, so the teacher runs
+        return [
+            *words,
+            *METHODS[self.method],
+            "--epochs",
+            "2",
+        ]  # the second one masks by predicted loss, so the teacher runs
 
 
 class Steps(Loop):
@@ -76,7 +92,7 @@ class Trainer:
         self.amp = Amp(case.precision, device)
         self.model = main_pretrain.build_model(args).to(device)
         self.amp.choose_attention(self.model)
-        self.teacher = EMATeacher(self.model) if args.learning_loss else None
+        self.teacher = EMATeacher(self.model) if args.learning_loss or args.score_by == "loss" else None
         self.optimizer = main_pretrain.build_optimizer(self.model, args)
         self.masks = MaskSampler.from_options(vars(args), self.model.patch_embed.grid_size)
         self.to_model_input: Callable = ToModelInput(args.mean, args.std, device, flip=True)
@@ -164,13 +180,13 @@ def step_flops(args: Any, batch_size: int) -> int:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
-        num_patches = model.patch_embed.num_patches
-        num_masked = count_masked(num_patches, args.mask_ratio)
+        masks = MaskSampler.from_options(vars(args), model.patch_embed.grid_size)
         images = torch.empty(1, 3, *model.img_size)
-        target = None if model.target_dim is None else torch.empty(1, num_patches, model.target_dim)
+        target = None if model.target_dim is None else torch.empty(1, masks.num_patches, model.target_dim)
         with FlopCounterMode(display=False) as counter:
-            model(images, random_mask(1, num_patches, num_masked), target, num_masked)["loss"].backward()
-            if model.learning_loss:
+            mask = random_mask(1, masks.num_patches, masks.num_masked)
+            model(images, mask, target, masks.num_masked)["loss"].backward()
+            if masks.num_hardest(args.epochs - 1) or args.target == "ema":
                 with torch.no_grad():
-                    model.predict_loss(images)
+                    model.score_patches(images, masks.draw_hidden(1), masks.num_hidden, target)
     return counter.get_total_flops() * batch_size

@@ -95,7 +95,7 @@ def test_a_step_reads_no_number_off_the_device(build, monkeypatch):
         amp._total.item()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_a_step_waits_for_no_device():
     device = torch.device("cuda")
     model = nn.Linear(4, 4).to(device)

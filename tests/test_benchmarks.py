@@ -7,7 +7,7 @@ from programs import run
 
 import main_pretrain
 from benchmarks.step import peak_of_process
-from benchmarks.trainer import ALONE, PARTS, Case, Trainer, step_flops
+from benchmarks.trainer import ALONE, METHODS, PARTS, Case, Trainer, step_flops
 
 
 def options_of(method):
@@ -22,8 +22,17 @@ def test_operations_of_a_step_of_the_base_model():
     assert round(hpm / mae, 2) == 2.33
 
 
+def test_operations_of_the_variants_of_the_base_model():
+    """Relative to MAE's step."""
+    flops = {method: step_flops(options_of(method), 1) for method in METHODS}
+    assert {method: round(count / flops["mae"], 2) for method, count in flops.items()} == {
+        **{"hpm": 2.33, "mae": 1.0, "predictor": 1.54, "predictor_2": 1.14},
+        **{"sparse": 1.88, "sparse_2": 1.33, "loss": 1.33},
+    }
+
+
 def test_step_prints_its_tables():
-    """Both methods, eager; the parts are those of the engine."""
+    """Two methods, eager; the parts are those of the engine."""
     tiny = ["--model", "mae_vit_micro_patch16", "--input_size", "16", "--patch_size", "4", "--device", "cpu"]
     log = run(
         "benchmarks.step", *tiny, "--compile", "no", "--batch_size", 2, "--repeats", 2, "--product_side", 64, "--parts"

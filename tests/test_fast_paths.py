@@ -46,8 +46,22 @@ class Masks:
         return hard_mask(scores, 12, (self.step - 1) // 3)
 
 
-def train(steps, device="cpu", compiled=False, num_masked=12, guard=nullcontext, num_hidden=0, score_by="predictor"):
-    """Steps of HPM on random images, every third with another number of hardest patches; the loss of each."""
+def train(
+    steps,
+    device="cpu",
+    compiled=False,
+    precision="fp32",
+    guard=nullcontext,
+    after_step=None,
+    num_masked=12,
+    num_hidden=0,
+    score_by="predictor",
+):
+    """Steps of HPM on random images, every third with another number of hardest patches.
+
+    Returns:
+        The loss of each; none where a `guard` or `after_step` watches the steps.
+    """
     device = torch.device(device)
     torch.manual_seed(0)
     model = MaskedAutoencoderViT(**SMALL).to(device)
@@ -64,10 +78,12 @@ def train(steps, device="cpu", compiled=False, num_masked=12, guard=nullcontext,
     def read(loop):  # as on a step of the log
         losses.append(loop.meter.window(lambda tensor: tensor)["loss"])
 
-    loop = StepsOnly(seed=0, after_step=read if guard is nullcontext else lambda loop: None)
     if guard is not nullcontext:
+        after_step = lambda loop: None  # noqa: E731
+    loop = StepsOnly(seed=0, after_step=after_step or read)
+    if after_step:
         loop.meter = Unread()
-    to_model_input, amp = ToModelInput((0.5,) * 3, (0.25,) * 3, device, flip=True), Amp("fp32", device)
+    to_model_input, amp = ToModelInput((0.5,) * 3, (0.25,) * 3, device, flip=True), Amp(precision, device)
     with guard():
         train_one_epoch(
             model,
@@ -169,14 +185,19 @@ def test_a_step_that_reads_the_number_of_masked_patches_would_be_noticed():
         train(1, num_masked=None, guard=NoWaiting)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_a_step_on_cuda_passes_with_waiting_forbidden(teacher):
-    class Forbidden:
-        def __enter__(self):
+def test_a_step_on_a_gpu_never_synchronises(teacher, compiled):
+    """From the third step on: the first two build kernels and the optimizer's state."""
+    steps = []
+
+    def forbid(loop):
+        steps.append(1)
+        if len(steps) == 2:
             torch.cuda.set_sync_debug_mode("error")
 
-        def __exit__(self, *error):
-            torch.cuda.set_sync_debug_mode("default")
-
-    train(4, device="cuda", guard=Forbidden, **teacher)
+    try:
+        train(6, device="cuda", compiled=compiled, precision="bf16", after_step=forbid, **teacher)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

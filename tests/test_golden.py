@@ -70,6 +70,19 @@ def five_steps_are_golden(name, backend=None):
             np.testing.assert_allclose(ours, golden[f"{prefix}/{key}"], rtol=1e-4, atol=atol, err_msg=key)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_forward_values_on_a_gpu(name):
+    golden, meta = load(name)
+    model, mask = build_hpm(golden, meta).cuda(), golden["masks"][0].cuda()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        out = model(golden["images"][0].cuda(), mask, num_masked=int(mask[0].sum()))
+        scores = model.predict_loss(golden["images"][0].cuda())
+    torch.testing.assert_close(out["pred"].cpu(), golden["student/pix_pred_masked"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out["loss_pred"].cpu(), golden["student/loss_pred_masked"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores.cpu(), golden["teacher/loss_pred_all_visible"], rtol=1e-4, atol=1e-4)
+
+
 def test_mae_baseline():
     golden, meta = load("mae_baseline")
     model = build_hpm(golden, meta, learning_loss=False)

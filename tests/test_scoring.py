@@ -184,6 +184,15 @@ def test_a_run_mines_resumes_and_is_drawn(options, tmp_path, monkeypatch):
     assert (tmp_path / "a.png").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["--no-learning_loss"], *VARIANTS.values()])
+def test_a_run_on_a_gpu(options, tmp_path):
+    """In its default precision, resumed in the second epoch."""
+    for limit in (9, 12):
+        run("main_pretrain", *PRETRAIN, *options, "--device", "cuda", "--output_dir", tmp_path, "--max_steps", limit)
+    assert all(0 < line["train_loss"] < 10 and line["bad_steps"] == 0 for line in log_lines(tmp_path))
+
+
 def test_the_defaults_written_out_are_the_published_run(tmp_path):
     """`--teacher_keep 1.0 --predictor_depth 8` changes no bit; here the decoders have one block."""
     for name, options in (("default", []), ("written", ["--teacher_keep", 1.0, "--predictor_depth", 1])):
