@@ -1,0 +1,106 @@
+"""Runs the commands of the documents: each with its own options, on small data with a small model.
+
+Other commands run elsewhere: benchmarks in test_benchmarks.py and test_study.py, recipes and benchmarks.recipes
+in test_recipes.py, SLURM and util.run.status in test_slurm.py, exports and pictures in test_export.py and
+test_visualize.py, tests/stress by hand.
+"""
+
+import pytest
+import torch
+from images import members, write_tree
+from programs import ROOT, log_lines, run
+from test_documents import DOCUMENTS, commands, program
+
+import models_vit
+
+OWN = [path for path in DOCUMENTS if path.name not in ("export.md", "visualize.md")]
+SCRIPTS = ("main_pretrain", "main_finetune", "main_linprobe", "main_knn")
+COMMANDS = [
+    (path, script.removesuffix(".py"), options)
+    for path in OWN
+    for words in commands(path)
+    if words[0] in ("python", "torchrun")
+    for script, options, _ in [program(words)]
+    if script.removesuffix(".py") in SCRIPTS
+]
+
+# Options added at the end of a command, which override its own: a micro model, two images a step, one step.
+SMALL = "--input_size 32 --patch_size 8 --num_workers 0 --device cpu --batch_size 2"
+STEPS = "--max_steps 1 --output_dir {out} --log_dir {out}"
+SMALLER = {
+    "main_pretrain": f"--model mae_vit_micro_patch16 --decoder_depth 1 --vis_interval 0 {SMALL} {STEPS}",
+    "main_finetune": f"--model vit_micro_patch16 {SMALL} {STEPS}",
+    "main_linprobe": f"--model vit_micro_patch16 {SMALL} {STEPS}",
+    "main_knn": f"--model vit_micro_patch16 --nb_knn 3 {SMALL}",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A data set of three classes, an encoder, and a classifier of these classes."""
+    folder = tmp_path_factory.mktemp("files")
+    write_tree(folder / "data", members(per_class=2))
+    for name, classes in (("encoder", 0), ("classifier", 3)):
+        model = models_vit.vit_micro_patch16(img_size=32, patch_size=8, num_classes=classes, global_pool=classes > 0)
+        torch.save({"model": model.state_dict()}, folder / f"{name}.pth")
+    return folder
+
+
+def smaller(script, options, files, out):
+    """The options of a command with what makes it small added, and its placeholders filled in."""
+    added = SMALLER[script].format(out=out).split()
+    if "--data_path" in options:
+        added += ["--data_path", str(files / "data")]
+    else:
+        added += ["--shapes_train", "4"]
+    if "--finetune" in options:
+        added += ["--finetune", str(files / ("classifier.pth" if "--eval" in options else "encoder.pth"))]
+    if "--token_size" in options:
+        added += ["--token_size", "4"]
+    if "--accum_iter" in options:
+        added += ["--accum_iter", "1"]
+    if "--global_batch" in options:
+        added += ["--global_batch", "2"]
+    return options + added
+
+
+@pytest.mark.parametrize(
+    ("path", "script", "options"),
+    COMMANDS,
+    ids=[f"{path.stem}-{script}-{number}" for number, (path, script, _) in enumerate(COMMANDS)],
+)
+def test_documented_command_runs(path, script, options, files, tmp_path):
+    log = run(script, *smaller(script, options, files, tmp_path))
+    if script == "main_knn":
+        assert "3-NN  top-1" in log
+    elif "--eval" in options:
+        assert "acc1" in log
+    else:
+        assert "step 1, saved in" in log
+
+
+def test_every_script_is_documented():
+    assert {script for _, script, _ in COMMANDS} == set(SCRIPTS)
+
+
+def test_log_line_of_the_document(tmp_path):
+    """PRETRAIN.md shows the names that a run logs, in their order."""
+    text = (ROOT / "PRETRAIN.md").read_text()
+    (shown,) = (line for line in text.splitlines() if line.startswith("epoch 1/20  step"))
+    log = run("main_pretrain", *SMALLER["main_pretrain"].format(out=tmp_path).split(), "--log_interval", 1)
+    (printed,) = (line for line in log.splitlines() if line.startswith("epoch 1/"))
+
+    def names(line):
+        return [pair.split(" ")[0] for pair in line.split("  ")]
+
+    assert names(printed) == names(shown)
+    for name in names(shown)[2:]:
+        assert f"| `{name}` |" in text or name == "lr", name
+
+
+def test_train_loss_is_the_sum(tmp_path):
+    """As PRETRAIN.md says where it explains the log."""
+    options = SMALLER["main_pretrain"].replace("--max_steps 1 ", "").format(out=tmp_path).split()
+    run("main_pretrain", *options, "--shapes_train", 2, "--epochs", 1)
+    (line,) = log_lines(tmp_path)
+    assert line["train_loss"] == pytest.approx(line["train_loss_rec"] + line["train_loss_learn"])
