@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by every recipe: environment, launcher, and the options that recipes share. Environment variables:
 #   DATA    ImageNet-1K: a folder with train/ and val/, list files, or tar archives    (required)
+#           segment_*: ADE20K, the folder or archive of ADEChallengeData2016
 #   OUT     folder of all runs; a recipe writes to $OUT/NAME, NAME being its file       (default ./output_dir)
 #   NPROC   processes on this node                                                      (default: number of GPUs, or 1)
 #   CKPT    weights to fine-tune or evaluate          (default: checkpoint of the pre-training recipe of the same name)
@@ -13,7 +14,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 name=$(basename "$0" .sh)
-: "${DATA:?set DATA to the folder or archive of ImageNet-1K}"
+: "${DATA:?set DATA to the folder or archive of ImageNet-1K (segment_*: of ADE20K)}"
 OUT=${OUT:-./output_dir}
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
@@ -91,4 +92,10 @@ linprobe_mae() {
 
 knn() {
     run main_knn.py --batch_size 128 --nb_knn 10 20 100 200 --temperature 0.07 "$@"
+}
+
+# UPerNet in MMSegmentation's settings; what depends on the size (lr, layer decay, drop path) is the script's default.
+segment() {
+    run main_segment.py --head upernet --global_batch 16 --steps 160000 --warmup_steps 1500 --crop 512 --stride 341 \
+        --weight_decay 0.05 --output_dir "$OUT/$name" "$@"
 }

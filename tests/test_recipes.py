@@ -11,6 +11,7 @@ import timm
 import torch
 from images import write_tree
 from programs import ROOT
+from segment_data import ade_files
 
 import models_vit
 from benchmarks.recipes import TRAIN_IMAGES, VAL_IMAGES, commands, compute, describe, resolve
@@ -176,12 +177,13 @@ TINY = {
     "main_finetune.py": f"--model vit_micro_patch16 {TINY_BATCH}".split(),
     "main_linprobe.py": f"--model vit_micro_patch16 {TINY_BATCH}".split(),
     "main_knn.py": ["--model", "vit_micro_patch16", "--nb_knn", "3"],
+    "main_segment.py": f"--model vit_micro_patch16 --crop 32 --stride 21 {TINY_BATCH}".split(),
 }
 
 
 def run_tiny(path, tmp_path, extra=None, **environment):
     """Run the recipe itself, made small by options at its end."""
-    data = write_tree(tmp_path / "data")
+    data = write_tree(tmp_path / "data", ade_files() if path.stem.startswith("segment") else None)
     scripts = [script for script, *_ in commands(path)]
     extra = extra or TINY[scripts[0]] + (["--", *TINY[scripts[1]]] if len(scripts) > 1 else [])
     torch.save({"model": models_vit.vit_micro_patch16(num_classes=0).state_dict()}, tmp_path / "encoder.pth")
@@ -196,7 +198,13 @@ def run_tiny(path, tmp_path, extra=None, **environment):
     )
 
 
-ONE_OF_EACH = ["pretrain_hpm_base_200", "pretrain_mae_base_200", "linprobe_mae_base", "knn_hpm_base"]
+ONE_OF_EACH = [
+    "pretrain_hpm_base_200",
+    "pretrain_mae_base_200",
+    "linprobe_mae_base",
+    "knn_hpm_base",
+    "segment_mae_base_200",
+]
 ONE_OF_EACH += [f"ablation_target_{kind}" for kind in ("ema", "dino", "clip")]
 
 

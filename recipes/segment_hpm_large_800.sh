@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# UPerNet on ADE20K from pretrain_hpm_large_800. DATA is the folder or archive of ADEChallengeData2016.
+#
+# model      vit_large_patch16
+# batch      16
+# lr         9e-5
+# published  54.6 mIoU (official README)
+# notes      No official configuration of MAE-L exists: lr, layer decay 0.75 and drop path 0.2 are ColorMAE's.
+source "$(dirname "$0")/_run.sh"
+
+segment --model vit_large_patch16 --finetune "${CKPT:-$OUT/pretrain_hpm_large_800/checkpoint-last.pth}" "$@"
