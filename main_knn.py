@@ -20,9 +20,10 @@ import models_vit
 from engine_finetune import extract_features
 from util import rng
 from util.data import transforms
+from util.data.classes import count_classes
 from util.data.datasets import ImageDataset
 from util.data.loader import ShardSampler, build_loader
-from util.data.sources import Source, build_splits, count_classes
+from util.data.sources import Source, build_splits
 from util.knn import knn_correct
 from util.run import distributed, folder, options, resolve
 from util.run.amp import Amp

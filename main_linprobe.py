@@ -20,9 +20,10 @@ import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import rng
 from util.data import transforms
+from util.data.classes import count_classes
 from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, ShardSampler, build_loader
-from util.data.sources import build_splits, count_classes
+from util.data.sources import build_splits
 from util.lars import LARS
 from util.run import distributed, options, resolve
 from util.run.checkpoint import Run, find_resume

@@ -69,7 +69,7 @@ class PillowFiles(ImageFiles):
     """The same files decoded without simplejpeg."""
 
     def load(self, index: int) -> np.ndarray:
-        return decode._decode_with_pillow(self.read(index))
+        return decode._read_with_pillow(self.read(index), decode.MAX_PIXELS)
 
 
 def draw_photograph(seed: int, height: int = 375, width: int = 500) -> bytes:

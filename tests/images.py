@@ -1,7 +1,9 @@
 """Small image files and data sets, generated for tests."""
 
 import io
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -45,3 +47,44 @@ def write_tar(path, files=None, mode="w", prefix=""):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def write_tiff(values, byte_order="<", photometric=None, extra=()):
+    """Bytes of an uncompressed TIFF of any type, (H, W) or (H, W, C), of which Pillow writes few."""
+    values = values.astype(values.dtype.newbyteorder(byte_order))
+    channels = 1 if values.ndim == 2 else values.shape[2]
+    if photometric is None:
+        photometric = 2 if channels == 3 else 1
+    sample_format = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    bits = values.dtype.itemsize * 8
+    tags = [
+        *[(256, [values.shape[1]]), (257, [values.shape[0]]), (258, [bits] * channels), (259, [1])],
+        *[(262, [photometric]), (273, None), (277, [channels]), (278, [values.shape[0]]), (279, None)],
+        *[(338, list(extra)), (339, [sample_format] * channels)],
+    ]
+    tags = [(tag, numbers) for tag, numbers in tags if numbers != []]
+    end, entries, tail = 8 + 2 + 12 * len(tags) + 4, b"", b""
+    size = sum(2 * len(numbers) for _, numbers in tags if numbers is not None and len(numbers) > 2)
+    for tag, numbers in tags:
+        if numbers is None:
+            place = end + size if tag == 273 else values.nbytes
+            entries += struct.pack(f"{byte_order}HHII", tag, 4, 1, place)
+            continue
+        packed = struct.pack(f"{byte_order}{len(numbers)}H", *numbers)
+        if len(packed) > 4:
+            packed, tail = struct.pack(f"{byte_order}I", end + len(tail)), tail + packed
+        entries += struct.pack(f"{byte_order}HHI", tag, 3, len(numbers)) + packed.ljust(4, b"\0")
+    magic = b"II*\0" if byte_order == "<" else b"MM\0*"
+    head = magic + struct.pack(f"{byte_order}IH", 8, len(tags))
+    return head + entries + struct.pack(f"{byte_order}I", 0) + tail + values.tobytes()
+
+
+def write_png_16(values):
+    """Bytes of a 16-bit PNG: grey, grey and alpha, RGB or RGBA."""
+    height, width, *channels = values.shape
+    colour_type = {(): 0, (1,): 0, (2,): 4, (3,): 2, (4,): 6}[tuple(channels)]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)

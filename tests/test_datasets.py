@@ -61,7 +61,8 @@ def test_every_layout_gives_the_same_images_labels_and_order(tmp_path, split):
     for name, path in paths.items():
         source = find_images(str(path), split)
         assert content(source) == expected, name
-        assert source.classes == ([] if name == "list files" else ["cat", "cat-2", "dog"]), name
+        assert source.classes == ["cat", "cat-2", "dog"], name
+        assert source.numbered == (name == "list files")
 
 
 def test_an_archive_is_decompressed_once(tmp_path):
@@ -114,7 +115,7 @@ WRONG = {
     "a level too low": (lambda p: write_tree(p / "d") / "train", "found cat-2/, cat/, dog/"),
     "flat": (
         lambda p: write_tree(p / "d", {f"train/{i}.jpg": encode(picture()) for i in range(3)}),
-        "no class folders.*move the 3 images into one folder per class, or list them in train.txt",
+        "no class folders.*found 3 images; move the images into one folder per class, or list them in train.txt",
     ),
     "empty class": (
         lambda p: write_tree(p / "d", {**members(), "train/fox/x.txt": b""}),
@@ -129,11 +130,11 @@ WRONG = {
     ),
     "flat tar": (
         lambda p: write_tar(p / "a.tar", {"train/1.jpg": encode(picture())}),
-        "train/1.jpg is not in a class folder",
+        "no class folders.*found 1 images",
     ),
     "list with a missing file": (
         lambda p: write_tree(p / "d", {"train.txt": b"cat/nine.jpg 0\n"}),
-        "lists cat/nine.jpg, but .* does not exist",
+        "lists 'cat/nine.jpg', but .* does not exist",
     ),
     "list without labels": (
         lambda p: write_tree(p / "d", {"train.txt": b"cat/0.jpg\n"}),

@@ -2,14 +2,15 @@
 
 import contextlib
 import io
+import warnings
 
 import numpy as np
 import pytest
-from images import encode, picture
-from PIL import Image
+from images import encode, picture, write_png_16, write_tiff
+from PIL import Image, PngImagePlugin
 
-from util.data import decode
-from util.data.decode import decode_rgb
+from util.data import decode, tiff
+from util.data.decode import UnreadableImage, decode_rgb
 
 
 def with_pillow(data):
@@ -50,15 +51,8 @@ def test_pixels_equal_pillows(data, accelerated, monkeypatch):
 
 def test_the_accelerator_is_used(monkeypatch):
     assert decode.simplejpeg is not None
-    monkeypatch.setattr(decode, "_decode_with_pillow", lambda data: pytest.fail("decoded by Pillow"))
+    monkeypatch.setattr(decode, "_read_with_pillow", lambda *_: pytest.fail("decoded by Pillow"))
     decode_rgb(JPEGS["4:2:0"])
-
-
-def test_sixteen_bits_keep_their_range():
-    values = (np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)
-    image = decode_rgb(encode(Image.fromarray(values), "PNG"))
-    np.testing.assert_allclose(image[..., 0], values / 257, atol=0.5)
-    assert image.shape == (64, 64, 3)
 
 
 def test_exif_orientation_is_not_applied():
@@ -82,11 +76,11 @@ def test_damaged_files_raise_value_error(data):
         decode_rgb(data)
 
 
-def test_a_decompression_bomb_is_rejected_before_it_is_decoded(monkeypatch):
-    monkeypatch.setattr(decode, "MAX_PIXELS", 1000)
-    for data in (JPEGS["4:4:4"], OTHERS["png"]):
-        with pytest.raises(ValueError, match="48 x 40 pixels exceed the limit of 1000"):
-            decode_rgb(data)
+def test_an_image_over_the_pixel_limit_is_rejected_before_it_is_decoded():
+    for data in (JPEGS["4:4:4"], OTHERS["png"], write_tiff(np.zeros((40, 48), np.float32))):
+        with pytest.raises(UnreadableImage, match="48 x 40 pixels exceed the limit of 1000") as error:
+            decode_rgb(data, max_image_pixels=1000)
+        assert error.value.reason == "over the pixel limit"
 
 
 def test_flipped_bytes_raise_no_other_error():
@@ -99,3 +93,129 @@ def test_flipped_bytes_raise_no_other_error():
                 damaged[place] = generator.integers(0, 256)
             with contextlib.suppress(ValueError):
                 assert decode_rgb(bytes(damaged)).shape[-1] == 3
+
+
+def test_long_texts_and_large_images_are_no_damage():
+    """Pillow stops at 1 MB of text, and warns from 89 megapixels on."""
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("zTXt", "x" * (1 << 21), zip=True)
+    texts.add_itxt("iTXt", "x" * (1 << 21))
+    assert decode_rgb(encode(picture(), "PNG", pnginfo=texts)).shape == (40, 48, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode_rgb(encode(Image.new("1", (9500, 9500)), "PNG"))[0, 0, 0] == 0
+    assert Image.MAX_IMAGE_PIXELS < 9500**2  # for other users of Pillow
+
+
+# ------------------------------------------------------------------------------------- more than 8 bits
+
+RANGES = {  # type: (range of the data, default range)
+    "uint16": [((0, 4095), (0, 65535)), ((0, 65535), (0, 65535)), ((0, 1023), (0, 65535)), ((0, 255), (0, 255))],
+    "int16": [((-1024, 3071), (0, 65535)), ((0, 255), (0, 255))],
+    "int32": [((0, 65535), (0, 65535)), ((0, 100_000), (0, 2**32 - 1)), ((0, 255), (0, 255))],
+    "uint32": [((0, 4095), (0, 65535)), ((0, 2**32 - 1), (0, 2**32 - 1))],
+    "float32": [((0, 1), (0, 1)), ((0, 255), (0, 255)), ((-1000, 3000), (0, 65535))],
+}
+CASES = [(kind, *ranges) for kind, several in RANGES.items() for ranges in several]
+
+
+def stored(kind, low, high, channels):
+    ramp = np.linspace(low, high, 40 * 48 * channels).reshape(40, 48, channels).astype(kind)
+    return ramp if channels == 3 else ramp[:, :, 0]
+
+
+def scaled(values, low, high):
+    return ((values.astype(float) - low) / (high - low) * 255).clip(0, 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("kind", "of_data", "by_default"), CASES)
+def test_tiff_values_are_scaled_by_their_range(kind, of_data, by_default, channels, byte_order):
+    values = stored(kind, *of_data, channels)
+    data = write_tiff(values, byte_order)
+    if tiff.read_layout(data).fits_pillow is False:
+        pytest.importorskip("tifffile")
+    for given, used in ((of_data, of_data), (None, by_default)):
+        image = decode_rgb(data, given)
+        expected = scaled(values, *used)
+        np.testing.assert_array_equal(image, expected if channels == 3 else np.repeat(expected[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bit_png_values_are_scaled_by_their_range(channels):
+    """Grey and RGB, with and without alpha; Pillow itself drops the low bytes of all but grey."""
+    values = stored("uint16", 0, 4095, 3)[..., :2] if channels == 2 else stored("uint16", 0, 4095, 3)
+    if channels == 4:
+        values = np.concatenate([values, values[..., :1]], axis=-1)
+    data = write_png_16(values[..., 0] if channels == 1 else values)
+    colours = values[..., :1] if channels < 3 else values[..., :3]
+    expected = np.broadcast_to(scaled(colours, 0, 4095), (40, 48, 3))
+    np.testing.assert_array_equal(decode_rgb(data, (0, 4095)), expected)
+    np.testing.assert_array_equal(decode_rgb(data), np.broadcast_to(scaled(colours, 0, 65535), (40, 48, 3)))
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int16", "int32", "float32"])
+def test_8_bit_values_in_a_wider_type_are_unchanged_as_in_pillow(kind):
+    values = np.asarray(picture(mode="L"))
+    data = write_tiff(values.astype(kind))
+    np.testing.assert_array_equal(decode_rgb(data)[..., 0], values)
+    np.testing.assert_array_equal(decode_rgb(data), with_pillow(data))
+
+
+def test_8_bit_images_are_not_rescaled():
+    for data in (JPEGS["4:2:0"], OTHERS["png"], write_tiff(np.asarray(picture()))):
+        np.testing.assert_array_equal(decode_rgb(data, (0, 4095)), decode_rgb(data))
+
+
+def test_values_that_are_not_finite_become_black_or_white():
+    values = np.array([[np.nan, np.inf, -np.inf, 0.0, 0.5, 1.0]], np.float32)
+    assert decode_rgb(write_tiff(values), (0, 1))[0, :, 0].tolist() == [0, 255, 0, 0, 128, 255]
+    assert decode_rgb(write_tiff(values))[0, :, 0].tolist() == [0, 255, 0, 0, 128, 255]
+
+
+def test_pgm_files_state_their_own_maximum():
+    data = b"P5 3 1 4095\n" + np.array([0, 819, 4095], ">u2").tobytes()
+    assert decode_rgb(data)[0, :, 0].tolist() == [0, 51, 255]
+    assert decode_rgb(data, (0, 100))[0, :, 0].tolist() == [0, 51, 255]
+    assert decode_rgb(data.replace(b"4095", b"65535"), (0, 4095))[0, :, 0].tolist() == [0, 51, 255]
+
+
+BANDS = {
+    "2 grey": (np.zeros((8, 8, 2), np.uint8), 1, (0,), r"^2 bands are not supported"),
+    "4 grey": (np.zeros((8, 8, 4), np.uint8), 1, (0, 0, 0), r"^4 bands are not supported"),
+    "4, the last not alpha": (np.zeros((8, 8, 4), np.uint8), 2, (0,), r"^4 bands are not supported"),
+    "5 grey": (np.zeros((8, 8, 5), np.uint8), 1, (0, 0, 0, 0), r"^5 bands are not supported"),
+    "5 with RGB": (np.zeros((8, 8, 5), np.uint8), 2, (0, 0), r"^5 bands are not supported"),
+    "13": (np.zeros((8, 8, 13), np.uint16), 1, (0,) * 12, r"^13 bands are not supported"),
+    "5 floats": (np.zeros((8, 8, 5), np.float32), 1, (0,) * 4, r"^5 bands are not supported"),
+}
+
+
+@pytest.mark.parametrize(("values", "photometric", "extra", "message"), BANDS.values(), ids=BANDS)
+def test_bands_beyond_rgb_are_unsupported_and_not_dropped(values, photometric, extra, message):
+    with pytest.raises(UnreadableImage, match=message) as error:
+        decode_rgb(write_tiff(values, photometric=photometric, extra=extra))
+    assert error.value.reason == "unsupported"
+
+
+def test_bands_stored_as_pages_are_unsupported():
+    pages = [Image.fromarray(np.full((8, 8), i, np.uint8)) for i in range(13)]
+    data = encode(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    with pytest.raises(UnreadableImage, match="^13 bands are not supported"):
+        decode_rgb(data)
+    thumbnail = encode(pages[0], "TIFF", save_all=True, append_images=[pages[1].resize((4, 4))])
+    assert decode_rgb(thumbnail).shape == (8, 8, 3)
+
+
+def test_alpha_is_dropped_from_tiff_as_from_png():
+    rgba = np.asarray(picture(mode="RGBA"))
+    for extra in ((2,), ()):
+        np.testing.assert_array_equal(decode_rgb(write_tiff(rgba, photometric=2, extra=extra)), rgba[..., :3])
+
+
+def test_types_that_pillow_lacks_name_tifffile(monkeypatch):
+    monkeypatch.setattr(tiff, "tifffile", None)
+    with pytest.raises(UnreadableImage, match=r"3 x 32 bits \(float\) is not supported.*pip install tifffile") as error:
+        decode_rgb(write_tiff(np.zeros((8, 8, 3), np.float32)))
+    assert error.value.reason == "unsupported"

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from models_hpm import MaskedAutoencoderViT
-from util.data.archives import compressed_archive
 from util.data.datasets import ImageDataset
-from util.data.sources import Source, build_source
+from util.data.sources import Source, build_source, compressed_archive
 from util.data.transforms import CenterCrop, ToModelInput
 from util.masking import MaskSampler, gather_tokens, split_mask
 from util.metrics import rank_accuracy

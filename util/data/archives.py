@@ -8,86 +8,87 @@ import os
 import shutil
 import tarfile
 import time
-from collections.abc import Iterator
+import zlib
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
-from util.data.files import ImageFiles, by_parts, is_image, is_inside, pack, summarize
+from util.data.files import printable, summarize
+from util.data.listing import Listing, is_inside, is_skipped_folder, why_skipped
 
 log = logging.getLogger("hpm")
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_OUTSIDE = "links, devices and names that point outside"
 
 
-def from_archive(path: Path, split: str | None, cache_dir: str | None) -> ImageFiles:
-    if not path.name.endswith(ARCHIVE_SUFFIXES):
-        raise ValueError(f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})")
-    if not path.name.endswith(".tar"):
-        path = decompressed(path, cache_dir)
-    members = list(_members(path))
-    if split is not None:
-        members = _below_split(path, members, split)
-    members.sort(key=lambda member: by_parts(member[0]))
-    folders = [name.split("/")[0] if "/" in name else "" for name, _, _ in members]
-    classes = sorted(set(folders))
-    number = {folder: label for label, folder in enumerate(classes)}
-    return ImageFiles(
-        root=str(path),
-        names=pack([name for name, _, _ in members]),
-        labels=np.array([number[folder] for folder in folders], dtype=np.int64),
-        classes=classes,
-        extents=np.array([extent for _, *extent in members], dtype=np.int64),
-    )
+def list_archive(path: Path) -> Listing:
+    """The images in a plain tar; of a member that occurs several times, the last version, as when it is unpacked.
 
-
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each image of a plain tar. Links, devices and names that point outside are skipped."""
-    file_size, skipped, logged = path.stat().st_size, 0, time.monotonic()
+    Raises:
+        ValueError: not a tar archive, or a truncated one.
+    """
+    listing = Listing(str(path))
+    hidden: set[str] = set()
+    file_size, logged = path.stat().st_size, time.monotonic()
     try:
         with tarfile.open(path, "r:") as tar:
             for number, member in enumerate(tar):
-                tar.members.clear()  # tarfile keeps every header otherwise
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
                 if time.monotonic() - logged > 10:
                     logged = time.monotonic()
                     log.info("listing %s: %s files", path, f"{number:,}")
                 name = str(PurePosixPath(member.name))
+                if listing.images.pop(name, None):
+                    listing.skipped["earlier versions of a file"] += 1
                 if not is_inside(name) or not (member.isreg() or member.isdir()) or member.issparse():
-                    skipped += 1
-                elif member.isreg() and is_image(name):
+                    listing.skipped[_OUTSIDE] += 1
+                    continue
+                parts = name.split("/")
+                folders = parts if member.isdir() else parts[:-1]
+                depth = next((depth for depth, part in enumerate(folders) if is_skipped_folder(part)), None)
+                if depth is not None:
+                    hidden.add("/".join(parts[: depth + 1]))
+                elif member.isdir():
+                    listing.folders.add(name)
+                elif reason := why_skipped(parts[-1]):
+                    listing.skipped[reason] += 1
+                else:
                     if member.offset_data + member.size > file_size:
                         raise ValueError(f"{path} is truncated: {name} extends past the end of the archive")
-                    yield name, member.offset_data, member.size
+                    listing.images[name] = (member.offset_data, member.size)
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a readable tar archive: {error}") from error
-    if skipped:
-        log.warning("%s: skipped %d links, devices and names that point outside", path, skipped)
+    if hidden:
+        listing.skipped["hidden and tool folders"] += len(hidden)
+    return listing
 
 
-def _below_split(path: Path, members: list[tuple[str, int, int]], split: str) -> list[tuple[str, int, int]]:
-    """Members of a split as CLASS/*: from SPLIT/CLASS/*, TOP/SPLIT/CLASS/*, or CLASS/* in SPLIT.tar."""
-    tops = sorted({name.split("/")[0] for name, _, _ in members})
+def below_split(listing: Listing, split: str, labels_needed: bool) -> Listing:
+    """The part of an archive that is a split: SPLIT/, TOP/SPLIT/, or all of SPLIT.tar; without labels, else all.
+
+    Raises:
+        ValueError: no such part.
+    """
+    tops = sorted({name.split("/")[0] for name in listing.images})
     if split in tops:
         prefix = f"{split}/"
-    elif len(tops) == 1 and any(name.startswith(f"{tops[0]}/{split}/") for name, _, _ in members):
+    elif len(tops) == 1 and any(name.startswith(f"{tops[0]}/{split}/") for name in listing.images):
         prefix = f"{tops[0]}/{split}/"
-    elif path.name == f"{split}.tar" and members:
+    elif os.path.basename(listing.root) == f"{split}.tar" or (split == "train" and not labels_needed):
         prefix = ""
     else:
-        found = summarize(tops) or "no images"
-        raise ValueError(f"{path}: looked for {split}/CLASS/*.jpg, found {found} at the top level")
-    below = [(name.removeprefix(prefix), *extent) for name, *extent in members if name.startswith(prefix)]
-    for name, *_ in below:
-        if "/" not in name:
-            raise ValueError(f"{path}: {prefix}{name} is not in a class folder; expected {split}/CLASS/*.jpg")
-    return below
+        found = summarize([printable(top) for top in tops]) or "no images"
+        raise ValueError(f"{listing.root}: looked for {split}/CLASS/*.jpg, found {found} at the top level")
+    images = {name.removeprefix(prefix): at for name, at in listing.images.items() if name.startswith(prefix)}
+    folders = {name.removeprefix(prefix) for name in listing.folders if name.startswith(prefix)}
+    return Listing(listing.root, images, folders, listing.skipped)
 
 
 def decompressed(path: Path, cache_dir: str | None) -> Path:
     """Decompress a .tar.gz into the cache; the first process does it, the others wait for its lock."""
     folder = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hpm"
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    identity = os.fsencode(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}")
+    key = hashlib.sha256(identity).hexdigest()[:16]
     stem = path.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
     target = folder / f"{stem}-{key}" / f"{stem}.tar"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,17 +101,8 @@ def decompressed(path: Path, cache_dir: str | None) -> Path:
                 with gzip.open(path) as packed, open(partial, "wb") as plain:
                     shutil.copyfileobj(packed, plain, 1 << 22)
                 partial.replace(target)
-            except (gzip.BadGzipFile, EOFError) as error:
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 raise ValueError(f"{path} is not a complete gzip file: {error}") from error
             finally:
                 partial.unlink(missing_ok=True)
     return target
-
-
-def compressed_archive(path: Path, split: str) -> Path | None:
-    """The archive that must be decompressed to read a split, or None."""
-    if path.is_file():
-        return path if path.name.endswith((".tar.gz", ".tgz")) else None
-    if (path / f"{split}.txt").is_file() or (path / f"{split}.tar").is_file():
-        return None
-    return next((path / f"{split}{s}" for s in (".tar.gz", ".tgz") if (path / f"{split}{s}").is_file()), None)

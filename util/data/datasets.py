@@ -1,12 +1,13 @@
 """Samples of a data set. The randomness of a sample is a function of (seed, epoch, index)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from util.data.decode import REASONS, UnreadableImage
 from util.data.sources import Source, build_source
 from util.rng import seed_all, stable_hash
 
@@ -14,15 +15,17 @@ _ATTEMPTS = 20  # replacements tried for an unreadable image
 
 
 class Sample(NamedTuple):
-    """image (3, S, S) uint8, its label and index; `bad` is the requested index if that image was unreadable, else -1.
+    """image (3, S, S) uint8, its label and index.
 
-    For a replaced image, the first three belong to the replacement.
+    If the requested image was unreadable, these three belong to its replacement, `bad` is its index, and `reason` the
+    position of the reason in `decode.REASONS`; else both are -1.
     """
 
     image: torch.Tensor
     label: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     bad: int = -1
+    reason: int = -1
 
 
 class ImageDataset(Dataset):
@@ -33,7 +36,7 @@ class ImageDataset(Dataset):
             evaluation with replaced images would give a wrong metric.
 
     Raises:
-        ValueError: an image is unreadable; with `replace`, so are all replacements tried.
+        UnreadableImage: an image is unreadable; with `replace`, so are all replacements tried.
     """
 
     def __init__(
@@ -57,37 +60,38 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        used, bad = index, -1
+        used, bad, reason = index, -1, -1
         try:
             image = self._load(index)
-        except ValueError:
+        except UnreadableImage as error:
             if not self.replace:
                 raise
             used, image = self._load_replacement(index)
-            bad = index
-        seed_all(self.seed, epoch, index)
-        return Sample(self.transform(image), int(self.source.labels[used]), used, bad)
+            bad, reason = index, REASONS.index(error.reason)
+        seed_all("sample", self.seed, epoch, index)
+        return Sample(self.transform(image), int(self.source.labels[used]), used, bad, reason)
 
-    def _load(self, index: int) -> np.ndarray:
+    def _load(self, index: int) -> Any:
         try:
             return self.source.load(index)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.source.name(index)}: {error}") from error
+        except ValueError as error:
+            reason = getattr(error, "reason", "damaged")
+            raise UnreadableImage(f"{self.source.name(index)}: {error}", reason) from error
 
-    def _load_replacement(self, index: int) -> tuple[int, np.ndarray]:
+    def _load_replacement(self, index: int) -> tuple[int, Any]:
         for attempt in range(_ATTEMPTS):
-            other = stable_hash(self.seed, index, attempt) % len(self)
+            other = stable_hash("replacement", self.seed, index, attempt) % len(self)
             try:
                 return other, self._load(other)
-            except ValueError as error:
+            except UnreadableImage as error:
                 last = error
-        raise ValueError(
-            f"{self.source.name(index)} is unreadable, and so are {_ATTEMPTS} replacements: {last}"
+        raise UnreadableImage(
+            f"{self.source.name(index)} is unreadable, and so are {_ATTEMPTS} replacements: {last}", last.reason
         ) from last
 
 
 def build_dataset(
-    data_path: str | None, split: str, transform: Callable[[np.ndarray], torch.Tensor], seed: int = 0, **kwargs: object
+    data_path: str | None, split: str, transform: Callable[[np.ndarray], torch.Tensor], seed: int = 0, **kwargs: Any
 ) -> ImageDataset:
     """`ImageDataset` of `build_source(data_path, split, **kwargs)`."""
     return ImageDataset(build_source(data_path, split, **kwargs), transform, seed)

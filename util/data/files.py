@@ -1,14 +1,14 @@
-"""Image files in folders and in official list files."""
+"""Image files of a split: names, labels and bytes."""
 
 import os
+import time
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from util.data.decode import decode_rgb
+from util.data.decode import MAX_PIXELS, UnreadableImage, ValueRange, decode_rgb
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_WAITS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds between attempts to read after an I/O error
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,10 @@ class ImageFiles:
         root: the folder or the archive.
         names: (N,) paths relative to the root, as bytes.
         labels: (N,) int64.
-        classes: name of each label; empty for list files, which give numbers only.
+        classes: name of each label; empty if only numbers are known, "" for a label without images.
         extents: (N, 2) int64, offset and size in the archive; None for a folder.
+        numbered: labels are the numbers of a list file.
+        value_range, max_image_pixels: as in `decode_rgb`.
     """
 
     root: str
@@ -28,22 +30,54 @@ class ImageFiles:
     labels: np.ndarray
     classes: list[str]
     extents: np.ndarray | None = None
+    numbered: bool = False
+    value_range: ValueRange | None = None
+    max_image_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def name(self, index: int) -> str:
+    def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[index]))
 
+    def name(self, index: int) -> str:
+        return printable(self.path(index))
+
     def read(self, index: int) -> bytes:
+        """Bytes of a file. After an I/O error it is tried again for some seconds, since storage may come back.
+
+        Raises:
+            UnreadableImage: with reason "missing" or "I/O error".
+        """
+        for wait in (*_WAITS, None):
+            try:
+                return self._read_once(index)
+            except OSError as error:
+                missing = isinstance(error, FileNotFoundError) and os.path.isdir(os.path.dirname(self.path(index)))
+                if missing:
+                    raise UnreadableImage("the file does not exist", "missing") from error
+                if wait is None or isinstance(error, PermissionError):
+                    raise UnreadableImage(f"I/O error ({error.strerror or error})", "I/O error") from error
+                time.sleep(wait)
+        raise AssertionError
+
+    def _read_once(self, index: int) -> bytes:
         if self.extents is None:
-            with open(self.name(index), "rb") as file:
+            with open(self.path(index), "rb") as file:
                 return file.read()
-        offset, size = self.extents[index]
-        return os.pread(_descriptor(self.root), int(size), int(offset))
+        offset, size = (int(number) for number in self.extents[index])
+        try:
+            data = os.pread(_descriptor(self.root), size, offset)
+            if len(data) < size:
+                raise OSError(f"{self.root} has become shorter")
+        except OSError:
+            if self.root in _descriptors:
+                os.close(_descriptors.pop(self.root))
+            raise
+        return data
 
     def load(self, index: int) -> np.ndarray:
-        return decode_rgb(self.read(index))
+        return decode_rgb(self.read(index), self.value_range, self.max_image_pixels)
 
 
 _descriptors: dict[str, int] = {}
@@ -56,9 +90,10 @@ def _descriptor(path: str) -> int:
     return _descriptors[path]
 
 
-def contents(folder: Path, most: int = 6) -> str:
-    names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in folder.iterdir())
-    return summarize(names, most) or "an empty folder"
+def printable(name: str) -> str:
+    """A file name for logs in any locale: undecodable bytes and control characters are escaped."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def summarize(names: list[str], most: int = 6) -> str:
@@ -66,69 +101,5 @@ def summarize(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
-def is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not os.path.basename(name).startswith(".")
-
-
-def class_folders(root: Path) -> list[Path]:
-    return [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-
-
-def from_tree(root: Path, folders: list[Path]) -> ImageFiles:
-    names, labels, classes = [], [], []
-    for label, folder in enumerate(sorted(folders)):
-        found = [
-            os.path.relpath(os.path.join(parent, file), root)
-            for parent, _, files in os.walk(folder, followlinks=True)
-            for file in files
-            if is_image(file)
-        ]
-        if not found:
-            raise ValueError(
-                f"{folder} contains no images ({', '.join(IMAGE_SUFFIXES)}): add some or remove the folder"
-            )
-        names += sorted(found, key=by_parts)
-        labels += [label] * len(found)
-        classes.append(folder.name)
-    if not names:
-        flat = sum(is_image(entry.name) for entry in root.iterdir())
-        images = f"{flat:,} images" if flat else "images"
-        raise ValueError(
-            f"{root} has no class folders; looked for CLASS/*.jpg, found {contents(root)}; move the {images} into one "
-            f"folder per class, or list them in {root.name}.txt next to it (RELATIVE/PATH LABEL)"
-        )
-    return ImageFiles(str(root), pack(names), np.array(labels, dtype=np.int64), classes)
-
-
-def by_parts(name: str) -> list[str]:
-    """Sort key, by class and then by file: as plain strings, cat-2/a sorts before cat/a."""
-    return name.split("/")
-
-
 def pack(names: list[str]) -> np.ndarray:
     return np.array([os.fsencode(name) for name in names])
-
-
-def from_list_file(root: Path, list_file: Path) -> ImageFiles:
-    """Official list files: one image per line, `RELATIVE/PATH LABEL`, relative to the split's folder."""
-    names, labels = [], []
-    for number, line in enumerate(list_file.read_text(errors="surrogateescape").splitlines(), start=1):
-        if not line.strip():
-            continue
-        name, _, label = line.rstrip().rpartition(" ")
-        if not name or not label.isdecimal():
-            raise ValueError(f"{list_file}, line {number}: expected 'RELATIVE/PATH LABEL', found {line[:80]!r}")
-        if not is_inside(name):
-            raise ValueError(f"{list_file}, line {number}: {name!r} points outside {root}")
-        names.append(name)
-        labels.append(int(label))
-    if not names:
-        raise ValueError(f"{list_file} lists no images; expected one 'RELATIVE/PATH LABEL' per line")
-    if not (root / names[0]).is_file():
-        raise ValueError(f"{list_file} lists {names[0]}, but {root / names[0]} does not exist")
-    return ImageFiles(str(root), pack(names), np.array(labels, dtype=np.int64), [])
-
-
-def is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts

@@ -1,9 +1,12 @@
 """Samplers (which samples a rank sees, in which order) and the loader with its worker processes."""
 
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
@@ -45,7 +48,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return self._order(epoch)[step * self.global_batch : (step + 1) * self.global_batch].tolist()
 
     def _order(self, epoch: int) -> torch.Tensor:
-        return torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(stable_hash(self.seed, epoch)))
+        return torch.randperm(
+            self.num_samples, generator=torch.Generator().manual_seed(stable_hash("order", self.seed, epoch))
+        )
 
     def __len__(self) -> int:
         return self.num_batches - self.first_batch
@@ -100,26 +105,64 @@ class ShardSampler(BatchSampler):
         super().__init__(range(rank, num_samples, world_size), batch_size, drop_last=False)
 
 
-def _ignore_foreign_sigterm(worker: int) -> None:
-    """Worker init: ignore SIGTERM unless the training process sent it.
+# A scheduler sends SIGTERM to all processes of a job, and training needs its workers until the next step boundary: they
+# ignore it unless the training process sent it. Only `sigwaitinfo` tells the sender, and only if all threads block the
+# signal. A spawned worker has threads before any code of ours runs in it, so it inherits the mask.
+_CAN_WAIT = hasattr(signal, "sigwaitinfo")  # not on macOS
 
-    A scheduler sends SIGTERM to all processes of a job, and training needs its workers until the next step boundary.
-    Only `sigwaitinfo` tells who the sender is, so a thread waits for the signal.
-    """
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    if not _CAN_WAIT:
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # it would unblock the signal if it started below
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignore_foreign_sigterm(worker: int) -> None:
+    """Worker init."""
+    if _CAN_WAIT:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a fork server may be older than the loader
         threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
 
 
 def _exit_on_parents_sigterm() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    training = multiprocessing.parent_process()  # with a fork server, os.getppid() is the server
+    assert training is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training.pid:
         pass
     os._exit(0)  # as PyTorch's own handler does
 
 
+_NO_SHARED_MEMORY = ("Bus error", "shared memory", "No space left on device", "unable to mmap")
+
+
+class _Loader(DataLoader):
+    """A DataLoader whose workers ignore foreign signals, and that says what helps if /dev/shm is too small."""
+
+    def __iter__(self) -> Iterator:
+        with _sigterm_blocked():
+            batches = super().__iter__()
+        try:
+            yield from batches
+        except (RuntimeError, OSError) as error:
+            if self.num_workers == 0 or not any(sign in str(error) for sign in _NO_SHARED_MEMORY):
+                raise
+            raise RuntimeError(
+                "a data loading worker ran out of shared memory (/dev/shm): start the container with more (docker run "
+                f"--shm-size=8g, or --ipc=host), or lower --num_workers (now {self.num_workers}; 0 needs none)"
+            ) from error
+
+
 def build_loader(dataset: Dataset, sampler: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """Batches of the sampler, from worker processes that live as long as the loader."""
-    return DataLoader(
+    return _Loader(
         dataset,
         worker_init_fn=_ignore_foreign_sigterm if num_workers else None,
         batch_sampler=sampler,

@@ -1,32 +1,39 @@
-"""Where images come from: a folder, a folder with list files, tar archives read in place, or Shapes.
+"""Where images come from: folders, list files, tar archives read in place, or Shapes.
 
 Errors about a path or layout name what was looked for, what was found, and the fix.
 """
 
-import logging
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from util.data import shapes
-from util.data.archives import ARCHIVE_SUFFIXES, compressed_archive, decompressed, from_archive
-from util.data.files import ImageFiles, class_folders, contents, from_list_file, from_tree, is_image, pack, summarize
+from util.data.archives import ARCHIVE_SUFFIXES, below_split, decompressed, list_archive
+from util.data.classes import class_record, match_classes
+from util.data.decode import MAX_PIXELS, UnreadableImage, ValueRange, read_values, to_8_bits
+from util.data.files import ImageFiles, pack
+from util.data.listing import contents, from_list_file, list_folder, overlaps, to_files, why_skipped
 
-log = logging.getLogger("hpm")
+OnRankZero = Callable[[Callable[[], ImageFiles]], ImageFiles]
 
 
 class Source(Protocol):
     """Images by index. `labels` is (N,) int64, `classes` their names (empty if labels are only numbers)."""
 
-    labels: np.ndarray
-    classes: list[str]
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def classes(self) -> list[str]: ...
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> np.ndarray: ...
+    def load(self, index: int) -> Any: ...
 
     def name(self, index: int) -> str: ...
 
@@ -54,13 +61,70 @@ class ShapesSource:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def find_images(data_path: str, split: str | None, cache_dir: str | None = None) -> ImageFiles:
+class SeveralFiles:
+    """Several `ImageFiles` one after the other, without labels."""
+
+    classes: list[str] = []  # noqa: RUF012
+
+    def __init__(self, parts: list[ImageFiles]) -> None:
+        self.parts = parts
+        self.starts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+        self.labels = np.zeros(self.starts[-1], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _find(self, index: int) -> tuple[ImageFiles, int]:
+        part = bisect_right(self.starts, index) - 1
+        return self.parts[part], index - self.starts[part]
+
+    def read(self, index: int) -> bytes:
+        part, index = self._find(index)
+        return part.read(index)
+
+    def load(self, index: int) -> np.ndarray:
+        part, index = self._find(index)
+        return part.load(index)
+
+    def name(self, index: int) -> str:
+        part, index = self._find(index)
+        return part.name(index)
+
+
+def locate(path: Path, split: str) -> Path | None:
+    """Where a folder has a split: SPLIT.txt (a list file), SPLIT/, SPLIT.tar, SPLIT.tar.gz or SPLIT.tgz.
+
+    Raises:
+        ValueError: it has several, of which one may be out of date.
+    """
+    found = [path / split] if (path / split).is_dir() else []
+    found += [path / f"{split}{suffix}" for suffix in ARCHIVE_SUFFIXES if (path / f"{split}{suffix}").is_file()]
+    if len(found) > 1:
+        names = " and ".join(place.name for place in found)
+        raise ValueError(f"{path} contains both {names}, which may differ: move one of them elsewhere")
+    list_file = path / f"{split}.txt"
+    if list_file.is_file():
+        return list_file
+    return found[0] if found else None
+
+
+def compressed_archive(path: Path, split: str | None) -> Path | None:
+    """The archive that must be decompressed to read a split, or None."""
+    place = path if path.is_file() or split is None else locate(path, split)
+    return place if place is not None and place.name.endswith((".tar.gz", ".tgz")) else None
+
+
+def find_images(
+    data_path: str, split: str | None, cache_dir: str | None = None, *, labels_needed: bool = True
+) -> ImageFiles:
     """List the images of a split; with `split` None, every image under the path (for pictures and benchmarks).
 
     Args:
         data_path: a folder with `SPLIT/CLASS/*.jpg`, or with `SPLIT.txt` (official list files), or with `SPLIT.tar`;
             or a .tar archive that holds `SPLIT/CLASS/*.jpg`. `.tar.gz` is decompressed once into the cache.
         cache_dir: default ~/.cache/hpm.
+        labels_needed: without it, images need no class folders; where there is no "train" split, every image under
+            the path belongs to it.
 
     Raises:
         ValueError: no such images.
@@ -68,80 +132,127 @@ def find_images(data_path: str, split: str | None, cache_dir: str | None = None)
     path = Path(data_path)
     if not path.exists():
         raise ValueError(f"--data_path {data_path} does not exist: give a folder or a .tar archive of images")
-    if path.is_file() and split is None and is_image(path.name):
+    labels_needed = labels_needed and split is not None
+    place: Path | None = path
+    if path.is_file() and not labels_needed and why_skipped(path.name) is None:
         return ImageFiles(str(path.parent), pack([path.name]), np.zeros(1, dtype=np.int64), [])
-    if path.is_file():
-        return from_archive(path, split, cache_dir)
-    if split is None:
-        return from_tree(path, [path])
-    list_file = path / f"{split}.txt"
-    if list_file.is_file():
-        return from_list_file(path / split, list_file)
-    for suffix in ARCHIVE_SUFFIXES:
-        if (path / f"{split}{suffix}").is_file():
-            return from_archive(path / f"{split}{suffix}", split, cache_dir)
-    if (path / split).is_dir():
-        return from_tree(path / split, class_folders(path / split))
-    raise ValueError(
-        f"--data_path {data_path}: looked for {split}/CLASS/*.jpg, {split}.txt or {split}.tar, "
-        f"found {contents(path)}; give the folder that holds {split}/"
-    )
+    if path.is_dir() and split is not None:
+        place = locate(path, split)
+        if place is None and split == "train" and not labels_needed:
+            place = path
+    if place is None:
+        raise ValueError(
+            f"--data_path {data_path}: looked for {split}/CLASS/*.jpg, {split}.txt or {split}.tar, "
+            f"found {contents(path)}; give the folder that holds {split}/"
+        )
+    if place.is_dir():
+        return to_files(list_folder(place), labels_needed, split or "")
+    if place != path and place.suffix == ".txt":
+        return from_list_file(path / place.stem, place, labels_needed)
+    if not place.name.endswith(ARCHIVE_SUFFIXES):
+        raise ValueError(f"{place} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})")
+    plain = place if place.name.endswith(".tar") else decompressed(place, cache_dir)
+    listing = list_archive(plain)
+    if split is not None:
+        listing = below_split(listing, split, labels_needed)
+    return to_files(listing, labels_needed, split or "")
 
 
 def build_source(
-    data_path: str | None,
-    split: str | None,
+    data_path: str | list[str] | None,
+    split: str,
     *,
+    labels_needed: bool = True,
+    value_range: ValueRange | None = None,
+    max_image_pixels: int = MAX_PIXELS,
     shapes_count: int | None = None,
     cache_dir: str | None = None,
-    on_rank_zero: Callable[[Callable[[], ImageFiles]], ImageFiles] = lambda find: find(),
+    on_rank_zero: OnRankZero = lambda find: find(),
 ) -> Source:
-    """The images of a split ("train" or "val"), or all that are there; Shapes if `data_path` is None.
+    """The images of a split ("train" or "val"); Shapes if `data_path` is None.
 
     Args:
+        data_path: a path, or without `labels_needed` also several, whose images follow each other.
+        labels_needed: as in `find_images`; pre-training needs none.
+        value_range, max_image_pixels: as in `decode_rgb`.
         on_rank_zero: lists on rank 0 and broadcasts the result (util.run.distributed.from_rank_zero).
 
     Raises:
         ValueError: no such images.
     """
+    if value_range is not None and not value_range[0] < value_range[1]:
+        raise ValueError(f"--value_range {value_range[0]:g} {value_range[1]:g}: LOW must be below HIGH")
     if data_path is None:
         return ShapesSource(split, shapes_count)
-    packed = compressed_archive(Path(data_path), split)
-    if packed is not None:  # into the cache of every node, and outside any collective: it can outlast their timeout
-        plain = decompressed(packed, cache_dir)
-    files = on_rank_zero(lambda: find_images(data_path, split, cache_dir))
-    return files if packed is None else replace(files, root=str(plain))
-
-
-def count_classes(train: Source, val: Source, nb_classes: int | None) -> int:
-    """Number of outputs of a classifier: `nb_classes`, or the number of classes in the data.
-
-    Raises:
-        ValueError: train and val have different classes, or more than `nb_classes`.
-    """
-    if train.classes and val.classes and train.classes != val.classes:
-        only = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(
-            f"train has {len(train.classes)} classes and val {len(val.classes)}, so their labels disagree; "
-            f"classes in only one of them: {summarize(only)}"
-        )
-    needed = int(max(train.labels.max(), val.labels.max())) + 1
-    if nb_classes is not None and nb_classes < needed:
-        raise ValueError(f"--nb_classes {nb_classes}, but the data have {needed} classes: omit the option")
-    if nb_classes is not None and nb_classes > needed:
-        log.info("--nb_classes %d: %d outputs have no images in the data", nb_classes, nb_classes - needed)
-    return nb_classes or needed
+    paths = [data_path] if isinstance(data_path, str) else data_path
+    if labels_needed and len(paths) > 1:
+        raise ValueError(f"--data_path: {len(paths)} paths were given, but labels can only come from one")
+    parts: list[ImageFiles] = []
+    for path in paths:
+        packed = compressed_archive(Path(path), split)
+        if packed is not None:  # into the cache of every node, and outside any collective: it can outlast their timeout
+            plain = decompressed(packed, cache_dir)
+        find = partial(find_images, path, split, cache_dir, labels_needed=labels_needed)
+        files = replace(on_rank_zero(find), value_range=value_range, max_image_pixels=max_image_pixels)
+        parts.append(files if packed is None else replace(files, root=str(plain)))
+    for number, part in enumerate(parts):
+        for other in parts[:number]:
+            if overlaps(part.root, other.root):
+                raise ValueError(f"--data_path: {other.root} and {part.root} overlap, so images would be used twice")
+    return parts[0] if len(parts) == 1 else SeveralFiles(parts)
 
 
 def build_splits(
-    data_path: str | None,
+    data_path: str | list[str] | None,
     shapes_counts: tuple[int, int],
     cache_dir: str | None,
-    on_rank_zero: Callable[[Callable[[], ImageFiles]], ImageFiles],
+    on_rank_zero: OnRankZero,
+    *,
+    value_range: ValueRange | None = None,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> tuple[Source, Source]:
-    """`build_source` for train and val; `shapes_counts` are their numbers of images if `data_path` is None."""
+    """`build_source` for train and val, where val has train's labels; `shapes_counts` are the sizes of Shapes.
+
+    Raises:
+        ValueError: no such images, or classes of val that train lacks.
+    """
     train, val = (
-        build_source(data_path, split, shapes_count=count, cache_dir=cache_dir, on_rank_zero=on_rank_zero)
+        build_source(
+            data_path,
+            split,
+            value_range=value_range,
+            max_image_pixels=max_image_pixels,
+            shapes_count=count,
+            cache_dir=cache_dir,
+            on_rank_zero=on_rank_zero,
+        )
         for split, count in zip(("train", "val"), shapes_counts, strict=True)
     )
-    return train, val
+    return train, match_classes(class_record(train), val, "the train split")
+
+
+def check_value_range(source: Source, value_range: ValueRange | None = None, samples: int = 8) -> str | None:
+    """A warning if scaling to 8 bits would lose most of the 256 levels of some images, read as a sample."""
+    if not isinstance(source, ImageFiles | SeveralFiles):
+        return None
+    stored, levels = [], set()
+    for index in np.unique(np.linspace(0, len(source) - 1, samples).astype(int)).tolist():
+        try:
+            values = read_values(source.read(index))
+        except UnreadableImage:
+            continue  # reported when it is used
+        if values.dtype != np.uint8:
+            stored.append(values[np.isfinite(values)].ravel())
+            levels |= set(np.unique(to_8_bits(values, value_range)).tolist())
+    if not stored:
+        return None
+    different = np.unique(np.concatenate(stored))
+    enough = 3 if value_range is not None else min(256, len(different)) / 2  # a range may be meant to clip
+    if len(levels) >= min(enough, len(different)):
+        return None
+    kept = "the default range" if value_range is None else f"--value_range {value_range[0]:g} {value_range[1]:g}"
+    return (
+        f"images of more than 8 bits, with values from {different[0]:g} to {different[-1]:g} in a sample of "
+        f"{len(stored)}: {kept} keeps {len(levels)} of 256 levels; give the range of the data as --value_range LOW "
+        "HIGH (for 12 bits, 0 4095)"
+    )

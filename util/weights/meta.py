@@ -56,7 +56,8 @@ def meta_of_header(header: dict[str, str]) -> dict[str, Any]:
 def meta_of_folder(folder: Path) -> dict[str, Any]:
     """Sizes, decoder, mean, std and crop in the configuration files of a Hugging Face folder; {} without them."""
     config, processor = (_read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
-    if not {"model_type", "image_size", "patch_size"} <= config.keys() or config.get("hidden_size") not in MODEL_OF_WIDTH:
+    known = {"model_type", "image_size", "patch_size"} <= config.keys()
+    if not known or config.get("hidden_size") not in MODEL_OF_WIDTH:
         return {}
     options = {"input_size": config["image_size"], "patch_size": config["patch_size"]}
     if config["model_type"] == "vit_mae":

@@ -1,0 +1,120 @@
+"""Class identity: labels are matched by name, or by number where list files give numbers.
+
+A record of classes is {"names": names of the model's outputs, "numbered": whether they are numbers of a list file}; it
+is kept in checkpoints.
+"""
+
+import copy
+import dataclasses
+import logging
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from timm.data import ImageNetInfo
+
+from util.data.files import summarize
+
+log = logging.getLogger("hpm")
+
+
+class Labelled(Protocol):
+    @property
+    def labels(self) -> np.ndarray: ...
+
+    @property
+    def classes(self) -> list[str]: ...
+
+
+L = TypeVar("L", bound=Labelled)
+
+
+def class_record(source: Labelled) -> dict[str, Any]:
+    return {"names": list(source.classes), "numbered": getattr(source, "numbered", False)}
+
+
+def imagenet_record(num_classes: int, source: Labelled) -> dict[str, Any] | None:
+    """The record of a model that stores none, if it has 1,000 outputs and all classes are named as ImageNet's folders.
+
+    MAE's and timm's classifiers have ImageNet's classes in the order of their WordNet ids.
+    """
+    names = [name for name in source.classes if name]
+    if num_classes != 1000 or not names or not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return None
+    return {"names": ImageNetInfo("imagenet-1k").label_names(), "numbered": False}
+
+
+def match_classes(record: dict[str, Any], source: L, owner: str = "the model") -> L:
+    """The same images, labelled with the outputs of a model. They may be of some of its classes only.
+
+    Args:
+        record: of the model's outputs (`class_record` of what it is or was trained on).
+        owner: whose classes they are, for error messages.
+
+    Raises:
+        ValueError: classes that the model does not have, or names on one side and numbers on the other.
+    """
+    names, theirs = record["names"], source.classes
+    if not (names and theirs):
+        if record["numbered"] and getattr(source, "numbered", False):
+            return source
+        if not names and not theirs:
+            return source
+        kinds = ("class folders", "the numbers of a list file")
+        ours, others = kinds if names else kinds[::-1]
+        raise ValueError(
+            f"{owner} has classes from {ours}, the images have {others}: labels cannot be matched; use the same layout"
+        )
+    number = {name: label for label, name in enumerate(names) if name}
+    unknown = sorted(name for name in theirs if name and name not in number)
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of {len(theirs)} classes are unknown to {owner}: {_spell(unknown, number)}. "
+            f"{owner} has {len(number)} classes: {_spell(sorted(number), unknown)}"
+        )
+    if theirs == names:
+        return source
+    table = np.array([number.get(name, -1) for name in theirs], dtype=np.int64)
+    labels = table[source.labels]
+    if dataclasses.is_dataclass(source):
+        return dataclasses.replace(source, labels=labels, classes=names)  # type: ignore[return-value, type-var]
+    relabelled = copy.copy(source)
+    relabelled.labels, relabelled.classes = labels, names  # type: ignore[misc]
+    return relabelled
+
+
+def _spell(names: list[str], others: Iterable[str]) -> str:
+    """Names in quotes; those that look like one of the others with every character escaped that is not ASCII."""
+    twins = {_look(other) for other in others}
+    return summarize([ascii(name) if _look(name) in twins else repr(name) for name in names])
+
+
+def _look(name: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isalnum())
+
+
+def count_classes(train: Labelled, val: Labelled, nb_classes: int | None) -> int:
+    """Number of outputs of a classifier: `nb_classes`, or the number of classes of the training images.
+
+    Raises:
+        ValueError: more classes than `nb_classes`, labels that start at 1, or labels of val that train lacks.
+    """
+    needed = max(int(train.labels.max()) + 1, len(train.classes))
+    if getattr(train, "numbered", False) and train.labels.min() == 1 and (nb_classes or 0) < needed:
+        raise ValueError(
+            f"the training labels are numbers from 1 to {needed - 1}, expected from 0: subtract 1 in both list files, "
+            f"or give --nb_classes {needed} for an unused output 0"
+        )
+    if nb_classes is not None and nb_classes < needed:
+        raise ValueError(f"--nb_classes {nb_classes}, but the data have {needed} classes: omit the option")
+    outputs = nb_classes or needed
+    if val.labels.max() >= outputs:
+        raise ValueError(
+            f"val has label {val.labels.max()}, but the training labels end at {train.labels.max()}: the list files "
+            "must use the same numbers"
+        )
+    if outputs > needed:
+        log.info("--nb_classes %d: %d outputs have no images in the data", outputs, outputs - needed)
+    return outputs
