@@ -23,16 +23,16 @@ import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import rng
 from util.data import transforms
-from util.data.classes import count_classes
 from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, ShardSampler, build_loader
-from util.data.sources import build_splits
+from util.data.sources import Source
 from util.lr_decay import param_groups_lrd
 from util.run import distributed, options, resolve
 from util.run.checkpoint import Run, read_resumed
 from util.run.folder import BEST, LAST, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
+from util.run.splits import read_splits
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 from util.weights.meta import defaults_of
 
@@ -51,6 +51,7 @@ def get_args_parser() -> options.OptionParser:
 
     group = parser.add_argument_group("fine-tuning")
     options.add_pooling_options(group, default=True)
+    options.add_crop_option(group)
     group.add_argument(
         "--drop_path",
         type=options.number(float, low=0, below=1),
@@ -114,9 +115,13 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     if args.eval:
         args.weights = args.resume or args.finetune or best_checkpoint(path)
     meta = {} if args.eval else read_resumed(path, args.resume, args.auto_resume)
+    trained = bool(meta) or args.eval
     if not meta and args.weights:
         meta = read_meta(args.weights)
+    recorded = meta.get("options", {}) if trained else {}  # of this classifier, not of its pre-training
+    args.classes = recorded.get("classes")
     resolve.fill_in(args, defaults_of(meta))
+    resolve.resolve_crop(args, recorded)
     if args.eval and meta.get("script") == SCRIPT:
         args.global_pool = meta["options"]["global_pool"]
     resolve.resolve_training(args, world, warmup_epochs=5, num_workers=10)
@@ -195,11 +200,12 @@ def load_weights(args: argparse.Namespace, model: nn.Module, weights: dict[str, 
     log.info("weights of %s\n%s", args.weights, report)
 
 
-def describe(args: argparse.Namespace, num_train: int, num_val: int) -> None:
+def describe(args: argparse.Namespace, train: Source | None, val: Source) -> None:
     """The start of the log: what will be trained, on what, and how."""
     data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
     pooling = "mean of patch tokens" if args.global_pool else "class token"
-    log.info("data      %s: %s training images, %s validation images", data, f"{num_train:,}", f"{num_val:,}")
+    count = "no" if train is None else f"{len(train):,}"
+    log.info("data      %s: %s training images, %s validation images", data, count, f"{len(val):,}")
     log.info("model     %s, %d classes, %s", args.model, args.nb_classes, pooling)
     log.info("image     %d pixels in patches of %d", args.input_size, args.patch_size)
     resolve.describe(get_args_parser(), args)
@@ -214,22 +220,20 @@ def main(argv: list[str] | None = None) -> None:
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
         pin_memory = args.pin_mem and device.type == "cuda"
-        counts = (args.shapes_train, args.shapes_val)
-        train, val = build_splits(args.data_path, counts, args.cache_dir, distributed.from_rank_zero)
+        run = None
         if not args.eval:
             run = Run(run_folder(args.output_dir, args.experiment, SCRIPT), SCRIPT, args.resume, args.auto_resume)
-        resumed = not args.eval and run.state is not None
+        resumed = run is not None and run.state is not None
         weights = load_pretrained(args.weights, args.which) if args.weights and not resumed else None
-        if args.eval and args.nb_classes is None and weights is not None and "head.weight" in weights:
-            args.nb_classes = len(weights["head.weight"])
-        args.nb_classes = count_classes(train, val, args.nb_classes)
+        outputs = len(weights["head.weight"]) if weights is not None and "head.weight" in weights else None
+        train, val = read_splits(args, outputs, args.weights)
         val_loader = build_loader(
-            ImageDataset(val, transforms.CenterCrop(args.input_size)),
+            ImageDataset(val, transforms.CenterCrop(args.input_size, args.crop_pct)),
             ShardSampler(len(val), args.batch_size, world.rank, world.size),
             args.num_workers,
             pin_memory,
         )
-        if not args.eval:
+        if run is not None and train is not None:
             args.initial = run.check_initial_weights(
                 args.weights, lambda: fingerprint(weights or load_pretrained(args.weights, args.which))
             )
@@ -241,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     rng.seed_all(args.seed)
     model = build_model(args, args.nb_classes).to(device)
     amp.choose_attention(model)
-    describe(args, len(train), len(val))
+    describe(args, train, val)
     if not resumed:
         load_weights(args, model, weights)
     if args.compile:
@@ -254,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # Optimizer, data, loop
+    assert run is not None and train is not None
     student = distributed.wrap_ddp(model, device)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)

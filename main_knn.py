@@ -23,7 +23,7 @@ from util.data import transforms
 from util.data.classes import count_classes
 from util.data.datasets import ImageDataset
 from util.data.loader import ShardSampler, build_loader
-from util.data.sources import Source, build_splits
+from util.data.sources import Source, build_splits, check_value_range
 from util.knn import knn_correct
 from util.run import distributed, folder, options, resolve
 from util.run.amp import Amp
@@ -57,6 +57,7 @@ def get_args_parser() -> options.OptionParser:
         "--temperature", type=options.POSITIVE, default=0.07, help="temperature of the votes (DINO: 0.07)"
     )
     options.add_pooling_options(group, default=False)
+    options.add_crop_option(group)
     group.add_argument(
         "--features",
         choices=["encoder", "pixels"],
@@ -84,6 +85,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         raise ValueError("--features pixels runs no encoder and reads images: omit --load_features and --compile")
     meta = read_meta(args.finetune) if args.finetune else {}
     resolve.fill_in(args, defaults_of(meta))
+    resolve.resolve_crop(args, meta.get("options", {}) if meta.get("script") != "main_pretrain" else {})
     resolve.resolve_workers(args, world, 4)
     with torch.device("meta"):  # checks the sizes of the model at no cost
         args.patch_size = build_encoder(args).patch_embed.patch_size[0]
@@ -172,8 +174,16 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
                 )
             args.nb_classes = args.nb_classes or needed
         else:
-            counts = (args.shapes_train, args.shapes_val)
-            splits = build_splits(args.data_path, counts, args.cache_dir, distributed.from_rank_zero)
+            splits = build_splits(
+                args.data_path,
+                (args.shapes_train, args.shapes_val),
+                args.cache_dir,
+                distributed.from_rank_zero,
+                value_range=args.value_range,
+                max_image_pixels=args.max_image_pixels,
+            )
+            if warning := distributed.from_rank_zero(lambda: check_value_range(splits[0], args.value_range)):
+                log.warning("%s", warning)
             sources = dict(zip(SPLITS, splits, strict=True))
             args.nb_classes = count_classes(sources["train"], sources["test"], args.nb_classes)
             weights = load_pretrained(args.finetune, args.which) if args.finetune else None
@@ -229,7 +239,8 @@ def extract_all(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Features and labels of both splits, the same on every rank."""
     if args.features == "pixels":
-        encode, width = pixels, 3 * min(args.input_size, THUMBNAIL) ** 2
+        encode: Callable[[Tensor], Tensor] = pixels
+        width = 3 * min(args.input_size, THUMBNAIL) ** 2
     else:
         rng.seed_all(args.seed)
         encoder = build_encoder(args, has_pooled_norm(args, weights)).to(device).eval()
@@ -245,7 +256,7 @@ def extract_all(
     features = {}
     for split, source in sources.items():
         loader = build_loader(
-            ImageDataset(source, transforms.CenterCrop(args.input_size)),
+            ImageDataset(source, transforms.CenterCrop(args.input_size, args.crop_pct)),
             ShardSampler(len(source), args.batch_size, world.rank, world.size),
             args.num_workers,
             args.pin_mem and device.type == "cuda",

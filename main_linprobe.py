@@ -20,16 +20,16 @@ import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import rng
 from util.data import transforms
-from util.data.classes import count_classes
 from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, ShardSampler, build_loader
-from util.data.sources import build_splits
+from util.data.sources import Source
 from util.lars import LARS
 from util.run import distributed, options, resolve
 from util.run.checkpoint import Run, find_resume
 from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
+from util.run.splits import read_splits
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 from util.weights.meta import defaults_of
 
@@ -48,6 +48,7 @@ def get_args_parser() -> options.OptionParser:
 
     group = parser.add_argument_group("linear probe")
     options.add_pooling_options(group, default=False)
+    options.add_crop_option(group)
     group.add_argument("--eval", action="store_true", help="evaluate the heads of --resume or of the run folder")
     group.add_argument(
         "--optimizer", choices=["sgd", "lars"], default="sgd", help="sgd: HPM's script; lars: MAE's, for large batches"
@@ -128,11 +129,12 @@ def report(args: argparse.Namespace, metrics: dict[str, float], names: list[str]
     return best, metrics[f"acc1{best}"]
 
 
-def describe(args: argparse.Namespace, num_train: int, num_val: int) -> None:
+def describe(args: argparse.Namespace, train: Source | None, val: Source) -> None:
     """The start of the log: what will be trained, on what, and how."""
     data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
     pooling = "layer norm of the mean of patch tokens" if args.global_pool else "class token"
-    log.info("data      %s: %s training images, %s validation images", data, f"{num_train:,}", f"{num_val:,}")
+    count = "no" if train is None else f"{len(train):,}"
+    log.info("data      %s: %s training images, %s validation images", data, count, f"{len(val):,}")
     log.info("features  %s, %s, %d pixels in patches of %d", args.model, pooling, args.input_size, args.patch_size)
     resolve.describe(get_args_parser(), args)
 
@@ -147,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         args.device, args.precision = device.type, amp.name
         pin_memory = args.pin_mem and device.type == "cuda"
         folder = run_folder(args.output_dir, args.experiment, SCRIPT)
+        run, trained = None, None
         if args.eval:  # reads the run, and writes nothing
             found = distributed.from_rank_zero(lambda: find_resume(folder, args.resume, args.auto_resume))
             if found is None:
@@ -154,16 +157,13 @@ def main(argv: list[str] | None = None) -> None:
             trained = found[1]
             if trained["script"] != SCRIPT:
                 raise ValueError(f"--eval: {found[0]} is of a run of {trained['script']}, not of {SCRIPT}")
-            for name in FIXED:  # the probe is evaluated as it was trained
+            for name in (*FIXED, "classes"):  # the probe is evaluated as it was trained
                 setattr(args, name, trained["options"].get(name))
         else:
             run = Run(folder, SCRIPT, args.resume, args.auto_resume)
-        counts = (args.shapes_train, args.shapes_val)
-        train, val = build_splits(args.data_path, counts, args.cache_dir, distributed.from_rank_zero)
-        args.nb_classes = count_classes(train, val, args.nb_classes)
-        if not args.eval:
-            sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
-            args.steps_per_epoch = sampler.num_batches // args.accum_iter
+            args.classes = run.state["options"].get("classes") if run.state is not None else None
+        recorded = trained or (run.state if run is not None else None) or {}
+        resolve.resolve_crop(args, recorded.get("options", {}))
         weights = load_pretrained(args.finetune, args.which) if args.finetune else None
         if (
             weights is not None
@@ -171,14 +171,16 @@ def main(argv: list[str] | None = None) -> None:
             and "norm.weight" not in weights
             and not args.global_pool
         ):
-            raise ValueError(
-                f"{args.finetune} was fine-tuned with global pooling and has no class token norm: --global_pool"
-            )
+            raise ValueError(f"{args.finetune} was fine-tuned with global pooling, without class token: --global_pool")
+        train, val = read_splits(args, args.nb_classes, "the probe")
+        if train is not None:
+            sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
+            args.steps_per_epoch = sampler.num_batches // args.accum_iter
 
     # Frozen encoder, heads
     rng.seed_all(args.seed)
     encoder = build_encoder(args)
-    describe(args, len(train), len(val))
+    describe(args, train, val)
     with options.user_mistakes():
         if weights is None:
             log.info("no --finetune: features of random weights")
@@ -187,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
             allow_unexpected = (*DECODERS, "head.", "norm.", "fc_norm.")
             log.info("weights of %s\n%s", args.finetune, load_into(encoder, weights, allow_missing, allow_unexpected))
         args.encoder = fingerprint(encoder.state_dict())
-        if args.eval and trained["options"].get("encoder") != args.encoder:
+        if trained is not None and trained["options"].get("encoder") != args.encoder:
             raise ValueError("--eval: the probe was trained on another encoder: give the --finetune of its training")
     probe = models_vit.LinearProbe(encoder, len(args.lr), args.nb_classes).to(device)
     amp.choose_attention(probe)
@@ -196,27 +198,27 @@ def main(argv: list[str] | None = None) -> None:
     heads = nn.ModuleDict({"norm": probe.norm, "heads": probe.heads})
     names = [f" lr {lr:g}" for lr in args.lr] if len(args.lr) > 1 else [""]
     val_loader = build_loader(
-        ImageDataset(val, transforms.CenterCrop(args.input_size)),
+        ImageDataset(val, transforms.CenterCrop(args.input_size, args.crop_pct)),
         ShardSampler(len(val), args.batch_size, world.rank, world.size),
         args.num_workers,
         pin_memory,
     )
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=False)
     score = partial(evaluate, probe, val_loader, amp, to_model_input, heads=names)
-    if args.eval:
+    if trained is not None:
         heads.load_state_dict(trained["state_dict"])
         report(args, score(), names)
         distributed.shutdown()
         return
 
     # Optimizer, data, loop
+    assert run is not None and train is not None
     with options.user_mistakes():
         run.check(vars(args), [*FIXED, "encoder"])
     student = distributed.wrap_ddp(probe, device)
     optimizer = build_optimizer(args, probe.heads)
-    dataset = ImageDataset(
-        train, transforms.RandomCrop(args.input_size, (0.08, 1.0)), args.seed, replace=not args.strict_images
-    )
+    crop = transforms.RandomCrop(args.input_size, (0.08, 1.0), one_draw=True)
+    dataset = ImageDataset(train, crop, args.seed, replace=not args.strict_images)
     loader = build_loader(dataset, sampler, args.num_workers, pin_memory)
     flipped = transforms.ToModelInput(args.mean, args.std, device, flip=True)
     loop = Loop(run, vars(args), {"state_dict": heads, "optimizer": optimizer}, sampler, train, amp)

@@ -20,7 +20,7 @@ from engine_pretrain import train_one_epoch
 from util import masking, rng
 from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, build_loader
-from util.data.sources import build_source
+from util.data.sources import build_source, check_value_range
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
 from util.ema import EMATeacher
 from util.run import distributed, options, resolve
@@ -70,6 +70,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     args = copy.copy(args)
     resolve.resolve_training(args, world, warmup_epochs=40, num_workers=8)
     args.mean, args.std = args.mean or list(IMAGENET_MEAN), args.std or list(IMAGENET_STD)
+    if args.data_path is not None and len(args.data_path) == 1:
+        args.data_path = args.data_path[0]
     if args.vis_interval is None:
         args.vis_interval = -(-args.epochs // PANELS)
     if args.lr is None:
@@ -186,6 +188,8 @@ def describe(
 ) -> None:
     """The start of the log: what will be trained, on what, and how."""
     data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
+    if isinstance(data, list):
+        data = ", ".join(data)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     predictor = "none"
     if args.learning_loss:
@@ -213,10 +217,15 @@ def main(argv: list[str] | None = None) -> None:
         source = build_source(
             args.data_path,
             "train",
+            labels_needed=False,
+            value_range=args.value_range,
+            max_image_pixels=args.max_image_pixels,
             shapes_count=args.shapes_train,
             cache_dir=args.cache_dir,
             on_rank_zero=distributed.from_rank_zero,
         )
+        if warning := distributed.from_rank_zero(lambda: check_value_range(source, args.value_range)):
+            log.warning("%s", warning)
         sampler = EpochSampler(len(source), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
         args.steps_per_epoch = sampler.num_batches // args.accum_iter
         run.check(vars(args), FIXED)

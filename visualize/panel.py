@@ -34,11 +34,13 @@ PATCH_STATS = {
 
 
 def pick_panel_images(
-    data_path: str | None, train: Source, size: int, cache_dir: str | None = None
+    data_path: str | list[str] | None, train: Source, size: int, cache_dir: str | None = None
 ) -> tuple[Tensor, list[str]] | None:
     """`pick_images` of the val split if there is one that can be read without decompressing another archive, else of
     the training images; None if they are unreadable, because pictures must not stop the training."""
     try:
+        if isinstance(data_path, list):
+            raise ValueError("there are several --data_path")
         if data_path is not None:
             packed, present = (compressed_archive(Path(data_path), split) for split in ("val", "train"))
             if packed not in (None, present):

@@ -85,6 +85,21 @@ def match_classes(record: dict[str, Any], source: L, owner: str = "the model") -
     return relabelled
 
 
+def label_as(record: dict[str, Any] | None, num_classes: int, source: L, owner: str) -> L:
+    """`match_classes` for a model that may store no classes: ImageNet's by their WordNet ids, others by position.
+
+    Raises:
+        ValueError: classes or labels that the model does not have.
+    """
+    record = record or imagenet_record(num_classes, source)
+    if record is not None:
+        return match_classes(record, source, owner)
+    if int(source.labels.max()) >= num_classes:
+        raise ValueError(f"{owner} has {num_classes} outputs, the images have labels up to {int(source.labels.max())}")
+    log.info("classes   %s stores no class names: labels are compared by position", owner)
+    return source
+
+
 def _spell(names: list[str], others: Iterable[str]) -> str:
     """Names in quotes; those that look like one of the others with every character escaped that is not ASCII."""
     twins = {_look(other) for other in others}

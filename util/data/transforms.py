@@ -4,6 +4,7 @@ A decoded image is cropped first, then resized as a channels-last view with PyTo
 matches Pillow to 2 of 255 levels and is several times faster. Shapes: B batch, H, W source image, S output side.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -27,19 +28,35 @@ class RandomCrop:
     Args:
         size: S, or (height, width).
         scale: range of the crop's share of the image area; (0.2, 1) for pre-training, (0.08, 1) for fine-tuning.
+        one_draw: take `one_draw_box` (linear probe).
     """
 
-    def __init__(self, size: int | tuple[int, int], scale: tuple[float, float] = (0.2, 1.0)) -> None:
+    def __init__(
+        self, size: int | tuple[int, int], scale: tuple[float, float] = (0.2, 1.0), one_draw: bool = False
+    ) -> None:
         self.size = (size, size) if isinstance(size, int) else tuple(size)
-        self.scale = list(scale)
+        self.scale, self.one_draw = list(scale), one_draw
 
     def __call__(self, image: np.ndarray) -> Tensor:
         view = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last, not copied
-        top, left, height, width = RandomResizedCrop.get_params(view, self.scale, [3 / 4, 4 / 3])
+        if self.one_draw:
+            top, left, height, width = one_draw_box(*image.shape[:2], self.scale)
+        else:
+            top, left, height, width = RandomResizedCrop.get_params(view, self.scale, [3 / 4, 4 / 3])
         crop = view[:, :, top : top + height, left : left + width]
         if (height, width) != self.size:
             crop = F.interpolate(crop, size=self.size, mode="bicubic", antialias=True)
         return crop[0].contiguous()
+
+
+def one_draw_box(height: int, width: int, scale: list[float]) -> tuple[int, int, int, int]:
+    """Top, left, height, width of MAE's crop for linear probes (util/crop.py there): one draw of area and aspect ratio,
+    clamped to the image. torchvision draws again until the box fits, which makes it smaller on average."""
+    area = height * width * torch.empty(1).uniform_(*scale).item()
+    ratio = math.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3)).item())
+    h, w = min(round(math.sqrt(area / ratio)), height), min(round(math.sqrt(area * ratio)), width)
+    top, left = torch.randint(height - h + 1, (1,)).item(), torch.randint(width - w + 1, (1,)).item()
+    return int(top), int(left), h, w
 
 
 class CenterCrop:

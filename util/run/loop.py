@@ -200,8 +200,9 @@ class Loop:
                 time.sleep(1)  # its signal arrives, and PyTorch raises an error that names the worker
                 raise
             self.progress.waited += time.perf_counter() - start
-            self.watch.unreadable.update(batch.bad[batch.bad >= 0].tolist())  # in CPU memory
-            seed_all(self.options["seed"], self.sampler.rank, first + micro)
+            found = batch.bad >= 0  # in CPU memory
+            self.watch.unreadable.update(zip(batch.bad[found].tolist(), batch.reason[found].tolist(), strict=True))
+            seed_all("micro-batch", self.options["seed"], self.sampler.rank, first + micro)
             self._last_micro_batch = micro == self.accum_iter - 1
             yield batch
 
@@ -245,7 +246,7 @@ class Loop:
             extra["best"] = self.best
         options = self.options
         state = {"script": self.run.script, "model": options["model"], "options": options}
-        state |= {"image": {name: options[name] for name in ("mean", "std")}}
+        state |= {"image": {name: options[name] for name in ("mean", "std", "value_range")}}
         state |= {"epoch": self.epoch, "step": self.step, "stopped": stopped, "extra": extra}
         state |= {name: part.state_dict() for name, part in self.stateful.items()}
         from_rank_zero(lambda: save_run(self.run.folder, state, also))

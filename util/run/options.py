@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from util.data.decode import MAX_PIXELS
+
 # Official options that nothing reads here: torchrun replaces the first four, the fifth chose an in-house loader.
 LAUNCHER_OPTIONS = ("world_size", "local_rank", "dist_on_itp", "dist_url", "dataloader_type")
 
@@ -125,15 +127,32 @@ DATA_LAYOUT = (
 )
 
 
+UNLABELLED = ". Labels are not needed: any folder or archive of images will do, and there may be several paths"
+
+
 def add_data_options(
     parser: OptionParser, *, num_workers: int, splits: tuple[str, ...] = ("train", "val"), layout: str = DATA_LAYOUT
 ) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", help=layout)
+    if splits == ("train",):
+        group.add_argument("--data_path", nargs="+", help=layout + UNLABELLED)
+    else:
+        group.add_argument("--data_path", help=layout)
     for split, count, use in (("train", 2000, "training"), ("val", 500, "validation")):
         if split in splits:
             help = f"number of {use} images without --data_path"
             group.add_argument(f"--shapes_{split}", type=COUNT, default=count, help=help)
+    group.add_argument(
+        "--value_range",
+        type=number(float),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="stored values that become black and white, for images of more than 8 bits (default: the checkpoint's, or "
+        "0 65535 for integers and 0 1 for floats)",
+    )
+    group.add_argument(
+        "--max_image_pixels", type=COUNT, default=MAX_PIXELS, help="larger images are unreadable (decompression bombs)"
+    )
     group.add_argument("--cache_dir", help="folder where a .tar.gz is decompressed once (default: ~/.cache/hpm)")
     group.add_argument(
         "--mean", type=number(float), nargs=3, help="channel means in 0..1 (default: the checkpoint's, or ImageNet's)"
@@ -247,6 +266,15 @@ def add_classifier_options(parser: OptionParser, models: list[str]) -> None:
         "--num_classes",
         type=COUNT,
         help="number of classes (default: the data set's; a larger number is allowed)",
+    )
+
+
+def add_crop_option(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--crop_pct",
+        type=number(float, above=0, high=1),
+        help="side of the evaluation crop as a fraction of the shorter side of the image (default: the checkpoint's "
+        "for its image size, else 0.875 up to 224 pixels and 1.0 above, as in MAE)",
     )
 
 

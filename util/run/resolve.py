@@ -31,6 +31,19 @@ def resolve_which(given: argparse.Namespace) -> None:
     given.which = "ema" if given.teacher else given.which or "student"
 
 
+def resolve_crop(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
+    """Crop of the evaluation, in place: the recorded one if it was for images of this size, else MAE's.
+
+    Args:
+        recorded: options of the checkpoint that is evaluated or resumed; {} without one.
+    """
+    if given.crop_pct is None:
+        same = recorded.get("input_size") == given.input_size
+        given.crop_pct = recorded.get("crop_pct") if same else None
+    if given.crop_pct is None:
+        given.crop_pct = 224 / 256 if given.input_size <= 224 else 1.0
+
+
 def resolve_workers(given: argparse.Namespace, world: World, official: int) -> None:
     """Data loading workers: as given, or the official number limited by the CPU cores of each process, in place."""
     if given.num_workers is None:

@@ -19,6 +19,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from util.data.decode import REASONS
 from util.data.loader import EpochSampler
 from util.data.sources import Source
 from util.run.amp import Amp, NonFinite
@@ -26,6 +27,8 @@ from util.run.distributed import from_rank_zero, gather
 from util.run.folder import BAD_IMAGES, BAD_STEPS, write_text
 
 log = logging.getLogger("hpm")
+
+IO_ERROR = ": I/O error"  # end of a line in bad_images.txt: a fault of the storage, which counts against no image
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -59,7 +62,7 @@ class Watch:
 
     Attributes:
         stopped_by: name of the signal that all ranks agreed to stop for; "" while there is none.
-        unreadable: indices of unreadable images met by this rank since the last check.
+        unreadable: unreadable images met by this rank since the last check: index -> position in `decode.REASONS`.
     """
 
     def __init__(
@@ -82,11 +85,11 @@ class Watch:
         self._seconds = save_every_minutes * 60 if save_every_minutes and sampler.rank == 0 else None
         self._saved = time.monotonic()
         self._skipped = 0
-        self.unreadable: set[int] = set()
+        self.unreadable: dict[int, int] = {}
         self._met: set[int] = set()
         path = folder / BAD_IMAGES
         text = from_rank_zero(lambda: path.read_text(errors="surrogateescape") if path.exists() else "")
-        self._listed = set(text.splitlines())
+        self._listed = [line for line in text.splitlines() if not line.endswith(IO_ERROR)]  # may be readable now
         self._group = self._work = None
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
@@ -165,26 +168,30 @@ class Watch:
 
     def check_images(self) -> None:
         """List newly met unreadable images of all ranks in bad_images.txt, and abort after too many."""
-        met = set().union(*gather(self.unreadable)) - self._met
-        self.unreadable = set()
-        self._met |= met
-        names = sorted({self.source.name(index) for index in met} - self._listed)
-        if not names:
+        met: dict[int, int] = {}
+        for of_rank in gather(self.unreadable):
+            met |= {index: reason for index, reason in of_rank.items() if index not in self._met}
+        self.unreadable = {}
+        self._met |= met.keys()
+        lines = {f"{self.source.name(index)}: {REASONS[reason]}" for index, reason in met.items()}
+        new = sorted(lines - set(self._listed))
+        if not new:
             return
-        self._listed |= set(names)
+        self._listed = sorted({*self._listed, *new})
         path = self.folder / BAD_IMAGES
-        text = "".join(f"{name}\n" for name in sorted(self._listed))
+        text = "".join(f"{line}\n" for line in self._listed)
         from_rank_zero(lambda: write_text(path, text))
         log.warning(
             "Replaced %d unreadable training images (%d in total, listed in %s), the first of them %s",
-            len(names),
+            len(new),
             len(self._listed),
             path,
-            names[0],
+            new[0],
         )
-        if len(self._listed) > self.max_bad_images:
+        damaged = sum(not line.endswith(IO_ERROR) for line in self._listed)
+        if damaged > self.max_bad_images:
             raise TooManyBadImages(
-                f"{len(self._listed)} images cannot be read, more than --max_bad_images {self.max_bad_images}: repair "
+                f"{damaged} images cannot be read, more than --max_bad_images {self.max_bad_images}: repair "
                 f"or remove those listed in {path}, or raise the limit"
             )
 
