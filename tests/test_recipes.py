@@ -72,13 +72,13 @@ def check_arithmetic(script, args, stated):
     assert emacs == pytest.approx(images * (epochs or [1])[0] * gmacs / 1e9, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "name", ["pretrain_hpm_base_200", "pretrain_mae_large_800", "finetune_hpm_base_200", "knn_hpm_base"]
-)
+@pytest.mark.parametrize("name", ["pretrain_hpm_base_200", "finetune_hpm_base_200", "knn_hpm_base"])
 def test_multiply_accumulates(name):
-    path = ROOT / f"recipes/{name}.sh"
-    ((script, args),) = resolved(path)
-    assert header(path)["compute"] == compute(script, args)
+    check_compute(ROOT / f"recipes/{name}.sh")
+
+
+def check_compute(path):
+    assert header(path)["compute"] == "; then ".join(compute(script, args) for script, args in resolved(path))
 
 
 def test_names_match_the_options():

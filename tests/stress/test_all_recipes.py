@@ -1,9 +1,9 @@
-"""Two steps of every recipe, through its own file: bash scripts/test.sh tests/stress (about ten minutes)."""
+"""Every recipe: two steps, and its compute: bash scripts/test.sh tests/stress (about ten minutes)."""
 
 import pytest
 import timm
 import torch
-from test_recipes import RECIPES, run_tiny
+from test_recipes import RECIPES, check_compute, run_tiny
 
 from models_teacher import KINDS
 
@@ -21,3 +21,8 @@ def test_two_steps(path, tmp_path, teachers):
     done = run_tiny(path, tmp_path, DINO_PATH=str(teachers / "dino.pth"), CLIP_PATH=str(teachers / "clip.pth"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2, saved in" in done.stdout or "-NN  top-1" in done.stdout
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_multiply_accumulates(path):
+    check_compute(path)
