@@ -258,7 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # Optimizer, data, loop
-    assert run is not None and train is not None
+    assert run is not None
+    assert train is not None
     student = distributed.wrap_ddp(model, device)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)

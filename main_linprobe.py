@@ -212,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # Optimizer, data, loop
-    assert run is not None and train is not None
+    assert run is not None
+    assert train is not None
     with options.user_mistakes():
         run.check(vars(args), [*FIXED, "encoder"])
     student = distributed.wrap_ddp(probe, device)

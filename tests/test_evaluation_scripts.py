@@ -10,7 +10,10 @@ from images import members, write_tree
 from programs import PRETRAIN, assert_same_training, checkpoint, log_lines, ranks, run, start_and_kill
 from safetensors.torch import save_file
 
+import main_finetune
 import models_vit
+from util.run.distributed import World
+from util.run.folder import RunFolder
 
 FINETUNE = [
     *["--shapes_train", "48", "--shapes_val", "21", "--batch_size", "8", "--epochs", "2", "--num_workers", "0"],
@@ -315,6 +318,73 @@ def test_maes_fine_tuned_weights_evaluate(tmp_path, pretrained, capsys):
         del message
 
 
+def test_labels_are_matched_by_name(tmp_path):
+    """A subset of the classes, without training images: each class keeps its accuracy. An unknown class is an error."""
+    tree = write_tree(tmp_path / "all", members())
+    options = [*SIZES, "--batch_size", 4, "--num_workers", 0]
+    trained = [*options, "--warmup_epochs", 0, "--epochs", 1, "--data_path", tree]
+    run("main_finetune", *trained, "--output_dir", tmp_path / "tune")
+    assert checkpoint(tmp_path / "tune")["options"]["classes"] == {"names": ["cat", "cat-2", "dog"], "numbered": False}
+    dogs = {name: data for name, data in members().items() if name.startswith("val/dog")}
+    subset = write_tree(tmp_path / "dogs", dogs)
+    weights = checkpoint(tmp_path / "tune")
+    for name in ("weight", "bias"):
+        weights["state_dict"][f"head.{name}"].zero_()
+    weights["state_dict"]["head.bias"][2] = 9.0  # always "dog"
+    torch.save(weights, tmp_path / "dog.pth")
+    log = run("main_finetune", *options, "--eval", "--resume", tmp_path / "dog.pth", "--data_path", subset)
+    assert "acc1 100.0000" in log
+    assert "no training images" in log
+    foxes = write_tree(tmp_path / "foxes", {name.replace("dog", "fox"): data for name, data in dogs.items()})
+    with pytest.raises(SystemExit):
+        run("main_finetune", *options, "--eval", "--resume", tmp_path / "dog.pth", "--data_path", foxes)
+
+
+def test_a_probe_is_evaluated_while_it_trains(tmp_path, pretrained):
+    """--eval writes nothing, takes no lock, and evaluates an unfinished run."""
+    start("main_linprobe", tmp_path, pretrained, "--max_steps", 3)
+    lock = RunFolder(tmp_path, "main_linprobe")
+    try:
+        log = start("main_linprobe", tmp_path, pretrained, "--eval")
+    finally:
+        lock.close()
+    assert log.count("acc1") == 2
+    assert "already complete" not in log
+
+
+def test_pixels_as_a_baseline_and_fine_tuned_encoders(tmp_path, pretrained, capsys):
+    """--features pixels needs no model; an encoder that was fine-tuned with global pooling needs --global_pool."""
+    log = run("main_knn", *KNN, "--features", "pixels", "--input_size", 48)
+    assert "features  pixels of the 48-pixel crop, averaged to at most 16 x 16" in log
+    assert float(accuracies(log)[0][1]) > 0
+    start("main_finetune", tmp_path, pretrained, "--max_steps", 1)
+    tuned = tmp_path / "checkpoint-last.pth"
+    assert len(accuracies(run("main_knn", *KNN, "--finetune", tuned, "--global_pool"))) == 2
+    for script in ("main_knn", "main_linprobe"):
+        with pytest.raises(SystemExit):
+            run(script, *SCRIPTS[script], "--finetune", tuned)
+        assert "was fine-tuned with global pooling" in capsys.readouterr().err
+
+
+def test_stored_features_have_their_number_of_classes(tmp_path, pretrained, capsys):
+    run("main_knn", *KNN, "--finetune", pretrained, "--dump_features", tmp_path / "f")
+    with pytest.raises(SystemExit):
+        run("main_knn", "--load_features", tmp_path / "f", "--nb_knn", 5, "--nb_classes", 5)
+    assert "--nb_classes 5, but the stored labels have 10" in capsys.readouterr().err
+
+
+def test_evaluation_crop(tmp_path, pretrained):
+    """0.875 up to 224 pixels and 1.0 above, kept by the checkpoints of a classifier."""
+    start("main_finetune", tmp_path, pretrained, "--max_steps", 1, "--crop_pct", 0.6)
+    path = tmp_path / "checkpoint-last.pth"
+    crops = {}
+    for name, more in {"same": [], "other size": ["--input_size", 240], "given": ["--crop_pct", 1]}.items():
+        words = ["--eval", "--resume", str(path), *map(str, more)]
+        args = main_finetune.get_args_parser().parse_args(words)
+        crops[name] = main_finetune.resolve_options(args, World(0, 1, 0, 1)).crop_pct
+    assert crops == {"same": 0.6, "other size": 1.0, "given": 1.0}
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -331,23 +401,20 @@ def test_classes(tmp_path, pretrained, capsys):
         folder = [] if script == "main_knn" else ["--output_dir", tmp_path / "out2"]
         with pytest.raises(SystemExit):
             run(script, "--data_path", uneven, "--finetune", pretrained, *folder, "--batch_size", 4)
-        assert (
-            "train has 3 classes and val 4, so their labels disagree; classes in only one of them: fox"
-            in capsys.readouterr().err
-        )
+        assert "1 of 4 classes are unknown to the train split: 'fox'" in capsys.readouterr().err
 
 
 MISTAKES = [
     ("main_finetune", "--aa nonsense", "--aa 'nonsense' is not a policy that timm knows"),
     ("main_finetune", "--mixup 0.8 --batch_size 7", "--batch_size 7 is odd"),
     ("main_finetune", "--teacher --which student", "contradicts --which student"),
-    ("main_finetune", "--eval", "name weights with --resume or --finetune"),
-    ("main_finetune", "--layer_decay 0", "'0' is not a number above 0"),
+    ("main_finetune", "--eval", "name a checkpoint with --resume or --finetune"),
+    ("main_finetune", "--layer_decay 0", "expected a number > 0, got '0'"),
     ("main_linprobe", "--lr 1 --blr 1", "both set the learning rate"),
     ("main_linprobe", "--eval", "name the probe's checkpoint with --resume"),
-    ("main_linprobe", "--blr 0", "'0' is not a number above 0"),
+    ("main_linprobe", "--blr 0", "expected a number > 0, got '0'"),
     ("main_knn", "--nb_knn 3000", "--nb_knn 3000 of 2,000 training images"),
-    ("main_knn", "--load_features x --finetune y", "drop --dump_features and --finetune"),
+    ("main_knn", "--load_features x --finetune y", "omit --dump_features and --finetune"),
     ("main_knn", "--load_features /nowhere", "checkpoint /nowhere/trainfeat.pth does not exist"),
     ("main_knn", "--input_size 100", "patch size 16 does not divide an image of 100 x 100"),
 ]

@@ -231,9 +231,10 @@ class Loop:
         line = {"epoch": self.epoch, **{f"train_{name}": value for name, value in stats.items()}, **metrics}
         also = []
         if accuracy is not None:
-            if accuracy > (self.best or 0.0):
+            if self.best is None or accuracy > self.best:
                 also.append(BEST)
-            self.best = line["best_acc1"] = max(self.best or 0.0, accuracy)
+                self.best = accuracy
+            line["best_acc1"] = self.best
         self.logger.epoch(line | self.watch.metrics() | self.progress.summary(self._trained_until))
         self.epoch, self.step, self.meter = self.epoch + 1, 0, MeanMeter()
         if self.epoch % self.options["save_interval"] == 0 or self.epoch == self.options["epochs"]:
