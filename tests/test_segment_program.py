@@ -129,7 +129,8 @@ def test_two_ranks_resume_bitwise(tmp_path, pretrained, data):
 
 
 def test_under_torchrun(tmp_path, pretrained, data):
-    given = ["--data_path", data, "--finetune", pretrained, "--output_dir", tmp_path, *SIZES, *STEPS, "--batch_size", 2, "--eval_interval", 4]
+    given = ["--data_path", data, "--finetune", pretrained, "--output_dir", tmp_path, *SIZES, *STEPS]
+    given += ["--batch_size", 2, "--eval_interval", 4]
     done = launch("main_segment", *given, processes=2)
     assert len(mious(done.stderr + done.stdout)) == 1
 
