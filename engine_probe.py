@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.data.datasets import Sample
 from util.knn import nearest
 from util.miou import ConfusionMatrix, Scores
 from util.rng import generator
@@ -39,7 +38,7 @@ def patch_labels(labels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def extract_patches(
-    encode: Encode, batches: Iterable[Sample], amp: Amp, count: int, per_image: int, seed: int
+    encode: Encode, batches: Iterable, amp: Amp, count: int, per_image: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of the training patches, the same on every rank, on the CPU.
 
@@ -50,12 +49,13 @@ def extract_patches(
     Returns:
         (count, P, E) float32 and (count, P) uint8.
     """
-    features = labels = None
+    features = torch.empty(0)
+    labels = torch.empty(0, dtype=torch.uint8)
     for (images, maps), _, index, *_ in batches:
         tokens = encode(images).cpu()
         rows = tokens.flatten(2).transpose(1, 2)  # (B, L, E)
         classes = patch_labels(maps, tokens.shape[2:])
-        if features is None:
+        if len(features) == 0:
             kept = min(per_image, rows.shape[1])
             features, labels = torch.zeros(count, kept, rows.shape[2]), torch.zeros(count, kept, dtype=torch.uint8)
         for row, values, number in zip(rows, classes, index.tolist(), strict=True):
@@ -192,7 +192,7 @@ def build_classifier(
             name = f"{name} {setting}" if head == "knn" else f"{name} C={setting:.2g}"
             candidates[name] = score
             log.info("choice    %s  patch_mIoU %.2f", name, score)
-    best = max(candidates, key=candidates.get)
+    best = max(candidates, key=lambda name: candidates[name])
     if head == "knn":
         name, distance = best.split()
         return neighbours(features, labels, ks, distance), [f"{k}-NN" for k in ks], name
@@ -203,8 +203,8 @@ def build_classifier(
 def probe(
     head: str,
     encode: Encode,
-    train: Iterable[Sample],
-    val: Iterable[Sample],
+    train: Iterable,
+    val: Iterable,
     amp: Amp,
     *,
     num_images: int,

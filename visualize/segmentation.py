@@ -101,9 +101,12 @@ def draw(
         Image.fromarray(lookup[classes]).resize(size, Image.Resampling.NEAREST) for classes in (label, prediction)
     ]
 
-    right = label != ignore_index
-    shown = [(name, np.mean(label[right] == k), np.mean(prediction[right] == k)) for k, name in enumerate(names)]
-    shown = [(k, *entry) for k, entry in enumerate(shown) if entry[1] + entry[2] > 0.005]
+    valid = label != ignore_index
+    shown = []  # index and shares of the classes that are more than specks, in label and prediction
+    for index in range(len(names)):
+        shares = [100 * float(np.mean(classes[valid] == index)) for classes in (label, prediction)]
+        if max(shares) >= 0.5:
+            shown.append((index, *shares))
     columns, width = 3, 3 * size[0] + 4 * GAP
     rows = -(-len(shown) // columns)
     canvas = Image.new("RGB", (width, LINE + size[1] + 3 * GAP + rows * LINE), (255, 255, 255))
@@ -115,10 +118,10 @@ def draw(
         pen.rectangle(
             (left, LINE + GAP // 2, left + size[0] - 1, LINE + GAP // 2 + size[1] - 1), outline=(180, 180, 180)
         )
-    for i, (k, name, in_label, predicted) in enumerate(shown):
+    for i, (index, in_label, predicted) in enumerate(shown):
         left = GAP + i % columns * ((width - GAP) // columns)
         top = LINE + size[1] + 2 * GAP + i // columns * LINE
-        pen.rectangle((left, top, left + 14, top + 14), fill=tuple(lookup[k].tolist()), outline=INK)
-        text = f"{name.split(',')[0]}  {100 * in_label:.0f} % -> {100 * predicted:.0f} %"
+        pen.rectangle((left, top, left + 14, top + 14), fill=tuple(lookup[index].tolist()), outline=INK)
+        text = f"{names[index].split(',')[0]}: label {in_label:.0f} %, predicted {predicted:.0f} %"
         pen.text((left + 20, top), text, INK, font)
     return canvas

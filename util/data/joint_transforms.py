@@ -49,7 +49,8 @@ class TrainingCrop:
         self.crop, self.short_side, self.ignore_index, self.max_share = crop, short_side, ignore_index, max_share
 
     def __call__(self, sample: LabelledImage) -> tuple[Tensor, Tensor, Tensor]:
-        size = fit(*sample.label.shape, int(self.short_side * random.uniform(0.5, 2.0)))
+        height, width = sample.label.shape
+        size = fit(height, width, int(self.short_side * random.uniform(0.5, 2.0)))
         image, label = resize_image(sample.image, size), resize_label(sample.label, size)
         top, left = self._choose(label)
         image = image[:, top : top + self.crop, left : left + self.crop]
@@ -103,7 +104,8 @@ class EvaluationResize:
         self.short_side = short_side
 
     def __call__(self, sample: LabelledImage) -> tuple[Tensor, Tensor]:
-        size = fit(*sample.label.shape, self.short_side)
+        height, width = sample.label.shape
+        size = fit(height, width, self.short_side)
         return resize_image(sample.image, size).contiguous(), torch.from_numpy(sample.label)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,8 +24,6 @@ from PIL import Image
 from util.data.files import ImageFiles
 
 log = logging.getLogger("hpm")
-
-T = TypeVar("T")
 
 SPLITS = {"train": "training", "val": "validation"}
 LAYOUT = "images/{0}/NAME.jpg and annotations/{0}/NAME.png"
@@ -121,8 +119,12 @@ def find_pairs(files: ImageFiles, split: str, label_format: LabelFormat) -> Segm
                 f"({layout} must pair)"
             )
     stems = sorted(images)
-    positions = [np.array([part[stem] for stem in stems], dtype=np.int64) for part in (images, annotations)]
-    return SegmentationSource(files, *positions, label_format)
+    return SegmentationSource(
+        files,
+        np.array([images[stem] for stem in stems], dtype=np.int64),
+        np.array([annotations[stem] for stem in stems], dtype=np.int64),
+        label_format,
+    )
 
 
 def read_label(files: ImageFiles, position: int) -> np.ndarray:
@@ -171,7 +173,9 @@ def _object_info(files: ImageFiles) -> tuple[str | None, str]:
     with tarfile.open(files.root, "r:") as tar:
         for member in tar:
             if re.fullmatch(r"objectInfo.*\.txt", os.path.basename(member.name)) and member.isreg():
-                return tar.extractfile(member).read().decode(), f"{files.root}: {member.name}"
+                with open(files.root, "rb") as file:
+                    file.seek(member.offset_data)
+                    return file.read(member.size).decode(), f"{files.root}: {member.name}"
     return None, ""
 
 
@@ -279,7 +283,7 @@ def checked_sources(
     num_classes: int | None,
     *,
     trust_zero: bool,
-    on_rank_zero: Callable[[Callable[[], T]], T] = lambda compute: compute(),
+    on_rank_zero: Callable[[Callable[[], Any]], Any] = lambda compute: compute(),
 ) -> tuple[dict[str, SegmentationSource], list[str]]:
     """The splits of a data set, with every label map checked, and the names of the classes.
 
