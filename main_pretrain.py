@@ -224,7 +224,10 @@ def main(argv: list[str] | None = None) -> None:
             cache_dir=args.cache_dir,
             on_rank_zero=distributed.from_rank_zero,
         )
-        if warning := distributed.from_rank_zero(lambda: check_value_range(source, args.value_range)):
+        warning = None
+        if args.data_path is not None:
+            warning = distributed.from_rank_zero(lambda: check_value_range(source, args.value_range))
+        if warning is not None:
             log.warning("%s", warning)
         sampler = EpochSampler(len(source), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
         args.steps_per_epoch = sampler.num_batches // args.accum_iter

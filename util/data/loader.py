@@ -126,7 +126,9 @@ def _sigterm_blocked() -> Iterator[None]:
 
 
 def _ignore_foreign_sigterm(worker: int) -> None:
-    """Worker init."""
+    """Worker init. Ctrl-C and a lost terminal reach all processes of a terminal, too."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if _CAN_WAIT:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a fork server may be older than the loader
         threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()

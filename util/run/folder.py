@@ -101,13 +101,11 @@ def run_folder(output_dir: str, experiment: str, script: str) -> Path:
     return path
 
 
-def events_folder(log_dir: str | None, name: str, run: Path) -> Path:
-    """Folder of a run's TensorBoard events: the run folder, or LOG_DIR/NAME as in the official code.
+def events_folder(log_dir: str, name: str, run: Path) -> Path:
+    """Folder of a run's TensorBoard events with --log_dir: LOG_DIR/NAME, as in the official code.
 
     Where a folder holds another run's events, NAME-2, NAME-3, ... is used instead, so that two runs never mix.
     """
-    if log_dir is None:
-        return run
     owner = str(run.resolve())
     for number in itertools.count(1):
         folder = Path(log_dir, name if number == 1 else f"{name}-{number}")

@@ -138,7 +138,9 @@ class Loop:
             timeout_minutes=options["dist_timeout"],
         )
         name = f"{options['model']}_{options['experiment'] or self.run.script}"
-        events = from_rank_zero(lambda: events_folder(options["log_dir"], name, folder))
+        events = folder
+        if options["log_dir"] is not None:
+            events = from_rank_zero(lambda: events_folder(options["log_dir"], name, folder))
         self.logger = RunLogger(
             folder if self.sampler.rank == 0 else None,
             events,
