@@ -148,7 +148,7 @@ def add_data_options(
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="stored values that become black and white, for images of more than 8 bits (default: the checkpoint's, or "
-        "0 65535 for integers and 0 1 for floats)",
+        "by image, from 0 to the first of 255, 65535 and 4294967295, for floats also 1, that no value exceeds)",
     )
     group.add_argument(
         "--max_image_pixels", type=COUNT, default=MAX_PIXELS, help="larger images are unreadable (decompression bombs)"
