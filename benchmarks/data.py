@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,10 +99,14 @@ def draw_photographs(folder: Path, count: int) -> Path:
 
 def pack(files: ImageFiles, folder: Path) -> dict[str, ImageFiles]:
     """The same images as files, in a tar, and in a .tar.gz with its cache."""
-    for name, mode in (("images.tar", "w"), ("images.tar.gz", "w:gz")):
-        with tarfile.open(folder / name, mode, **({"compresslevel": 1} if "gz" in mode else {})) as tar:
+    plain, packed = (
+        tarfile.open(folder / "images.tar", "w"),
+        tarfile.open(folder / "images.tar.gz", "w:gz", compresslevel=1),
+    )
+    for archive in (plain, packed):
+        with archive as tar:
             for index in range(len(files)):
-                tar.add(files.name(index), f"train/{os.fsdecode(files.names[index])}", recursive=False)
+                tar.add(files.path(index), f"train/{os.fsdecode(files.names[index])}", recursive=False)
     cache = str(folder / "cache")
     archives = {name: find_images(str(folder / name), "train", cache) for name in ("images.tar", "images.tar.gz")}
     return {"folder": files, "tar": archives["images.tar"], "tar.gz cache": archives["images.tar.gz"]}
@@ -118,6 +123,10 @@ def each(work: Callable[[int], object], count: int) -> Callable[[], int]:
     return run
 
 
+def _get(dataset: ImageDataset, index: int) -> object:
+    return dataset[0, index]
+
+
 def one_thread(sources: dict[str, ImageFiles], size: int, batch_size: int) -> dict[str, Callable[[], int]]:
     """Passes over the images in this process; the first is the official pipeline."""
     files = sources["folder"]
@@ -126,7 +135,7 @@ def one_thread(sources: dict[str, ImageFiles], size: int, batch_size: int) -> di
     passes = {"official: Pillow, torchvision, float32": each(lambda index: official[0, index], count)}
     for name, source in sources.items():
         dataset = ImageDataset(source, RandomCrop(size))
-        passes[f"this project, {name}"] = each(lambda index, dataset=dataset: dataset[0, index], count)
+        passes[f"this project, {name}"] = each(partial(_get, dataset), count)
     passes["this project, folder, without simplejpeg"] = each(lambda index: pillow[0, index], count)
     for name, source in sources.items():
         passes[f"only reading, {name}"] = each(source.read, count)
@@ -157,10 +166,10 @@ def through_loader(
     def run(loader: DataLoader) -> int:
         return sum(len(images.clone()) for images, *_ in loader)
 
-    passes = {}
+    passes: dict[str, Callable[[], int]] = {}
     for name, dataset in datasets.items():
         loader = build_loader(dataset, EpochSampler(len(dataset), batch_size), workers, pin_memory=False)
-        passes[name] = lambda loader=loader: run(loader)
+        passes[name] = partial(run, loader)
     return passes
 
 

@@ -21,8 +21,8 @@ from util.run.logger import setup_logging
 
 Row = dict[str, Any]
 
-# Column title: the metric of a run, None if it has none.
-METRICS: dict[str, Callable[[Row], float | None]] = {
+# Column title: the metric of a run; of RANKING, None if it has none.
+METRICS: dict[str, Callable[[Row], float]] = {
     "k-NN (20)": lambda row: row["knn"]["20"],
     "linear": lambda row: row["linear"],
     "fine-tuning": lambda row: row["finetune"],
@@ -150,7 +150,7 @@ def plot(budget: Row, runs: dict[str, list[Row]], path: Path) -> None:
             values = [of(row) for row in found]
             axis.plot([place] * len(values), values, "o", color=colors[name], alpha=0.7)
             axis.plot([place - 0.3, place + 0.3], [statistics.mean(values)] * 2, color=colors[name])
-        axis.set_title(f"{title}, top-1 in per cent", fontsize=10)
+        axis.set_title(f"{title}, top-1 in percent", fontsize=10)
         axis.set_xticks(range(len(runs)), list(runs), rotation=40, ha="right", fontsize=8)
         axis.grid(axis="y", alpha=0.25)
     for name, found in runs.items():

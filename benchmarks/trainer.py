@@ -105,12 +105,12 @@ class Trainer:
         self.images = torch.randint(256, shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.marks: list[tuple[str, Any]] = []  # (part that ends here, time)
         self.to_model_input = self._timed("data", self.to_model_input)
-        self.masks.draw = self._timed("mask", self.masks.draw)
-        self.amp.backward = self._timed("backward", self.amp.backward, before="forward")
-        self.amp.step = self._timed("optimizer", self.amp.step)
+        setattr(self.masks, "draw", self._timed("mask", self.masks.draw))  # noqa: B010 - for mypy
+        setattr(self.amp, "backward", self._timed("backward", self.amp.backward, before="forward"))  # noqa: B010
+        setattr(self.amp, "step", self._timed("optimizer", self.amp.step))  # noqa: B010
         if self.teacher is not None:
-            self.teacher.score = self._timed("teacher", self.teacher.score)
-            self.teacher.update = self._timed("EMA", self.teacher.update)
+            setattr(self.teacher, "score", self._timed("teacher", self.teacher.score))  # noqa: B010
+            setattr(self.teacher, "update", self._timed("EMA", self.teacher.update))  # noqa: B010
 
     def _timed(self, part: str, function: Callable, before: str = "rest") -> Callable:
         """The function, with its time booked under `part`, and the time since the previous mark under `before`."""

@@ -88,7 +88,7 @@ class StepSampler(EpochSampler):
         return super().of_step(number, step)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        current = order = None
+        current, order = -1, torch.empty(0, dtype=torch.long)
         for batch in range(self.first_batch, self.num_batches):
             total = self.epoch * self.num_batches + batch
             number, batch = divmod(total, self._pass_steps * self.accum_iter)

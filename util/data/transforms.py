@@ -40,7 +40,7 @@ class RandomCrop:
     def __call__(self, image: np.ndarray) -> Tensor:
         view = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last, not copied
         if self.one_draw:
-            top, left, height, width = one_draw_box(*image.shape[:2], self.scale)
+            top, left, height, width = one_draw_box(image.shape[0], image.shape[1], self.scale)
         else:
             top, left, height, width = RandomResizedCrop.get_params(view, self.scale, [3 / 4, 4 / 3])
         crop = view[:, :, top : top + height, left : left + width]

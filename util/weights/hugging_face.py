@@ -39,7 +39,8 @@ def from_hugging_face(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Te
     Raises:
         ValueError: a tensor with an unknown name.
     """
-    renamed, separate = {}, {}
+    renamed: dict[str, torch.Tensor] = {}
+    separate: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state_dict.items():
         bare = name.removeprefix("vit.")
         stem, _, kind = bare.rpartition(".")
@@ -77,7 +78,7 @@ def to_hugging_face(state_dict: dict[str, torch.Tensor], prefix: str = "vit.") -
         ValueError: a tensor that these models do not have.
     """
     parts, whole = ({ours: theirs for theirs, ours in names.items()} for names in (_BLOCK_PARTS, _WHOLE))
-    renamed = {}
+    renamed: dict[str, torch.Tensor] = {}
     for name, tensor in state_dict.items():
         stem, _, kind = name.rpartition(".")
         if match := _OUR_BLOCK.fullmatch(name):
