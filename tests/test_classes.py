@@ -1,0 +1,129 @@
+"""Labels are matched by class name between splits, checkpoints and data sets."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+from images import encode, members, picture, write_tree
+from timm.data import ImageNetInfo
+
+from util.data.classes import class_record, count_classes, imagenet_record, match_classes
+from util.data.files import ImageFiles
+from util.data.sources import ShapesSource, build_splits, find_images
+
+IMAGE = encode(picture())
+
+
+def splits(path):
+    return build_splits(str(path), (1, 1), None, lambda find: find())
+
+
+def source_of(classes, labels, numbered=False):
+    labels = np.array(labels)
+    return ImageFiles("/d", np.array([b"x"] * len(labels)), labels, classes, numbered=numbered)
+
+
+def tree(path, train, val, lists=()):
+    """SPLIT/CLASS/0.jpg, and for the splits in `lists` a list file with the labels of a dict."""
+    files = {f"{split}/{name}/0.jpg": IMAGE for split, names in (("train", train), ("val", val)) for name in names}
+    for split, labels in dict(lists).items():
+        files[f"{split}.txt"] = "".join(f"{name}/0.jpg {label}\n" for name, label in labels.items()).encode()
+    return write_tree(path, files)
+
+
+def test_a_subset_is_labelled_with_the_outputs_of_the_model():
+    record = class_record(source_of(["apple", "bread", "cheese"], [0, 1, 2]))
+    matched = match_classes(record, source_of(["bread", "cheese"], [0, 1, 1]))
+    assert matched.labels.tolist() == [1, 2, 2]
+    assert matched.classes == ["apple", "bread", "cheese"]
+    same = source_of(["apple", "bread", "cheese"], [0, 1, 2])
+    assert match_classes(record, same) is same
+
+
+def test_an_unknown_class_is_an_error_that_lists_the_names():
+    record = class_record(source_of(["apple", "bread"], [0, 1]))
+    with pytest.raises(
+        ValueError, match=r"1 of 2 classes are unknown to the model: 'brioche'. .* 2 classes: 'apple', 'br"
+    ):
+        match_classes(record, source_of(["apple", "brioche"], [0, 1]))
+    for twin in ("Apple ", "app\u200ble", "\uff41pple"):
+        with pytest.raises(ValueError, match="unknown to the model") as error:
+            match_classes(record, source_of([twin], [0]))
+        assert ascii(twin) in str(error.value)
+
+
+def test_unicode_forms_of_a_name_agree(tmp_path):
+    forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    train, val = splits(tree(tmp_path / "d", [forms[0], "dog"], [forms[1], "dog"]))
+    assert train.classes == val.classes
+    assert set(val.labels.tolist()) == {0, 1}
+    with pytest.raises(ValueError, match="two classes have the same name in different Unicode forms"):
+        find_images(str(write_tree(tmp_path / "e", {f"train/{form}/1.jpg": IMAGE for form in forms})), "train")
+
+
+def test_a_val_split_may_lack_classes_but_not_add_one(tmp_path):
+    train, val = splits(tree(tmp_path / "a", ["cat", "dog", "fox"], ["dog", "fox"]))
+    assert val.labels.tolist() == [1, 2]
+    assert count_classes(train, val, None) == 3
+    with pytest.raises(ValueError, match="1 of 2 classes are unknown to the train split: 'fox'"):
+        splits(tree(tmp_path / "b", ["cat"], ["cat", "fox"]))
+
+
+def test_folders_of_a_list_file_name_its_labels(tmp_path):
+    """Labels of train.txt in another order than the class folders of val."""
+    train, val = splits(tree(tmp_path / "d", ["2", "10"], ["2", "10"], {"train": {"2": 0, "10": 1}}))
+    assert train.classes == ["2", "10"]
+    assert [name.decode() for name in val.names] == ["10/0.jpg", "2/0.jpg"]
+    assert val.labels.tolist() == [1, 0]
+
+
+def test_list_files_that_number_their_folders_differently_are_matched_by_name(tmp_path):
+    lists = {"train": {"a": 0, "b": 1}, "val": {"a": 1, "b": 0}}
+    _, val = splits(tree(tmp_path / "d", ["a", "b"], ["a", "b"], lists))
+    assert dict(zip([name.decode()[0] for name in val.names], val.labels.tolist(), strict=True)) == {"a": 0, "b": 1}
+
+
+def test_numbers_and_folders_without_a_proof_are_an_error(tmp_path):
+    files = {**members(("val",)), "train/0.jpg": IMAGE, "train/1.jpg": IMAGE, "train.txt": b"0.jpg 0\n1.jpg 1\n"}
+    with pytest.raises(ValueError, match="the numbers of a list file, the images have class folders: labels cannot be"):
+        splits(write_tree(tmp_path / "d", files))
+    names, numbers = source_of(["a"], [0]), source_of([], [0], numbered=True)
+    for model, data in ((names, numbers), (numbers, names)):
+        with pytest.raises(ValueError, match="labels cannot be matched"):
+            match_classes(class_record(model), data)
+
+
+def test_numbers_match_numbers(tmp_path):
+    files = {f"{split}/{i}.jpg": IMAGE for split in ("train", "val") for i in range(2)}
+    files |= {"train.txt": b"0.jpg 0\n1.jpg 3\n", "val.txt": b"0.jpg 3\n1.jpg 3\n"}
+    train, val = splits(write_tree(tmp_path / "d", files))
+    assert (train.classes, val.labels.tolist(), count_classes(train, val, None)) == ([], [3, 3], 4)
+    named = source_of(["a", "", "", "b"], [0, 3], numbered=True)
+    assert match_classes(class_record(named), val) is val
+
+
+def test_labels_from_one_are_an_error_that_says_how_to_proceed():
+    train, val = (source_of([], [1, 2, 3], numbered=True) for _ in range(2))
+    for given in (None, 3):
+        with pytest.raises(ValueError, match="numbers from 1 to 3, expected from 0: subtract 1 .* --nb_classes 4"):
+            count_classes(train, val, given)
+    assert count_classes(train, val, 4) == 4
+    from_zero = source_of([], [0, 1, 2], numbered=True)
+    with pytest.raises(ValueError, match="val has label 3, but the training labels end at 2"):
+        count_classes(from_zero, val, None)
+
+
+def test_shapes_match_by_name_too():
+    shapes = ShapesSource("val", 20)
+    assert match_classes(class_record(shapes), shapes) is shapes
+    more = {"names": ["another", *shapes.classes], "numbered": False}
+    assert match_classes(more, shapes).labels.tolist() == [label + 1 for label in shapes.labels]
+    assert shapes.labels[0] == 0
+
+
+def test_imagenets_folders_name_the_outputs_of_a_foreign_classifier():
+    ids = ImageNetInfo("imagenet-1k").label_names()
+    subset = source_of([ids[7], ids[900]], [0, 1])
+    assert match_classes(imagenet_record(1000, subset), subset).labels.tolist() == [7, 900]
+    assert imagenet_record(10, subset) is None
+    assert imagenet_record(1000, source_of(["cat"], [0])) is None
