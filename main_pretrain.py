@@ -28,28 +28,12 @@ from util.run.checkpoint import Run
 from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
-from util.run.pretrain_options import PANELS, add_pretraining_options
+from util.run.pretrain_options import FIXED, PANELS, add_pretraining_options
 from util.schedules import ema_decay_at, slow_teacher
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained
 from visualize.panel import pick_panel_images, training_panel
 
 SCRIPT = "main_pretrain"
-
-# Options that must not change on resume: weights, target and schedule depend on them.
-FIXED = [
-    "model",
-    "input_size",
-    "patch_size",
-    "decoder_embed_dim",
-    "decoder_depth",
-    "decoder_num_heads",
-    "predictor_depth",
-    "learning_loss",
-    "vis_mask_ratio",
-    "target",
-    "epochs",
-    "global_batch",
-]
 
 
 def get_args_parser() -> options.OptionParser:

@@ -6,6 +6,22 @@ from util.run.options import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, OptionPa
 TARGETS = ["pixel", "norm_pixel", "ema", "dino", "clip"]
 PANELS = 20  # per run: enough to see masks move, about 40 MB of TensorBoard events at 224 pixels
 
+# Options that must not change on resume: weights, target and schedule depend on them.
+FIXED = [
+    "model",
+    "input_size",
+    "patch_size",
+    "decoder_embed_dim",
+    "decoder_depth",
+    "decoder_num_heads",
+    "predictor_depth",
+    "learning_loss",
+    "vis_mask_ratio",
+    "target",
+    "epochs",
+    "global_batch",
+]
+
 
 def add_pretraining_options(parser: OptionParser, models: list[str]) -> None:
     group = parser.add_argument_group("pictures")
