@@ -34,7 +34,6 @@ from util.run.logger import log
 from util.run.loop import Loop
 from util.run.splits import read_splits
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
-from util.weights.meta import defaults_of
 
 SCRIPT = "main_finetune"
 
@@ -120,7 +119,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         meta = read_meta(args.weights)
     recorded = meta.get("options", {}) if trained else {}  # of this classifier, not of its pre-training
     args.classes = recorded.get("classes")
-    resolve.fill_in(args, defaults_of(meta))
+    resolve.resolve_settings(args, meta)
     resolve.resolve_crop(args, recorded)
     if args.eval and meta.get("script") == SCRIPT:
         args.global_pool = meta["options"]["global_pool"]
@@ -206,8 +205,9 @@ def describe(args: argparse.Namespace, train: Source | None, val: Source) -> Non
     pooling = "mean of patch tokens" if args.global_pool else "class token"
     count = "no" if train is None else f"{len(train):,}"
     log.info("data      %s: %s training images, %s validation images", data, count, f"{len(val):,}")
-    log.info("model     %s, %d classes, %s", args.model, args.nb_classes, pooling)
-    log.info("image     %d pixels in patches of %d", args.input_size, args.patch_size)
+    origin = args.origins
+    log.info("model     %s (%s), %d classes, %s", args.model, origin["model"], args.nb_classes, pooling)
+    log.info("image     %d pixels (%s) in patches of %d", args.input_size, origin["input_size"], args.patch_size)
     resolve.describe(get_args_parser(), args)
 
 

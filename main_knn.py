@@ -29,7 +29,6 @@ from util.run import distributed, folder, options, resolve
 from util.run.amp import Amp
 from util.run.logger import log, track
 from util.weights.load import DECODERS, load_into, load_pretrained, read_meta
-from util.weights.meta import defaults_of
 from util.weights.read import read_file
 
 # Files of --dump_features, as DINO names them.
@@ -84,7 +83,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     if args.features == "pixels" and (args.load_features or args.compile):
         raise ValueError("--features pixels runs no encoder and reads images: omit --load_features and --compile")
     meta = read_meta(args.finetune) if args.finetune else {}
-    resolve.fill_in(args, defaults_of(meta))
+    resolve.resolve_settings(args, meta)
     resolve.resolve_crop(args, meta.get("options", {}) if meta.get("script") != "main_pretrain" else {})
     resolve.resolve_workers(args, world, 4)
     with torch.device("meta"):  # checks the sizes of the model at no cost

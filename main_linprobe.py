@@ -31,7 +31,6 @@ from util.run.logger import log
 from util.run.loop import Loop
 from util.run.splits import read_splits
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
-from util.weights.meta import defaults_of
 
 SCRIPT = "main_linprobe"
 
@@ -77,7 +76,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     args = copy.copy(args)
     resolve.resolve_which(args)
     meta = read_meta(args.finetune) if args.finetune else {}
-    resolve.fill_in(args, defaults_of(meta))
+    resolve.resolve_settings(args, meta)
     resolve.resolve_training(args, world, warmup_epochs=10, num_workers=10)
     if args.lr is None:
         args.blr = args.blr or [{"sgd": 1e-3, "lars": 0.1}[args.optimizer]]

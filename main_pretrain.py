@@ -53,6 +53,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     """
     args = copy.copy(args)
     resolve.resolve_training(args, world, warmup_epochs=40, num_workers=8)
+    args.origins = {name: "option" if getattr(args, name) else "default" for name in ("mean", "std", "value_range")}
     args.mean, args.std = args.mean or list(IMAGENET_MEAN), args.std or list(IMAGENET_STD)
     if args.data_path is not None and len(args.data_path) == 1:
         args.data_path = args.data_path[0]

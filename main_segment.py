@@ -32,7 +32,6 @@ from util.run.folder import LAST, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.weights.load import fingerprint, load_into, load_pretrained, read_meta
-from util.weights.meta import defaults_of
 from visualize.segmentation import Report
 
 SCRIPT = "main_segment"
@@ -117,7 +116,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     if own.get("script") == SCRIPT:
         resolve.fill_in(args, {name: own["options"][name] for name in (*FIXED, "stride", "short_side")})
     meta = own or (read_meta(args.weights) if args.weights else {})
-    resolve.fill_in(args, {"head": "upernet", "crop": 512, **defaults_of(meta)})
+    resolve.fill_in(args, {"head": "upernet", "crop": 512})
+    resolve.resolve_settings(args, meta)
     if args.eval and args.head in PROBES:
         raise ValueError(f"--head {args.head} is fitted at every start: omit --eval")
     resolve.fill_in(args, {"stride": args.crop * 2 // 3, "short_side": args.crop})

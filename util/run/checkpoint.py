@@ -197,7 +197,7 @@ class Run:
 
 
 # What the checkpoint's options hold that is no option: derived from the data and from torchrun.
-DERIVED = ("steps_per_epoch", "processes", "encoder", "initial", "classes")
+DERIVED = ("steps_per_epoch", "processes", "encoder", "initial", "classes", "origins")
 
 
 def check_resumable(

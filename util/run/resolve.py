@@ -9,6 +9,7 @@ import torch
 
 from util.run.distributed import World
 from util.run.options import OptionParser
+from util.weights.meta import defaults_of, settings_of
 
 log = logging.getLogger("hpm")
 
@@ -18,6 +19,19 @@ def fill_in(given: argparse.Namespace, defaults: dict[str, Any]) -> None:
     for name, value in defaults.items():
         if getattr(given, name) is None:
             setattr(given, name, value)
+
+
+def resolve_settings(given: argparse.Namespace, meta: dict[str, Any]) -> None:
+    """Model, sizes and image statistics that were not given, in place: from a checkpoint's metadata (`read_meta`), else
+    ViT-B at 224 pixels on ImageNet. `origins` then tells which: "option", "checkpoint" or "default"."""
+    found = settings_of(meta)
+    given.origins = {}
+    for name, value in {"value_range": None, **defaults_of(meta)}.items():
+        if getattr(given, name, None) is not None:
+            given.origins[name] = "option"
+            continue
+        given.origins[name] = "checkpoint" if found.get(name) is not None else "default"
+        setattr(given, name, value)
 
 
 def resolve_which(given: argparse.Namespace) -> None:
@@ -95,6 +109,12 @@ def describe(parser: OptionParser, given: argparse.Namespace) -> None:
         )
         lr = ", ".join(f"{lr:.3g}" for lr in (given.lr if isinstance(given.lr, list) else [given.lr]))
         log.info("schedule  lr %s, %g warm-up epochs, %d epochs in total", lr, given.warmup_epochs, given.epochs)
+    statistics = []
+    for name in ("mean", "std", "value_range"):
+        value = getattr(given, name)
+        text = "by image" if value is None else " ".join(f"{number:g}" for number in value)
+        statistics.append(f"{name} {text} ({given.origins[name]})")
+    log.info("pixels    %s", ", ".join(statistics))
     compiled = ", compiled" if given.compile else ""
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     log.info("compute   %s, %s%s, %s", given.device, given.precision, compiled, threads)
