@@ -53,6 +53,28 @@ def test_features_of_an_export_without_options(tmp_path, pretrained, name):
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
+def test_class_names_of_an_export(tmp_path, classifiers):
+    transformers = pytest.importorskip("transformers")
+    record = {"names": [f"class {number}" for number in range(9)] + [""], "numbered": False}
+    state = torch.load(classifiers["token"], weights_only=True)
+    state["options"]["classes"] = record
+    torch.save(state, tmp_path / "named.pth")
+    for name in ("timm", "safetensors", "hf_vit"):
+        assert read_meta(export(name, tmp_path / "named.pth", tmp_path))["options"]["classes"] == record
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf_vit")
+    assert (config.id2label[3], config.label2id["class 3"], config.id2label[9]) == ("class 3", 3, "LABEL_9")
+
+
+def test_crop_of_an_export(tmp_path, pretrained):
+    """The default is that of the evaluation; --crop_pct replaces it."""
+    run("export", "--checkpoint", pretrained, "--format", "timm", "--output", tmp_path / "a.safetensors")
+    assert read_meta(tmp_path / "a.safetensors")["options"]["crop_pct"] == 0.875
+    options = ["--crop_pct", 0.5, "--output", tmp_path / "b.safetensors"]
+    run("export", "--checkpoint", pretrained, "--format", "timm", *options)
+    assert read_meta(tmp_path / "b.safetensors")["options"]["crop_pct"] == 0.5
+    assert "crop_pct': 0.5" in (tmp_path / "b.safetensors.md").read_text()
+
+
 def test_decoder_settings_survive_an_export(tmp_path):
     """Heads of the decoder and normalised pixels do not show in the weights."""
     pytest.importorskip("transformers")
