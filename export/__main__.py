@@ -31,8 +31,6 @@ from util.run.logger import log, setup_logging
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 from util.weights.meta import defaults_of, settings_of
 
-CROP_PCT = 0.875  # of evaluation, if the checkpoint does not record it
-
 FORMATS = {form.name: form for form in (Timm, Safetensors, HfMae, HfVit, Detectron2, MMSeg, Onnx)}
 
 
@@ -47,6 +45,7 @@ def get_args_parser() -> options.OptionParser:
     parser.add_argument(
         "--input_size", type=options.COUNT, help="input resolution; position embeddings are resized if it differs"
     )
+    options.add_crop_option(parser)
     group = parser.add_argument_group("files that do not record how they were trained (official HPM, MAE, timm)")
     group.add_argument("--model", choices=list(models_vit.MODELS), help="size; default: by width and depth")
     group.add_argument("--mean", type=float, nargs=3, help="image mean of the training; default: ImageNet's")
@@ -130,7 +129,9 @@ def open_source(args: argparse.Namespace) -> Source:
 
     channels, patch = weights["patch_embed.proj.weight"].shape[1:3]
     own_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
-    size = args.input_size or own_size
+    args.input_size = size = args.input_size or own_size
+    recorded = args.meta.get("options", {}) if args.meta.get("script") != "main_pretrain" else {}
+    resolve.resolve_crop(args, recorded)
     has_decoder = "decoder_pred.weight" in weights
     if size != own_size and has_decoder and FORMATS[args.format].holds_decoder:
         raise ValueError(
@@ -154,7 +155,7 @@ def open_source(args: argparse.Namespace) -> Source:
         autoencoder=build_autoencoder(args, name, size, weights) if has_decoder else None,
         mean=list(args.mean),
         std=list(args.std),
-        crop_pct=args.meta.get("options", {}).get("crop_pct", CROP_PCT),
+        crop_pct=args.crop_pct,
         mask_ratio=args.mask_ratio,
     )
 

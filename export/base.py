@@ -50,6 +50,12 @@ class Source:
         return self.model.num_classes
 
     @property
+    def class_record(self) -> dict[str, Any] | None:
+        """Recorded names of the classes (util/data/classes.py); None without a head or a record."""
+        record = self.meta.get("options", {}).get("classes") or {}
+        return record if self.classes and len(record.get("names", [])) == self.classes else None
+
+    @property
     def mean_pooled(self) -> bool:
         return self.model.global_pool == "avg"
 
@@ -68,6 +74,8 @@ class Source:
             options["target"] = "norm_pixel" if self.autoencoder.norm_pix_loss else "pixel"
             options["mask_ratio"] = self.mask_ratio
             options["decoder_num_heads"] = self.autoencoder.decoder_blocks[0].attn.num_heads
+        if self.class_record:
+            options["classes"] = self.class_record
         image = {**self.meta.get("image", {}), "mean": self.mean, "std": self.std}
         return header_of(self.name, options, image)
 

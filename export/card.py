@@ -29,7 +29,7 @@ tags:
 ```
 
 {note}
-Images are RGB, normalised with mean {mean} and std {std}.
+{pixels}
 
 ## Check
 
@@ -53,6 +53,12 @@ def model_card(form: Format, name: str) -> str:
             f"The export was opened with {form.opens} and compared with the checkpoint's model on random images: the "
             f"largest difference is below {form.tolerance:g} of the largest value."
         )
+    pixels = (
+        f"Images are RGB, normalised with mean {source.mean} and std {source.std}. Evaluation takes the centre, "
+        f"{source.crop_pct:g} of the shorter side."
+    )
+    if value_range := source.meta.get("image", {}).get("value_range"):
+        pixels += f" Values of more than 8 bits are scaled from {value_range[0]:g}..{value_range[1]:g}."
     card = _TEMPLATE.format(
         library="transformers" if form.needs == ("transformers",) else form.name,
         tags="\n".join(f"- {tag}" for tag, applies in tags.items() if applies),
@@ -63,8 +69,7 @@ def model_card(form: Format, name: str) -> str:
         checkpoint=source.path.name,
         usage=form.usage(name),
         note=form.note(),
-        mean=source.mean,
-        std=source.std,
+        pixels=pixels,
         check=check,
     )
     kept = set(form.keeps())

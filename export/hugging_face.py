@@ -107,10 +107,15 @@ class HfVit(HuggingFace):
     def write(self, path: Path) -> None:
         from transformers import ViTConfig
 
-        classes = {"num_labels": self.source.classes} if self.source.classes else {}
-        prefix = "vit." if self.source.classes else ""
-        weights = to_hugging_face(self.source.model.state_dict(), prefix)
-        self.write_folder(path, ViTConfig(**self.sizes(), **classes), weights)
+        settings = self.sizes()
+        if self.source.classes:
+            settings["num_labels"] = self.source.classes
+        if record := self.source.class_record:
+            settings["id2label"] = {number: name or f"LABEL_{number}" for number, name in enumerate(record["names"])}
+            settings["label2id"] = {label: number for number, label in settings["id2label"].items()}
+            settings["classes"] = record  # for this project's scripts
+        weights = to_hugging_face(self.source.model.state_dict(), "vit." if self.source.classes else "")
+        self.write_folder(path, ViTConfig(**settings), weights)
 
     def check(self, path: Path, images: Tensor) -> Pairs:
         theirs = self.open_strictly(path)
@@ -120,6 +125,8 @@ class HfVit(HuggingFace):
         return compare_outputs(self.source, images, encoder(images).last_hidden_state, logits)
 
     def note(self) -> str:
+        if self.source.class_record:
+            return CROP_NOTE
         if self.source.classes:
             return f"{CROP_NOTE} The checkpoint has no class names; `config.json` numbers the classes."
         return f"{CROP_NOTE} Without `add_pooling_layer=False` the library adds a pooler with random weights."

@@ -15,7 +15,13 @@ TEXTS = [*DOCUMENTS, ROOT / "requirements.txt", *(ROOT / "scripts").glob("*.sh")
 
 # Official names and commands that the documents mention as such.
 FOREIGN_PATHS = {"scripts/pretrain_base.sh", "scripts/pretrain_large.sh"}
-FOREIGN_MODULES = {"torch.distributed.launch", "importtime"}
+FOREIGN_MODULES = {
+    "torch.distributed.launch",
+    "importtime",
+    "pip",
+    "tools/train.py",
+    "../../tools/lazyconfig_train_net.py",
+}
 
 
 def ids(paths):
@@ -52,8 +58,9 @@ def test_named_files_exist(path):
 def commands(path):
     """Every command line of a document, from its blocks and from inline code, as a list of words."""
     text = path.read_text()
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    shell = [block for language, block in blocks if language in ("", "bash")]
+    lines = [line for block in shell for line in block.replace("\\\n", " ").splitlines()]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     lines += re.findall(r"`((?:time )?(?:python|torchrun|bash) [^`]*)`", prose)
     for line in lines:

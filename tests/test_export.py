@@ -12,6 +12,7 @@ from exports import (
     classifier_of,
     classifiers,
     encoder_of,
+    evaluation_pixels,
     failed_check,
     from_card,
     images,
@@ -39,8 +40,10 @@ def test_timm(tmp_path, pretrained):
         ours = encoder_of(pretrained)
         with torch.no_grad():
             assert_equal(theirs.forward_features(images()), ours.forward_features(images()))
-            names = from_card(tmp_path / f"{path.name}.md", tmp_path, images=images())
-            assert_equal(names["output"], ours.forward_features(images()))
+            names = from_card(tmp_path / f"{path.name}.md", tmp_path, image=photograph())
+            assert_equal(names["output"], ours.forward_features(names["images"]))
+            one_level = 1.01 / 255 / min(STD)
+            assert_equal(names["images"], evaluation_pixels(photograph()), one_level)
 
 
 def test_safetensors_contains_every_tensor(tmp_path, pretrained):
@@ -127,7 +130,7 @@ def test_onnx(tmp_path, classifiers, monkeypatch):
         with torch.no_grad():
             theirs = session.run(["logits"], {"images": images(batch=batch).numpy()})[0]
             assert_equal(theirs, ours(images(batch=batch)), 1e-4)
-    names = from_card(tmp_path / "c.onnx.md", tmp_path, images=images().numpy())
+    names = from_card(tmp_path / "c.onnx.md", tmp_path, images=images())
     assert names["output"].shape == (3, 10)
 
 
@@ -162,7 +165,8 @@ def test_fine_tuned_models_in_timm(tmp_path, classifiers, pooling):
     with torch.no_grad():
         expected = classifier_of(source, pooling == "mean")(images())
         assert_equal(theirs(images()), expected)
-        assert_equal(from_card(tmp_path / "c.pth.md", tmp_path, images=images())["output"], expected)
+        names = from_card(tmp_path / "c.pth.md", tmp_path, image=photograph())
+        assert_equal(names["output"], classifier_of(source, pooling == "mean")(names["images"]))
     card = (tmp_path / "c.pth.md").read_text()
     assert f"| test_acc1 | {log_lines(source.parent)[-1]['test_acc1']:.5g} |" in card
     assert "library_name: timm" in card

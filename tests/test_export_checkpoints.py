@@ -14,6 +14,7 @@ from exports import (
     from_card,
     images,
     parse,
+    photograph,
     pretrained,
     rejected,
 )
@@ -48,8 +49,8 @@ def test_a_linear_probe_becomes_a_classifier(tmp_path, pretrained, classifiers, 
         path = tmp_path / f"{chosen}{len(more)}.pth"
         run("export", "--checkpoint", source, "--format", "timm", "--output", path, *more)
         with torch.no_grad():
-            output = from_card(tmp_path / f"{path.name}.md", tmp_path, images=images())["output"]
-            assert_equal(output, probe(images())[chosen - 1])
+            names = from_card(tmp_path / f"{path.name}.md", tmp_path, image=photograph())
+            assert_equal(names["output"], probe(names["images"])[chosen - 1])
     options = ["--checkpoint", source, "--format", "timm", "--output", tmp_path / "x.pth"]
     assert "has " + f"{heads} heads" in rejected(capsys, *options, "--head", 3)
     other = tmp_path / "other.pth"
@@ -72,8 +73,8 @@ def test_maes_own_probe(tmp_path):
     torch.save({"model": state}, tmp_path / "linprobe.pth")
     run("export", "--checkpoint", tmp_path / "linprobe.pth", "--format", "timm", "--output", tmp_path / "c.pth")
     with torch.no_grad():
-        output = from_card(tmp_path / "c.pth.md", tmp_path, images=images())["output"]
-        assert_equal(output, probe(images())[0])
+        names = from_card(tmp_path / "c.pth.md", tmp_path, image=photograph())
+        assert_equal(names["output"], probe(names["images"])[0])
 
 
 def test_probe_whose_encoder_is_missing(tmp_path, classifiers, capsys):
@@ -137,10 +138,11 @@ def test_another_size(tmp_path, pretrained, capsys):
     """Position embeddings are resized as for fine-tuning, but not the decoder's."""
     options = ["--checkpoint", pretrained, "--input_size", 24, "--format"]
     run("export", *options, "timm", "--output", tmp_path / "b.pth")
-    names = from_card(tmp_path / "b.pth.md", tmp_path, images=images(24))
+    names = from_card(tmp_path / "b.pth.md", tmp_path, image=photograph())
     ours = encoder_of(pretrained, img_size=24, patch_size=4)
     with torch.no_grad():
-        assert_equal(names["output"], ours.forward_features(images(24)))
+        assert_equal(names["output"], ours.forward_features(names["images"]))
+    assert names["images"].shape == (1, 3, 24, 24)
     assert "the decoder's position embeddings are for 16 pixels" in rejected(capsys, *options, "safetensors")
 
 

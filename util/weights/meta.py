@@ -64,6 +64,8 @@ def meta_of_folder(folder: Path) -> dict[str, Any]:
         options["target"] = "norm_pixel" if config.get("norm_pix_loss") else "pixel"
         options["decoder_num_heads"] = config.get("decoder_num_attention_heads", 16)
         options["mask_ratio"] = config.get("mask_ratio", 0.75)
+    if "classes" in config:
+        options["classes"] = config["classes"]
     image = {}
     if processor.get("do_normalize", True) and {"image_mean", "image_std"} <= processor.keys():
         image = {"mean": processor["image_mean"], "std": processor["image_std"]}

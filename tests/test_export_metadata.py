@@ -1,0 +1,155 @@
+"""Exports carry what is needed to use them: model, sizes, mean, std and crop, which this project reads back."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from exports import FILES, MEAN, STD, classifiers, evaluation_pixels, photograph, pretrained
+from PIL import Image
+from programs import PRETRAIN, run
+
+import models_vit
+from util.data.transforms import CenterCrop
+from util.weights.load import read_meta
+from util.weights.meta import MODEL_OF_WIDTH, defaults_of
+
+__all__ = ["classifiers", "pretrained"]  # fixtures
+
+READ_BACK = ("timm", "safetensors", "hf_vit", "hf_mae")
+
+
+def export(name, checkpoint, folder):
+    path = folder / f"{name}{FILES.get(name, '')}"
+    run("export", "--checkpoint", checkpoint, "--format", name, "--output", path)
+    return path
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_metadata_of_an_export(tmp_path, pretrained, name):
+    if name.startswith("hf"):
+        pytest.importorskip("transformers")
+    path = export(name, pretrained, tmp_path)
+    found = defaults_of(read_meta(path))
+    expected = {"model": "vit_micro_patch16", "input_size": 16, "patch_size": 4, "mean": MEAN, "std": STD}
+    assert expected.items() <= found.items()
+    assert int(16 / read_meta(path)["options"]["crop_pct"]) == CenterCrop(16).resize.size[0]
+    if name.startswith("hf"):
+        assert read_meta(path / "model.safetensors") == read_meta(path)
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_features_of_an_export_without_options(tmp_path, pretrained, name):
+    """k-NN on the export and on its checkpoint stores the same features."""
+    if name.startswith("hf"):
+        pytest.importorskip("transformers")
+    features = {}
+    for which, path in (("checkpoint", pretrained), ("export", export(name, pretrained, tmp_path))):
+        data = ["--shapes_train", 8, "--shapes_val", 8, "--nb_knn", 1, "--batch_size", 8, "--num_workers", 0]
+        run("main_knn", "--finetune", path, *data, "--dump_features", tmp_path / which)
+        files = sorted((tmp_path / which).glob("*"))
+        features[which] = [torch.load(file, weights_only=True) for file in files]
+    for ours, theirs in zip(features["checkpoint"], features["export"], strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_class_names_of_an_export(tmp_path, classifiers):
+    transformers = pytest.importorskip("transformers")
+    record = {"names": [f"class {number}" for number in range(9)] + [""], "numbered": False}
+    state = torch.load(classifiers["token"], weights_only=True)
+    state["options"]["classes"] = record
+    torch.save(state, tmp_path / "named.pth")
+    for name in ("timm", "safetensors", "hf_vit"):
+        assert read_meta(export(name, tmp_path / "named.pth", tmp_path))["options"]["classes"] == record
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf_vit")
+    assert (config.id2label[3], config.label2id["class 3"], config.id2label[9]) == ("class 3", 3, "LABEL_9")
+
+
+def test_crop_of_an_export(tmp_path, pretrained):
+    """The default is that of the evaluation; --crop_pct replaces it."""
+    run("export", "--checkpoint", pretrained, "--format", "timm", "--output", tmp_path / "a.safetensors")
+    assert read_meta(tmp_path / "a.safetensors")["options"]["crop_pct"] == 0.875
+    options = ["--crop_pct", 0.5, "--output", tmp_path / "b.safetensors"]
+    run("export", "--checkpoint", pretrained, "--format", "timm", *options)
+    assert read_meta(tmp_path / "b.safetensors")["options"]["crop_pct"] == 0.5
+    assert "crop_pct': 0.5" in (tmp_path / "b.safetensors.md").read_text()
+
+
+def test_decoder_settings_survive_an_export(tmp_path):
+    """Heads of the decoder and normalised pixels do not show in the weights."""
+    pytest.importorskip("transformers")
+    options = ["--max_steps", 1, "--decoder_num_heads", 8, "--norm_pix_loss", "--mask_ratio", 0.5]
+    run("main_pretrain", *PRETRAIN, *options, "--output_dir", tmp_path / "run")
+    for name in ("hf_mae", "safetensors"):
+        again = tmp_path / f"{name}-again"
+        path = export(name, tmp_path / "run/checkpoint-last.pth", tmp_path)
+        run("export", "--checkpoint", path, "--format", "hf_mae", "--output", again)
+        config = json.loads((again / "config.json").read_text())
+        assert (config["decoder_num_attention_heads"], config["norm_pix_loss"], config["mask_ratio"]) == (8, True, 0.5)
+
+
+def test_table_of_widths_is_that_of_the_models():
+    assert {sizes["embed_dim"]: name for name, sizes in models_vit.SIZES.items()} == MODEL_OF_WIDTH
+
+
+def test_foreign_folders_and_files(tmp_path):
+    assert read_meta(empty_folder(tmp_path / "empty")) == {}
+    folder = empty_folder(tmp_path / "resnet", {"model_type": "resnet", "hidden_size": 768})
+    assert read_meta(folder) == {}
+    config = {"model_type": "vit", "hidden_size": 768, "image_size": 384, "patch_size": 16}
+    folder = empty_folder(tmp_path / "vit", config, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 384})
+    found = read_meta(folder)
+    assert (found["model"], found["image"]) == ("vit_base_patch16", {"mean": [0.5] * 3, "std": [0.5] * 3})
+    assert found["options"] == {"input_size": 384, "patch_size": 16}
+    (tmp_path / "vit/config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"vit/config.json is not valid JSON"):
+        read_meta(folder)
+
+
+def empty_folder(path, config=None, processor=None):
+    path.mkdir()
+    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+        if content is not None:
+            (path / name).write_text(json.dumps(content))
+    return path
+
+
+def textured(height, width):
+    """A picture with detail at every scale, so that a shift by one pixel shows."""
+    noise = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    coarse = Image.fromarray(noise[::8, ::8].copy()).resize((width, height), Image.Resampling.BILINEAR)
+    return Image.fromarray((noise // 2 + np.asarray(coarse) // 2).astype(np.uint8))
+
+
+def test_image_processor_on_photographs_of_odd_size(tmp_path, pretrained):
+    """transformers gives the pixels of the evaluation, but for crops whose offset it rounds down by one pixel."""
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.AutoImageProcessor.from_pretrained(export("hf_vit", pretrained, tmp_path))
+    shifted = []
+    for width in range(31, 79, 3):
+        picture = textured(29, width)
+        theirs = processor(picture, return_tensors="pt")["pixel_values"]
+        left = (int(18 * width / 29) - 16) / 2  # the shorter side is resized to 18, the crop has 16 pixels
+        shifted.append(round(left) != int(left))
+        difference = float((theirs - evaluation_pixels(picture)).abs().max()) * 255 * min(STD)
+        assert (difference > 2) == shifted[-1], (width, difference)
+    assert any(shifted)
+    assert not all(shifted)
+
+
+def test_timm_transform_on_photographs_of_odd_size(tmp_path, pretrained):
+    """timm's own transform gives the pixels of the evaluation within one level."""
+    import timm
+
+    path = export("timm", pretrained, tmp_path)
+    names = {"image": photograph()}
+    code = path.with_name(f"{path.name}.md").read_text().split("```python\n")[1].split("```")[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        exec(code, names)
+    data = timm.data.resolve_data_config(model=names["model"])
+    assert (data["mean"], data["std"], data["crop_pct"]) == (tuple(MEAN), tuple(STD), 0.875)
+    for width in range(31, 79, 3):
+        picture = textured(29, width)
+        difference = (names["transform"](picture)[None] - evaluation_pixels(picture)).abs().max()
+        assert float(difference) * 255 * min(STD) <= 1.01, width
