@@ -13,7 +13,8 @@ from util.masking import STRATEGIES, MaskSampler
 from util.metrics import rank_accuracy
 from util.run.distributed import World
 from visualize import panel as panels
-from visualize.panel import mask_note, mask_titles, panel, reconstruct, reconstruct_and_score, training_panel
+from visualize.panel import mask_note, mask_titles, panel, training_panel
+from visualize.score import reconstruct, reconstruct_and_score
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SIDE, PATCH, GRID, EPOCHS = 24, 4, (6, 6), 10

@@ -43,7 +43,8 @@ def rank_scale(scores: np.ndarray) -> np.ndarray:
     return scores.argsort(kind="stable").argsort(kind="stable") / max(len(scores) - 1, 1)
 
 
-SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"author": author_scale, "rank": rank_scale}
+Scale = Callable[[np.ndarray], np.ndarray]
+SCALES: dict[str, Scale] = {"author": author_scale, "rank": rank_scale}
 
 
 def upsample(values: np.ndarray, grid: tuple[int, int], patch: int) -> np.ndarray:

@@ -1,10 +1,9 @@
 """Panels of a few images: predicted loss, masks, reconstruction and true error, from a checkpoint or during training.
 
-Shapes: B batch, C channels, H, W image, S crop, L patches, V visible, M masked, D prediction width, E encoder width.
+Shapes: B batch, N images, S side of the crop, H, W picture, L patches.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,11 @@ from models_hpm import MaskedAutoencoderViT
 from util.data.datasets import ImageDataset
 from util.data.sources import Source, build_source, compressed_archive
 from util.data.transforms import CenterCrop, ToModelInput
-from util.masking import MaskSampler, gather_tokens, split_mask
-from util.metrics import rank_accuracy
+from util.masking import MaskSampler
 from util.rng import generator
 from util.run.logger import log
-from visualize.draw import SCALES, Panel, draw_grid, heat_map, hide, to_image
-
-# Images (B, C, H, W) and the teacher's tokens (B, L, E; None without a teacher) -> feature targets (B, L, D).
-FeatureTarget = Callable[[Tensor, Tensor | None], Tensor | None]
+from visualize.draw import SCALES, Panel, Scale, draw_grid, heat_map, hide, to_image
+from visualize.score import FeatureTarget, reconstruct_and_score, teacher_outputs, untouched
 
 ATTEMPTS = 20  # unreadable images after which no more are tried
 
@@ -143,15 +139,8 @@ def panel(
     """
     device = next(model.parameters()).device
     imgs = ToModelInput(mean, std, device, flip=False)(images)
-    scores = tokens = None
-    unseen = masks.draw_hidden(len(imgs), generator(seed, 1))  # (B, L); None if the teacher sees the whole image
     with untouched(model, device, seed):
-        if teacher is not None and unseen is None:
-            scores, tokens = teacher.score_patches(imgs)  # (B, L), (B, L, E)
-        target = feature_target(imgs, tokens) if feature_target else None  # (B, L, D)
-        if teacher is not None and unseen is not None:
-            scores, _ = teacher.score_patches(imgs, unseen.to(device), masks.num_hidden, target)
-        scores = None if scores is None else scores.float().cpu()  # so that the masks do not depend on the device
+        scores, target = teacher_outputs(teacher, imgs, masks, feature_target, seed)  # (B, L), (B, L, D)
         mask_of = {e: masks.draw(scores, len(imgs), e, generator(seed)) for e in {epoch, *other_epochs}}  # (B, L)
         result = reconstruct_and_score(model, imgs, mask_of[epoch].to(device), target, patch_stats)
 
@@ -159,17 +148,16 @@ def panel(
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     grid, patch, to_scale = masks.grid_size, model.patch_embed.patch_size[0], SCALES[scale]
     columns = [("image", "", list(pixels))]
+    footer = f"reconstruction: {weights[1]}"
     if scores is not None:
-        maps = []
-        for x, s in zip(pixels, scores.numpy(), strict=True):
-            scored = ~np.isneginf(s)
-            values = np.zeros_like(s)
-            values[scored] = to_scale(s[scored])
-            maps.append(heat_map(x, values, grid, patch, shown=scored))
-        columns.append((*score_title(masks, teacher), maps))
+        title, note = score_title(masks, teacher)
+        values = scores.numpy()
+        columns.append((title, note, heat_maps(pixels, values, ~np.isneginf(values), to_scale, grid, patch)))
+        chosen = " and masks" if any(masks.num_hardest(e) for e in mask_of) else ""
+        footer = f"{title}{chosen}: {weights[0]}    {footer}"
     titles = mask_titles(masks, [epoch, *other_epochs])
     for e, title in titles.items():
-        hidden = [hide(x, mask, grid, patch) for x, mask in zip(pixels, mask_of[e].numpy(), strict=True)]
+        hidden = [hide(image, mask, grid, patch) for image, mask in zip(pixels, mask_of[e].numpy(), strict=True)]
         columns.append((title, mask_note(masks, e), hidden))
     note = f"from the {titles.get(epoch, 'mask')}"
     if "reconstruction" in found:
@@ -177,13 +165,8 @@ def panel(
         columns.append(("reconstruction", stats, [to_image(x, mean, std) for x in found["reconstruction"]]))
     if "errors" in found:
         title = "true error" if model.target_dim is None else "true error of features"
-        triples = zip(pixels, found["errors"], mask_of[epoch].numpy(), strict=True)
-        maps = [heat_map(x, masked_scale(to_scale, e, mask), grid, patch, shown=mask) for x, e, mask in triples]
-        columns.append((title, note, maps))
-    footer = f"reconstruction: {weights[1]}"
-    if scores is not None:
-        chosen = any(masks.num_hardest(e) for e in mask_of)
-        footer = f"predicted hardness{' and masks' if chosen else ''}: {weights[0]}    {footer}"
+        known = mask_of[epoch].numpy()
+        columns.append((title, note, heat_maps(pixels, found["errors"], known, standardised(to_scale), grid, patch)))
     metrics = [name for name in ("rank_acc", "loss_rec", "loss_learn") if name in found]
     return Panel(
         titles=[(title, note) for title, note, _ in columns],
@@ -191,68 +174,6 @@ def panel(
         captions=[(name, "    ".join(f"{m} {found[m][i]:.3f}" for m in metrics)) for i, name in enumerate(names)],
         footer=footer,
     )
-
-
-@contextmanager
-def untouched(model: MaskedAutoencoderViT, device: torch.device, seed: int) -> Iterator[None]:
-    """Use a model in eval mode, without gradients, with the RNG seeded by `seed`; then restore its mode and the RNG."""
-    training = model.training
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(training)
-
-
-def reconstruct_and_score(
-    model: MaskedAutoencoderViT, imgs: Tensor, mask: Tensor, target: Tensor | None = None, patch_stats: str = "image"
-) -> dict[str, Tensor]:
-    """Reconstruct images (B, C, H, W) under masks (B, L) and compute the losses of each image.
-
-    Returns:
-        `errors` (B, L), 0 for visible patches; `loss_rec` (B,); with a loss predictor `loss_learn` and `rank_acc` (B,);
-        for pixels `reconstruction` (B, C, H, W). Nothing for a model of features without its `target` (B, L, D).
-    """
-    if model.target_dim is not None and target is None:
-        return {}
-    # Not model(...): a compiled model would be recompiled for this batch size
-    out = model.forward(imgs, mask, target)
-    patch_loss = out["patch_loss"]  # (B, M)
-    result = {
-        "errors": torch.zeros(mask.shape, device=imgs.device).masked_scatter_(mask, patch_loss),
-        "loss_rec": patch_loss.mean(dim=1),
-    }
-    if model.learning_loss:
-        pairs = [(p[None], t[None]) for p, t in zip(out["loss_pred"], patch_loss, strict=True)]  # (1, M)
-        result["loss_learn"] = torch.stack([model.forward_learning_loss(*pair) for pair in pairs])
-        result["rank_acc"] = torch.stack([rank_accuracy(*pair) for pair in pairs])
-    if model.target_dim is None:
-        result["reconstruction"] = reconstruct(model, imgs, mask, out["pred"], patch_stats)
-    return result
-
-
-def reconstruct(
-    model: MaskedAutoencoderViT, imgs: Tensor, mask: Tensor, pred: Tensor, patch_stats: str = "image"
-) -> Tensor:
-    """Images (B, C, H, W) with predictions (B, M, D) in place of the masked patches (B, L); visible ones are unchanged.
-
-    Args:
-        patch_stats: of models of normalised pixels. "image" takes each patch's mean and variance from the image, which
-            reveals part of the answer; "none" uses the averages of mean and standard deviation over the visible ones.
-    """
-    patches = model.patchify(imgs.float())  # (B, L, D)
-    ids_visible, ids_masked = split_mask(mask, pred.shape[1])
-    pred = pred.float()
-    if model.norm_pix_loss:
-        known = gather_tokens(patches, ids_masked if patch_stats == "image" else ids_visible)
-        variance, mean = torch.var_mean(known, dim=-1, keepdim=True)  # (B, M or V, 1)
-        deviation = (variance + 1e-6).sqrt()
-        if patch_stats == "none":
-            mean, deviation = mean.mean(dim=1, keepdim=True), deviation.mean(dim=1, keepdim=True)
-        pred = pred * deviation + mean
-    return model.unpatchify(patches.scatter(1, ids_masked[:, :, None].expand_as(pred), pred))
 
 
 def score_title(masks: MaskSampler, teacher: MaskedAutoencoderViT | None) -> tuple[str, str]:
@@ -284,9 +205,18 @@ def mask_note(masks: MaskSampler, epoch: int) -> str:
     return f"{masks.num_masked} of {masks.num_patches}, {selected} of them the {kind}"
 
 
-def masked_scale(scale: Callable[[np.ndarray], np.ndarray], errors: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Errors (L,) of the masked patches -> 0 to 1, standardised first because their range is that of the data."""
-    known = errors[mask]
-    scaled = np.zeros_like(errors)
-    scaled[mask] = scale((known - known.mean()) / (known.std() + 1e-12))
-    return scaled
+def heat_maps(
+    pixels: np.ndarray, values: np.ndarray, known: np.ndarray, to_scale: Scale, grid: tuple[int, int], patch: int
+) -> list[np.ndarray]:
+    """Values (B, L) of the `known` patches (B, L) over the images, in colours relative to the image."""
+    maps = []
+    for image, value, shown in zip(pixels, values, known, strict=True):
+        scaled = np.zeros_like(value)
+        scaled[shown] = to_scale(value[shown])
+        maps.append(heat_map(image, scaled, grid, patch, shown))
+    return maps
+
+
+def standardised(to_scale: Scale) -> Scale:
+    """A scale for errors, whose range is that of the data."""
+    return lambda errors: to_scale((errors - errors.mean()) / (errors.std() + 1e-12))
