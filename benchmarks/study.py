@@ -31,6 +31,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
+import main_segment
 import models_hpm
 from benchmarks.ranking import rank_correlations, teacher_of
 from benchmarks.trainer import ALONE
@@ -70,6 +71,9 @@ BUDGET = [
     *["probe_epochs", "probe_blr", "finetune_epochs", "finetune_blr"],
 ]
 
+# Those of the segmentation; lines without it, and those written before there was one, have None.
+SEGMENT = ["segment_data", "segment_size", "segment_steps"]
+
 
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
@@ -91,6 +95,8 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument(
         "--std", type=options.POSITIVE, nargs=3, help="channel standard deviations (default: ImageNet's)"
     )
+
+    group.add_argument("--segment_path", help="as in main_segment.py: adds the mIoU of a linear head and of 10-NN")
 
     group = parser.add_argument_group("budget")
     known = list(models_hpm.MODELS)
@@ -124,6 +130,8 @@ def get_args_parser() -> options.OptionParser:
     )
     group.add_argument("--finetune_epochs", type=options.COUNT, default=5, help="epochs of fine-tuning")
     group.add_argument("--finetune_blr", type=options.POSITIVE, default=2e-3, help="base learning rate of fine-tuning")
+    group.add_argument("--segment_size", type=options.COUNT, default=128, help="image size of the segmentation")
+    group.add_argument("--segment_steps", type=options.COUNT, default=600, help="steps of its linear head")
     group.add_argument(
         "--rank_images", type=options.COUNT, default=256, help="validation images of the rank correlation"
     )
@@ -138,7 +146,9 @@ def get_args_parser() -> options.OptionParser:
 def key(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     """What identifies a run."""
     values = {**vars(args), "data": Path(args.data_path).name if args.data_path else "Shapes"}
-    return {"variant": variant, "seed": seed, **{name: values[name] for name in BUDGET}}
+    values["segment_data"] = Path(args.segment_path).name if args.segment_path else None
+    segment = {name: values[name] if args.segment_path else None for name in SEGMENT}
+    return {"variant": variant, "seed": seed, **{name: values[name] for name in BUDGET}, **segment}
 
 
 def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
@@ -191,7 +201,8 @@ def subset(data_path: str, counts: dict[str, int | None], folder: Path) -> str:
 
 def run_all(args: argparse.Namespace, argv: list[str]) -> int:
     """Do the runs that have no line yet, `args.jobs` at a time. Returns the exit status."""
-    done = [{name: row[name] for name in ("variant", "seed", *BUDGET)} for row in read_results(args.results)]
+    names = ("variant", "seed", *BUDGET, *SEGMENT)
+    done = [{name: row.get(name) for name in names} for row in read_results(args.results)]
     grid = itertools.product(args.seeds, args.variants)  # a seed of all variants before the next seed
     pending = [(variant, seed) for seed, variant in grid if key(args, variant, seed) not in done]
     log.info("%d runs to do, %d at a time", len(pending), args.jobs)
@@ -252,9 +263,10 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
     tune += ["--aa=", "--reprob", 0, "--drop_path", 0, "--layer_decay", 0.75]
     main_finetune.main([str(w) for w in [*trained, *weights, *tune, "--output_dir", folder / "finetune"]])
 
+    segmented = segment(args, folder, [*shared, "--seed", seed]) if args.segment_path else {}
     setup_logging(True)
     device = distributed.pick_device(args.device, ALONE)
-    row = key(args, variant, seed)
+    row = key(args, variant, seed) | segmented
     row["knn"] = {str(k): round(top1, 3) for k, (top1, _) in knn.items()}
     last = read_log(folder / "linprobe")[-1]
     row["linear"] = max(value for name, value in last.items() if name.startswith("test_acc1"))
@@ -274,6 +286,18 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
     row["torch"] = torch.__version__
     row["date"] = datetime.date.today().isoformat()
     return row
+
+
+def segment(args: argparse.Namespace, folder: Path, shared: list[Any]) -> dict[str, float]:
+    """mIoU in percent of a frozen linear head and of the 10 nearest patches, on the encoder of a run."""
+    size, steps = args.segment_size, args.segment_steps
+    path = folder / f"segment-{Path(args.segment_path).name.split('.')[0]}-{size}-{steps}"
+    given = [*shared, "--data_path", args.segment_path, "--finetune", folder / "pretrain" / LAST]
+    given += ["--crop", size, "--input_size", size]
+    linear = ["--head", "linear", "--steps", steps, "--eval_interval", steps]
+    main_segment.main([str(word) for word in [*given, *linear, "--output_dir", path]])
+    knn = main_segment.main([str(word) for word in [*given, "--head", "knn", "--output_dir", path]])
+    return {"segment_linear": read_log(path)[-1]["test_mIoU"], "segment_knn": knn["10-NN"]}
 
 
 def main(argv: list[str] | None = None) -> int:

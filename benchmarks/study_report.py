@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import table
-from benchmarks.study import BUDGET, VARIANTS, read_results
+from benchmarks.study import BUDGET, SEGMENT, VARIANTS, read_results
 from util.run import options
 from util.run.logger import setup_logging
 
@@ -26,6 +26,10 @@ METRICS: dict[str, Callable[[Row], float]] = {
     "k-NN (20)": lambda row: row["knn"]["20"],
     "linear": lambda row: row["linear"],
     "fine-tuning": lambda row: row["finetune"],
+}
+SEGMENTATION: dict[str, Callable[[Row], float | None]] = {
+    "mIoU, linear": lambda row: row.get("segment_linear"),
+    "mIoU, 10-NN": lambda row: row.get("segment_knn"),
 }
 RANKING: dict[str, Callable[[Row], float | None]] = {
     "loss_rec, last epoch": lambda row: row["loss_rec"][-1],
@@ -49,7 +53,7 @@ def by_budget(rows: Sequence[Row]) -> list[tuple[Row, dict[str, list[Row]]]]:
     """The runs of each data set and budget, by variant in the order of the grid."""
     groups: dict[str, tuple[Row, dict[str, list[Row]]]] = {}
     for row in rows:
-        budget = {name: row[name] for name in BUDGET}
+        budget = {name: row[name] for name in BUDGET} | {name: row.get(name) for name in SEGMENT}
         groups.setdefault(str(budget), (budget, defaultdict(list)))[1][row["variant"]].append(row)
     order = list(VARIANTS)
     return [(budget, dict(sorted(found.items(), key=lambda v: order.index(v[0])))) for budget, found in groups.values()]
@@ -109,19 +113,26 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
         f"{budget['epochs']} epochs",
         f"{some['device']}, PyTorch {some['torch']}, {budget['precision']}.",
     ]
+    columns = METRICS
+    if budget["segment_data"]:
+        columns = METRICS | SEGMENTATION
+        text.append(
+            f"mIoU: {budget['segment_data']}, {budget['segment_size']} pixels, a frozen linear head trained for "
+            f"{budget['segment_steps']} steps, and the 10 nearest patches; scored at original size."
+        )
     rows = []
     for name, found in runs.items():
         minutes = [row["seconds"] / 60 for row in found]
-        metrics = [spread([metric(row) for row in found]) for metric in METRICS.values()]
+        metrics = [spread([metric(row) for row in found]) for metric in columns.values()]
         epochs = str(len(found[0]["loss_rec"]))
         rows.append([name, str(len(found)), *metrics, spread(minutes, 1), f"{min(minutes):.1f}", epochs])
-    text.append(table(["variant", "seeds", *METRICS, "minutes of pre-training", "fastest", "epochs"], rows))
+    text.append(table(["variant", "seeds", *columns, "minutes of pre-training", "fastest", "epochs"], rows))
     text.append(limits([row for found in runs.values() for row in found]))
     compared = [
-        [f"{a} - {b}", *(differences(runs, a, b, metric) for metric in METRICS.values())] for a, b in pairs(runs)
+        [f"{a} - {b}", *(differences(runs, a, b, metric) for metric in columns.values())] for a, b in pairs(runs)
     ]
     if compared:
-        text.append(table(["difference, seed by seed", *METRICS], compared))
+        text.append(table(["difference, seed by seed", *columns], compared))
     ranked = {name: found for name, found in runs.items() if any(row["spearman"] for row in found)}
     if ranked:
         rows = [

@@ -122,3 +122,36 @@ def test_tables(tmp_path, capsys):
     assert "Standard error" not in first  # of how many images is not known
     assert "99.00 (one run)" in second
     assert "99.00" not in first
+
+
+def test_segmentation_is_a_budget_and_two_columns_of_its_own(tmp_path, capsys):
+    """Lines that were written before there was one count as lines without it."""
+    parse = study.get_args_parser().parse_args
+    without, with_it = parse([]), parse(["--segment_path", "x/msrc.tar"])
+    assert study.key(with_it, "mae_norm", 0)["segment_data"] == "msrc.tar"
+    old = {name: value for name, value in row("mae_norm", 0, 41.0).items() if not name.startswith("segment")}
+    assert {name: old.get(name) for name in study.key(without, "mae_norm", 0)} == study.key(without, "mae_norm", 0)
+    found = {"segment_linear": 30.5, "segment_knn": 23.25}
+    rows = [old, *(row("mae_norm", seed, 41.0) | study.key(with_it, "mae_norm", seed) | found for seed in (0, 1))]
+    (tmp_path / "study.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    study_report.main([str(tmp_path / "study.jsonl")])
+    first, second = capsys.readouterr().out.split("\n\n\n")
+    assert "mIoU" not in first
+    assert "30.50 ± 0.00 |  23.25 ± 0.00" in " ".join(second.split()).replace(" | ", " |  ")
+    assert "msrc.tar, 128 pixels, a frozen linear head trained for 600 steps" in second
+
+
+def test_segmentation_of_a_run(tmp_path, monkeypatch):
+    args = study.get_args_parser().parse_args(["--segment_path", "msrc.tar", "--segment_steps", "50"])
+    calls = []
+
+    def main(argv):
+        calls.append(dict(zip(argv[::2], argv[1::2], strict=True)))
+        return {"10-NN": 23.0} if "knn" in argv else {}
+
+    monkeypatch.setattr(study.main_segment, "main", main)
+    monkeypatch.setattr(study, "read_log", lambda path: [{"test_mIoU": 30.0}])
+    assert study.segment(args, tmp_path, ["--seed", 3]) == {"segment_linear": 30.0, "segment_knn": 23.0}
+    assert [call["--head"] for call in calls] == ["linear", "knn"]
+    assert all(call["--finetune"] == str(tmp_path / "pretrain/checkpoint-last.pth") for call in calls)
+    assert all(call["--input_size"] == call["--crop"] == "128" for call in calls)
