@@ -22,6 +22,7 @@ from engine_segment import evaluate, train_one_epoch
 from util import rng
 from util.data import segmentation
 from util.data.datasets import ImageDataset, Sample
+from util.data.files import ImageFiles
 from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCrop
 from util.data.loader import ShardSampler, StepSampler, build_loader
 from util.data.sources import build_source
@@ -208,6 +209,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
         files = build_source(args.data_path, None, cache_dir=args.cache_dir, on_rank_zero=distributed.from_rank_zero)
+        assert isinstance(files, ImageFiles)
         label_format = segmentation.LabelFormat(args.reduce_zero_label is not False, args.ignore_index)
         sources, names = segmentation.checked_sources(
             files,
@@ -287,6 +289,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return {args.head: scores.miou}
 
     # Optimizer, data, loop
+    assert run is not None
     student = distributed.wrap_ddp(model, device)
     groups = models_segment.parameter_groups(model, args.weight_decay, args.layer_decay, args.decay_positions)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)

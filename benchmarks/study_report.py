@@ -69,9 +69,9 @@ def spread(values: Sequence[float | None], digits: int = 2) -> str:
     return f"{statistics.mean(known):.{digits}f} ± {statistics.stdev(known):.{digits}f}"
 
 
-def differences(runs: dict[str, list[Row]], a: str, b: str, metric: Callable[[Row], float]) -> str:
+def differences(runs: dict[str, list[Row]], a: str, b: str, metric: Callable[[Row], float | None]) -> str:
     """a - b, seed by seed: mean and standard deviation of the differences, and how many are above zero."""
-    values = [{row["seed"]: metric(row) for row in runs[name]} for name in (a, b)]
+    values = [{row["seed"]: value for row in runs[name] if (value := metric(row)) is not None} for name in (a, b)]
     found = [values[0][seed] - values[1][seed] for seed in values[0].keys() & values[1].keys()]
     if len(found) < 2:
         return spread(found)
@@ -113,9 +113,9 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
         f"{budget['epochs']} epochs",
         f"{some['device']}, PyTorch {some['torch']}, {budget['precision']}.",
     ]
-    columns = METRICS
+    columns: dict[str, Callable[[Row], float | None]] = dict(METRICS)
     if budget["segment_data"]:
-        columns = METRICS | SEGMENTATION
+        columns |= SEGMENTATION
         text.append(
             f"mIoU: {budget['segment_data']}, {budget['segment_size']} pixels, a frozen linear head trained for "
             f"{budget['segment_steps']} steps, and the 10 nearest patches; scored at original size."

@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
+.venv/bin/mypy
 exec .venv/bin/python -m pytest -n "${JOBS:-2}" --dist loadgroup "$@"

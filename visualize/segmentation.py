@@ -106,7 +106,7 @@ def draw(
     for index in range(len(names)):
         shares = [100 * float(np.mean(classes[valid] == index)) for classes in (label, prediction)]
         if max(shares) >= 0.5:
-            shown.append((index, *shares))
+            shown.append((index, shares[0], shares[1]))
     columns, width = 3, 3 * size[0] + 4 * GAP
     rows = -(-len(shown) // columns)
     canvas = Image.new("RGB", (width, LINE + size[1] + 3 * GAP + rows * LINE), (255, 255, 255))

@@ -39,9 +39,7 @@ class ImageDataset(Dataset):
         UnreadableImage: an image is unreadable; with `replace`, so are all replacements tried.
     """
 
-    def __init__(
-        self, source: Source, transform: Callable[[np.ndarray], torch.Tensor], seed: int = 0, replace: bool = False
-    ) -> None:
+    def __init__(self, source: Source, transform: Callable[[Any], Any], seed: int = 0, replace: bool = False) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed

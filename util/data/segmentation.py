@@ -82,6 +82,10 @@ class SegmentationSource:
         """Images as such have no class."""
         return np.zeros(len(self), dtype=np.int64)
 
+    @property
+    def classes(self) -> list[str]:
+        return []
+
     def name(self, index: int) -> str:
         return self.files.name(self.images[index])
 

@@ -160,7 +160,7 @@ def find_images(
 
 def build_source(
     data_path: str | list[str] | None,
-    split: str,
+    split: str | None,
     *,
     labels_needed: bool = True,
     value_range: ValueRange | None = None,
@@ -183,7 +183,7 @@ def build_source(
     if value_range is not None and not value_range[0] < value_range[1]:
         raise ValueError(f"--value_range {value_range[0]:g} {value_range[1]:g}: LOW must be below HIGH")
     if data_path is None:
-        return ShapesSource(split, shapes_count)
+        return ShapesSource(split or "train", shapes_count)
     paths = [data_path] if isinstance(data_path, str) else data_path
     if labels_needed and len(paths) > 1:
         raise ValueError(f"--data_path: {len(paths)} paths were given, but labels can only come from one")

@@ -5,7 +5,7 @@ matches Pillow to 2 of 255 levels and is several times faster. Shapes: B batch, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ class AugmentedCrop:
 class ToModelInput:
     """On the device: (B, 3, S, S) uint8 -> normalised float32; `flip` flips each image with probability 0.5."""
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, flip: bool) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, flip: bool) -> None:
         self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
         self.device = device
