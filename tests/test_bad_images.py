@@ -117,7 +117,8 @@ def test_listed_once_counted_and_the_same_in_any_topology(tmp_path):
     for name, more in (("a", ["--num_workers", 0]), ("b", ["--num_workers", 2])):
         log = run("main_pretrain", *TRAIN, "--data_path", tree, "--output_dir", tmp_path / name, *more)
         listed = (tmp_path / name / "bad_images.txt").read_text().splitlines()
-        assert sorted(listed) == [str(tree / f"train/cat/{i}.jpg") for i in range(4)]
+        reasons = ["damaged", "damaged", "damaged", "over the pixel limit"]
+        assert listed == [f"{tree}/train/cat/{i}.jpg: {reason}" for i, reason in enumerate(reasons)]
         assert [line["bad_images"] for line in log_lines(tmp_path / name)] == [4, 4]
         assert "unreadable training images" in log
     assert_same_training(tmp_path / "a", tmp_path / "b")
@@ -140,19 +141,19 @@ def test_over_the_limit_and_strict(tmp_path):
 
 def test_ranks_share_one_list(tmp_path, monkeypatch):
     """Two ranks met different images: one list and one count, on both; what is already listed is not counted again."""
-    monkeypatch.setattr(watch, "gather", lambda mine: [mine, {7, 8}])
+    monkeypatch.setattr(watch, "gather", lambda mine: [mine, {7: 0, 8: 0}])
 
     def rank(met):
         source = SimpleNamespace(name=lambda index: f"/d/{index}.jpg")
         bare = Watch.__new__(Watch)
         bare.folder, bare.source, bare.max_bad_images, bare.unreadable = tmp_path, source, 2, met
         path = tmp_path / "bad_images.txt"
-        bare._met, bare._listed = set(), set(path.read_text().split() if path.exists() else [])
+        bare._met, bare._listed = set(), path.read_text().splitlines() if path.exists() else []
         return bare
 
     with pytest.raises(TooManyBadImages):
-        rank({3, 8}).check_images()
-    assert (tmp_path / "bad_images.txt").read_text() == "/d/3.jpg\n/d/7.jpg\n/d/8.jpg\n"
-    again = rank({3})
+        rank({3: 0, 8: 0}).check_images()
+    assert (tmp_path / "bad_images.txt").read_text() == "".join(f"/d/{i}.jpg: damaged\n" for i in (3, 7, 8))
+    again = rank({3: 0})
     again.check_images()
     assert len(again._listed) == 3

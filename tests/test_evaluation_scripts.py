@@ -41,8 +41,8 @@ def start(script, folder, pretrained, *more):
 
 def test_fine_tuning(tmp_path, pretrained):
     log = start("main_finetune", tmp_path / "run", pretrained)
-    assert "model     vit_micro_patch16, 10 classes, mean of patch tokens" in log
-    assert "image     16 pixels in patches of 4" in log
+    assert "model     vit_micro_patch16 (checkpoint), 10 classes, mean of patch tokens" in log
+    assert "image     16 pixels (checkpoint) in patches of 4" in log
     assert re.search(
         r"loaded +76 tensors\nunused +mask_token \(1\), .*norm \(2\).*\nnewly initialised +fc_norm \(2\), head \(2\)",
         log,
@@ -356,7 +356,7 @@ def test_pixels_as_a_baseline_and_fine_tuned_encoders(tmp_path, pretrained, caps
     """--features pixels needs no model; an encoder that was fine-tuned with global pooling needs --global_pool."""
     log = run("main_knn", *KNN, "--features", "pixels", "--input_size", 48)
     assert "features  pixels of the 48-pixel crop, averaged to at most 16 x 16" in log
-    assert float(accuracies(log)[0][1]) > 0
+    assert len(accuracies(log)) == 2
     start("main_finetune", tmp_path, pretrained, "--max_steps", 1)
     tuned = tmp_path / "checkpoint-last.pth"
     assert len(accuracies(run("main_knn", *KNN, "--finetune", tuned, "--global_pool"))) == 2
@@ -409,7 +409,7 @@ MISTAKES = [
     ("main_finetune", "--mixup 0.8 --batch_size 7", "--batch_size 7 is odd"),
     ("main_finetune", "--teacher --which student", "contradicts --which student"),
     ("main_finetune", "--eval", "name a checkpoint with --resume or --finetune"),
-    ("main_finetune", "--layer_decay 0", "expected a number > 0, got '0'"),
+    ("main_finetune", "--layer_decay 0", "expected a number > 0 and <= 1, got '0'"),
     ("main_linprobe", "--lr 1 --blr 1", "both set the learning rate"),
     ("main_linprobe", "--eval", "name the probe's checkpoint with --resume"),
     ("main_linprobe", "--blr 0", "expected a number > 0, got '0'"),

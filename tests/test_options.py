@@ -12,7 +12,7 @@ import main_linprobe
 import main_pretrain
 from export import __main__ as export
 from util import masking
-from util.run import checkpoint, distributed, loop, options
+from util.run import checkpoint, distributed, loop, options, splits
 from util.run import resolve as resolving
 from visualize import __main__ as visualize
 
@@ -56,7 +56,8 @@ def test_every_declared_option_is_read(script):
         read |= set(read_from_a_mapping(masking))
     if hasattr(script, "Loop"):
         read |= set(read_from_a_mapping(loop)) | set(read_from_a_mapping(checkpoint))
-    read |= {n.attr for n in ast.walk(ast.parse(Path(resolving.__file__).read_text())) if is_given(n)}
+    for module in (resolving, splits):
+        read |= {n.attr for n in ast.walk(ast.parse(Path(module.__file__).read_text())) if is_given(n)}
     declared = {action.dest for action in script.get_args_parser()._actions} - {"help"}
     ignored = set(script.get_args_parser().ignored)
     assert declared - read <= ignored

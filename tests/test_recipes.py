@@ -17,7 +17,9 @@ import models_vit
 from benchmarks.recipes import TRAIN_IMAGES, VAL_IMAGES, commands, compute, describe, resolve
 from models_teacher import KINDS
 
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if path.name not in ("_run.sh", "slurm.sh"))
+FILES = sorted(path for path in (ROOT / "recipes").glob("*.sh") if path.name not in ("_run.sh", "slurm.sh"))
+SEGMENTATION = [path for path in FILES if path.name.startswith("segment_")]
+RECIPES = [path for path in FILES if path not in SEGMENTATION]
 FIELDS = {"model", "batch", "lr", "published", "hardware", "compute", "notes"}
 OPTIONAL_FIELDS = {"same as", "definition"}
 TARGETS = {"hpm": "pixel", "mae": "norm_pixel", "pixel": "pixel", "normpix": "norm_pixel"}
@@ -43,6 +45,15 @@ def numbers(text):
 def resolved(path):
     """Script and options of every command of a recipe."""
     return [(script, resolve(script, words)) for script, *words in commands(path)]
+
+
+@pytest.mark.parametrize("path", SEGMENTATION, ids=lambda p: p.stem)
+def test_segmentation_recipe_resolves_to_its_header(path):
+    ((script, args),) = resolved(path)
+    stated = header(path)
+    assert script == "main_segment.py"
+    assert args.model == stated["model"]
+    assert [args.global_batch, args.lr] == [*numbers(stated["batch"]), *numbers(stated["lr"])]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
