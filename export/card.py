@@ -29,6 +29,7 @@ tags:
 ```
 
 {note}
+
 {pixels}
 
 ## Check
