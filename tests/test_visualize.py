@@ -29,12 +29,12 @@ def parts(options=""):
     return args, student, teacher
 
 
-def save(path, options="", script="main_pretrain", mean=(0.4, 0.5, 0.6)):
+def save(path, options="", script="main_pretrain", mean=(0.4, 0.5, 0.6), value_range=None):
     args, student, teacher = parts(options)
     content = {
         **{"format": "hpm", "version": 1, "script": script, "model": args.model, "epoch": 3, "step": 0},
         **{"state_dict": student.state_dict(), "options": vars(args), "extra": {}},
-        **{"image": {"mean": list(mean), "std": [0.2, 0.25, 0.3]}},
+        **{"image": {"mean": list(mean), "std": [0.2, 0.25, 0.3], "value_range": value_range}},
     }
     if args.learning_loss or args.target == "ema":
         content["ema_state_dict"] = teacher.state_dict()
@@ -187,6 +187,26 @@ def test_unreadable_images(hpm, drawn, tmp_path, capsys):
         assert f"error: {folder / '3.jpg'}: " in capsys.readouterr().err
 
 
+def test_value_range_and_pixel_limit(drawn, tmp_path, capsys):
+    """Of the run where it has one; 12-bit values would be nearly black otherwise."""
+    values = np.random.default_rng(0).integers(0, 4096, (16, 16), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "bits12.png")
+    images = ["--images", tmp_path / "bits12.png"]
+    brightest = {}
+    for saved in (None, [0, 4095]):
+        path = save(tmp_path / "run.pth", value_range=saved)
+        for given in ([], ["--value_range", 0, 2000]):
+            shown = run_and_get(drawn, tmp_path / "o.png", "--checkpoint", path, *images, *given)[1]["images"]
+            brightest[str(saved), len(given)] = shown.float().mean().item()
+    assert brightest["None", 0] < 10
+    assert 120 < brightest["[0, 4095]", 0] < 136
+    assert brightest["None", 3] == brightest["[0, 4095]", 3] > 180
+    for more, message in (("--max_image_pixels 255", "255"), ("--value_range 5 5", "LOW must be below HIGH")):
+        with pytest.raises(SystemExit):
+            run("visualize", "--checkpoint", path, *images, *more.split(), "--output", tmp_path / "o.png")
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -249,6 +269,17 @@ def test_official_checkpoints(drawn, tmp_path, kind):
     if kind == "official HPM":
         model, *_ = run_and_get(drawn, tmp_path / "o.png", *options, "--which", "ema")
         assert torch.equal(model.mask_token, teacher.mask_token)
+
+
+def test_a_hugging_face_folder(drawn, tmp_path):
+    """Model, sizes, target and mean come from its configuration."""
+    path = save(tmp_path / "run.pth", "--target norm_pixel --no-learning_loss --decoder_depth 2")
+    run("export", "--checkpoint", path, "--format", "hf_mae", "--output", tmp_path / "folder")
+    model, given, panel = run_and_get(drawn, tmp_path / "o.png", "--checkpoint", tmp_path / "folder")
+    weights = load_pretrained(path)
+    assert all(torch.equal(value, weights[name]) for name, value in model.named_parameters() if "pos_embed" not in name)
+    assert (model.norm_pix_loss, given["mean"]) == (True, [0.4, 0.5, 0.6])
+    assert titles(panel) == ["image", "mask", "reconstruction", "true error"]
 
 
 MISTAKES = {

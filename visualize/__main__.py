@@ -10,6 +10,7 @@ start and at the end of training, the reconstruction, and the true error. docs/v
 import argparse
 import copy
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +20,15 @@ from torch import Tensor
 
 from models_hpm import MODELS, MaskedAutoencoderViT, build_for
 from util.data import transforms
-from util.data.sources import ShapesSource, Source, find_images
+from util.data.decode import MAX_PIXELS
+from util.data.sources import SeveralFiles, ShapesSource, Source, find_images
 from util.masking import MaskSampler
 from util.pos_embed import interpolate_pos_embed
 from util.run import distributed, options
 from util.run.folder import write_atomic
 from util.run.logger import log, setup_logging
 from util.weights.load import load_into, load_pretrained, read_meta
+from util.weights.meta import classifier_name
 from visualize import draw
 from visualize.panel import PATCH_STATS, panel, read_crops
 
@@ -78,6 +81,16 @@ def get_args_parser() -> options.OptionParser:
     )
     group.add_argument("--cell", type=options.COUNT, default=draw.COLUMN, help="approximate width of an image")
     group.add_argument("--input_size", type=options.COUNT, help="input resolution (default: the run's, or 224)")
+    group.add_argument(
+        "--value_range",
+        type=options.number(float),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="as in training, for images of more than 8 bits (default: the run's, or by image)",
+    )
+    group.add_argument(
+        "--max_image_pixels", type=options.COUNT, default=MAX_PIXELS, help="larger images are unreadable"
+    )
     group.add_argument("--cache_dir", help="folder for decompressed .tar.gz archives (default: ~/.cache/hpm)")
     group = parser.add_argument_group("checkpoints without metadata (official HPM, MAE)")
     group.add_argument("--model", choices=list(MODELS), metavar="MODEL", help=f"default: {FOREIGN['model']}")
@@ -116,9 +129,12 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
         given = getattr(args, name)
         if name in trained and given not in (None, trained[name]):
             raise ValueError(f"--{name} {given} contradicts {args.checkpoint} ({trained[name]}): omit the option")
-    for name, value in {**FOREIGN, **trained, **image}.items():
+    model = {"model": f"mae_{classifier_name(meta['model'])}"} if meta else {}
+    for name, value in {**FOREIGN, **model, **trained, **image}.items():
         if getattr(args, name, "") is None:
             setattr(args, name, value)
+    if args.value_range and args.value_range[0] >= args.value_range[1]:
+        raise ValueError(f"--value_range {args.value_range[0]:g} {args.value_range[1]:g}: LOW must be below HIGH")
     args.trained, args.epochs_done = trained, meta.get("epoch")
     args.epoch = args.epochs - 1 if args.epoch is None else args.epoch
     if args.epoch >= args.epochs:
@@ -169,21 +185,22 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     Raises:
         ValueError: no such images, or a named file is unreadable.
     """
-    if args.images is None:
-        if args.split not in (None, "train", "val"):
-            raise ValueError(f"--split {args.split}: Shapes have train and val")
-        sources: list[Source] = [ShapesSource(args.split or "val")]
-    else:
+    source: Source = ShapesSource(args.split or "val")
+    named = False
+    if args.images is not None:
         try:
-            sources = [find_images(path, args.split, args.cache_dir) for path in args.images]
+            parts = [find_images(path, args.split, args.cache_dir, labels_needed=False) for path in args.images]
         except ValueError as error:
             raise ValueError(str(error).replace("--data_path", "--images")) from error
-    images = [(source, index) for source in sources for index in range(len(source))]
-    named = args.images is not None and len(images) == len(args.images)  # one per path: no folder or archive of several
-    count = args.num_images or (len(images) if named else 8)
-    if args.num_images or not named:
-        images = [images[place] for place in np.random.default_rng(args.seed).permutation(len(images))]
-    return read_crops(images, range(count), args.input_size, strict=named)
+        limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
+        source = SeveralFiles([replace(part, **limits) for part in parts])
+        named = len(source) == len(args.images)  # one per path: no folder or archive of several
+    elif args.split not in (None, "train", "val"):
+        raise ValueError(f"--split {args.split}: Shapes have train and val")
+    if named and args.num_images is None:
+        return read_crops(source, range(len(source)), range(len(source)), args.input_size, strict=True)
+    order = np.random.default_rng(args.seed).permutation(len(source)).tolist()
+    return read_crops(source, order, range(args.num_images or 8), args.input_size, strict=named)
 
 
 def draw_pictures(args: argparse.Namespace) -> list[Image.Image]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from util.run.checkpoint import DERIVED
 from util.run.folder import read_config, read_log
 
 # Title: names in log.jsonl; a run shows the first one it has. A linear probe has one accuracy per head: the best.
@@ -31,7 +32,7 @@ def compare_options(folders: dict[str, str]) -> str:
     """A table of the options in config.json that differ between the runs; empty if none do."""
     options = {run: read_config(folder).get("options", {}) for run, folder in folders.items()}
     rows = [["option", *folders]]
-    for name in sorted({name for given in options.values() for name in given} - {*PLACES}):
+    for name in sorted({name for given in options.values() for name in given} - {*PLACES, *DERIVED}):
         values = [str(given.get(name, "-")) for given in options.values()]
         if len(set(values)) > 1:
             rows.append([name, *values])

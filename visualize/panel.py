@@ -30,18 +30,18 @@ PATCH_STATS = {
 
 
 def pick_panel_images(
-    data_path: str | list[str] | None, train: Source, size: int, cache_dir: str | None = None
+    data_path: str | list[str] | None, train: Source, size: int, cache_dir: str | None = None, **settings: Any
 ) -> tuple[Tensor, list[str]] | None:
     """`pick_images` of the val split if there is one that can be read without decompressing another archive, else of
-    the training images; None if they are unreadable, because pictures must not stop the training."""
+    the training images; None if they are unreadable, because pictures must not stop the training. `settings` are those
+    of `build_source`."""
     try:
-        if isinstance(data_path, list):
-            raise ValueError("there are several --data_path")
-        if data_path is not None:
-            packed, present = (compressed_archive(Path(data_path), split) for split in ("val", "train"))
-            if packed not in (None, present):
+        for path in [data_path] if isinstance(data_path, str) else data_path or []:
+            packed = compressed_archive(Path(path), "val")
+            if packed not in (None, compressed_archive(Path(path), "train")):
                 raise ValueError(f"{packed} is compressed")
-        return pick_images(build_source(data_path, "val", cache_dir=cache_dir), size)
+        val = build_source(data_path, "val", labels_needed=False, cache_dir=cache_dir, **settings)
+        return pick_images(val, size)
     except (ValueError, OSError) as error:
         log.info("No usable val split for the panels, falling back to training images: %s", error)
     try:
@@ -54,28 +54,27 @@ def pick_panel_images(
 def pick_images(source: Source, size: int, count: int = 8) -> tuple[Tensor, list[str]]:
     """Centre crops (N, 3, S, S) uint8 of `count` images, evenly spaced over the source, and their names. Unreadable
     images are replaced as in `read_crops`."""
-    candidates = [(source, index) for index in range(len(source))]
-    return read_crops(candidates, [len(source) * i // count for i in range(count)], size)
+    return read_crops(source, range(len(source)), [len(source) * i // count for i in range(count)], size)
 
 
 def read_crops(
-    candidates: Sequence[tuple[Source, int]], starts: Iterable[int], size: int, strict: bool = False
+    source: Source, order: Sequence[int], starts: Iterable[int], size: int, strict: bool = False
 ) -> tuple[Tensor, list[str]]:
-    """Centre crops (N, 3, S, S) uint8 of the images at the positions `starts` of `candidates`, and their names. An
-    unreadable image is replaced by the next candidate, with a warning.
+    """Centre crops (N, 3, S, S) uint8 of the images at the positions `starts` of `order`, which holds indices, and
+    their names. An unreadable image is replaced by the next one in `order`, with a warning.
 
     Raises:
         ValueError: no image is readable; with `strict`, one is not.
     """
-    crop = CenterCrop(size)
+    dataset = ImageDataset(source, CenterCrop(size))
     images, names, unreadable, position = [], [], 0, 0
     for start in starts:
         position = max(position, start)
-        while position < len(candidates) and unreadable < ATTEMPTS:
-            source, index = candidates[position]
+        while position < len(order) and unreadable < ATTEMPTS:
+            index = int(order[position])
             position += 1
             try:
-                images.append(ImageDataset(source, crop)[index].image)
+                images.append(dataset[index].image)
                 names.append("/".join(Path(source.name(index)).parts[-2:]))
                 break
             except ValueError as error:
@@ -138,7 +137,7 @@ def panel(
         weights: names of `teacher` and `model`, for the line that says whose predictions are shown.
     """
     device = next(model.parameters()).device
-    imgs = ToModelInput(mean, std, device, flip=False)(images)
+    imgs = ToModelInput(tuple(mean), tuple(std), device, flip=False)(images)
     with untouched(model, device, seed):
         scores, target = teacher_outputs(teacher, imgs, masks, feature_target, seed)  # (B, L), (B, L, D)
         mask_of = {e: masks.draw(scores, len(imgs), e, generator(seed)) for e in {epoch, *other_epochs}}  # (B, L)
