@@ -66,7 +66,11 @@ def describe(script: str, args: argparse.Namespace) -> str:
     if script == "main_pretrain.py":
         predictor = "none" if not args.learning_loss else "relative" if args.relative else "absolute"
         masks = "block" if args.mask_block else "regular" if args.mask_regular else args.mask_strategy
+        if args.predictor_depth:
+            predictor += f" of {args.predictor_depth} blocks"
         text += f", target {args.target}, predictor {predictor}, masks {masks} {args.mask_ratio:g}"
+        if args.teacher_keep < 1:
+            text += f", teacher_keep {args.teacher_keep:g}, score_by {args.score_by}"
         text += f", clip_grad {args.clip_grad:g}"
     if script == "main_finetune.py":
         text += f", layer_decay {args.layer_decay:g}, drop_path {args.drop_path:g}"

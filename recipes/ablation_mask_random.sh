@@ -6,7 +6,7 @@
 # lr         1.2e-3, then 2e-3
 # published  82.49 top-1 (the paper's mask ablation, second-hand; epochs not stated, 200 inferred)
 # hardware   no published wall time
-# compute    1,281,167 images x 200 epochs x 67.9 GMAC = 17.4 EMAC; then 1,281,167 images x 100 epochs x 52.6 GMAC =
+# compute    1,281,167 images x 200 epochs x 45.0 GMAC = 11.5 EMAC; then 1,281,167 images x 100 epochs x 52.6 GMAC =
 #            6.74 EMAC
 # notes      That this row trains the predictor is inferred (MAE without a predictor has 82.2). Otherwise as in
 #            pretrain_hpm_base_200 and finetune_hpm_base_200.
