@@ -103,7 +103,7 @@ def _embed(features: Tensor, distance: str, query: bool) -> Tensor:
 
 
 def fit_logistic(
-    features: Tensor, labels: Tensor, num_classes: int, cost: float, start: Tensor | None = None, iterations: int = 300
+    features: Tensor, labels: Tensor, num_classes: int, cost: float, start: Tensor | None = None, iterations: int = 100
 ) -> Tensor:
     """Minimise cost x the sum of cross-entropies + |weights|^2 / 2 by L-BFGS; the bias is not penalised.
 
