@@ -66,7 +66,7 @@ class Report:
         line = f"mIoU {scores.miou:.2f}  pixel_accuracy {scores.pixel_accuracy:.2f}  ({self.protocol})"
         log.info("%s%s", title, line)
         if scores.absent:
-            absent = ", ".join(self.names[index] for index in scores.absent)
+            absent = ", ".join(self.names[index].split(",")[0] for index in scores.absent)
             log.warning("%d classes occur in no label and are left out of the mean: %s", len(scores.absent), absent)
         text = f"# {title}{line}\n{iou_table(scores, self.names)}"
 
