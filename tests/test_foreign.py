@@ -12,7 +12,7 @@ from torch import nn
 import models_hpm
 import models_vit
 from util.weights.hugging_face import from_hugging_face, is_hugging_face, to_hugging_face
-from util.weights.load import load_pretrained
+from util.weights.load import load_into, load_pretrained
 from util.weights.read import read_file
 
 
@@ -168,3 +168,58 @@ def test_files_written_by_transformers(tmp_path):
             output = theirs(images)
             expected = output.logits if "head.weight" in weights else output.last_hidden_state[:, 0]
             torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def tiny(**settings):
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}
+    return models_vit.VisionTransformer(**(sizes | {"num_classes": 3, "global_pool": False} | settings))
+
+
+PARTS = {
+    "model.": {},
+    "backbone.": {"decode_head.conv.weight": torch.ones(1)},
+    "module.encoder.": {"module.decoder.0.weight": torch.ones(1)},
+    "module.base_encoder.": {"module.momentum_encoder.patch_embed.proj.weight": torch.ones(1)},
+    "teacher": {"head.last_layer.weight": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("prefix", PARTS)
+def test_the_encoder_of_a_larger_model_is_found(tmp_path, prefix):
+    """Of Lightning, MMSegmentation, SimMIM, MoCo v3, and DINO's full checkpoint."""
+    model = tiny(num_classes=0)
+    inside = "backbone." if prefix == "teacher" else prefix
+    weights = {f"{inside}{name}": value for name, value in model.state_dict().items()} | PARTS[prefix]
+    content = {"state_dict": weights, "epoch": 3}
+    if prefix == "teacher":
+        content = {"student": {f"module.{k}": v * 0 for k, v in weights.items()}, "teacher": weights, "epoch": 3}
+    torch.save(content, tmp_path / "a.pth")
+    loaded = load_pretrained(tmp_path / "a.pth")
+    assert load_into(tiny(num_classes=0), loaded, allow_unexpected=()).unused == []
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+HINTS = {
+    "classifier on the class token": ({}, {"global_pool": True}, "so give --cls_token"),
+    "classifier on mean tokens": ({"global_pool": True}, {}, "so give --global_pool"),
+    "other number of classes": ({"num_classes": 7}, {}, r"head.weight is \(7, 16\).*: give --nb_classes 7"),
+    "other patch size": ({"img_size": 4, "patch_size": 2}, {}, "give --patch_size 2"),
+    "other width": ({"embed_dim": 32}, {}, "is this the right --model"),
+    "other depth": ({"depth": 2}, {}, "unexpected: blocks.1.*is this the right --model"),
+    "fewer blocks": ({}, {"depth": 2}, "is this the right --model"),
+}
+
+
+@pytest.mark.parametrize(("of_file", "of_model", "message"), HINTS.values(), ids=HINTS)
+def test_weights_that_do_not_fit_name_the_option_that_helps(of_file, of_model, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_into(tiny(**of_model), tiny(**of_file).state_dict())
+    assert ("--model" in str(error.value)) == ("--model" in message)
+
+
+def test_other_architectures_are_not_blamed_on_the_model_option():
+    weights = tiny().state_dict() | {"blocks.0.ls1.gamma": torch.ones(16)}
+    with pytest.raises(ValueError, match=r"unexpected: blocks.0.ls1.gamma\): they are of another architecture"):
+        load_into(tiny(), weights)
+    with pytest.raises(ValueError, match="distilled DeiT"):
+        load_into(tiny(), tiny().state_dict() | {"dist_token": torch.ones(1, 1, 16), "pos_embed": torch.ones(1, 6, 16)})

@@ -1,6 +1,7 @@
 """Loading weights of this and other projects into a model, with an account of every tensor."""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from util.pos_embed import interpolate_pos_embed
 from util.weights.hugging_face import from_hugging_face, is_hugging_face
-from util.weights.meta import meta_of_folder, meta_of_header
+from util.weights.meta import count_blocks, meta_of_folder, meta_of_header
 from util.weights.read import read_file, read_header, strip_wrappers
+
+log = logging.getLogger("hpm")
 
 FORMAT = "hpm"  # `format` of this project's checkpoints
 
@@ -22,8 +25,9 @@ DECODERS = ("decoder_", "mask_token", "vis_mask_token")
 def load_pretrained(path: str | Path, which: str = "student") -> dict[str, Tensor]:
     """All weights of a file, under MAE's names.
 
-    Reads checkpoints of this project and of official HPM, MAE's (pre-trained or fine-tuned), bare state dicts (timm),
-    .safetensors files and Hugging Face folders.
+    Reads checkpoints of this project and of official HPM, MAE's (pre-trained or fine-tuned), DINO's (the teacher), bare
+    state dicts (timm), .safetensors files and Hugging Face folders. Of a foreign file in which the encoder is a part of
+    a larger model (backbone., encoder., model., ...), the encoder.
 
     Args:
         which: "student", or "ema" for the EMA teacher of an HPM checkpoint.
@@ -37,16 +41,31 @@ def load_pretrained(path: str | Path, which: str = "student") -> dict[str, Tenso
             raise ValueError(f"{path} has no EMA teacher (ema_state_dict): load the student (--which student)")
         return strip_wrappers(content["ema_state_dict"])
     assert which == "student", which
-    for key in ("state_dict", "model"):  # HPM's files have both, and there `model` is a name
+    is_own = content.get("format") == FORMAT
+    for key in ("state_dict", "model", "teacher"):  # HPM's files have the first two, and there `model` is a name
         if isinstance(content.get(key), dict):
             content = content[key]
             break
     state_dict = strip_wrappers(content)
     if is_hugging_face(state_dict):
         state_dict = from_hugging_face(state_dict)
+    elif not is_own:
+        state_dict = _select_encoder(state_dict, path)
     if not state_dict:
         raise ValueError(f"{path} contains no weights; its keys are {', '.join(map(str, list(content)[:8]))}")
     return state_dict
+
+
+def _select_encoder(state_dict: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """The tensors of the first part with a patch embedding, if the model as such has none."""
+    marker = "patch_embed.proj.weight"
+    prefixes = [name.removesuffix(marker) for name in state_dict if name.endswith(marker)]
+    if not prefixes or "" in prefixes:
+        return state_dict
+    selected = {k.removeprefix(prefixes[0]): v for k, v in state_dict.items() if k.startswith(prefixes[0])}
+    others = [name for name in state_dict if not name.startswith(prefixes[0])]
+    log.info("%s: using the part %s; other parts: %s", path, prefixes[0].rstrip("."), summarize_names(others))
+    return selected
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
@@ -108,6 +127,8 @@ def load_into(
     allow_missing, allow_unexpected = tuple(allow_missing), tuple(allow_unexpected)
     state_dict = dict(state_dict)
     own = model.state_dict()
+    if "dist_token" in state_dict and "dist_token" not in own:
+        raise ValueError("the weights are of a distilled DeiT, whose distillation token this ViT lacks: use plain DeiT")
     sizes = [weights["pos_embed"].shape[-1] for weights in (state_dict, own) if "pos_embed" in weights]
     if len(sizes) == 2 and sizes[0] == sizes[1]:
         interpolate_pos_embed(model, state_dict)
@@ -125,13 +146,31 @@ def load_into(
     if unexpected:
         problems.append(f"unexpected: {_first_names(unexpected)}")
     if problems:
-        raise ValueError(f"the weights do not fit the model ({'; '.join(problems)}): is this the right --model?")
+        hint = _hint(state_dict, own, missing, mismatched)
+        raise ValueError(f"the weights do not fit the model ({'; '.join(problems)}): {hint}")
     model.load_state_dict(loaded, strict=False)
     return LoadReport(
         loaded=list(loaded),
         unused=[k for k in state_dict if k not in loaded],
         newly_initialised=[k for k in own if k not in loaded],
     )
+
+
+def _hint(weights: dict[str, Tensor], own: dict[str, Tensor], missing: list[str], mismatched: list[str]) -> str:
+    """What may help if these tensors of the model are missing in a file or have another shape there."""
+    same_width = "cls_token" in weights and "cls_token" in own and weights["cls_token"].shape == own["cls_token"].shape
+    if same_width and mismatched and mismatched[0].startswith("head."):
+        return f"give --nb_classes {len(weights[mismatched[0]])}"
+    if same_width and mismatched == ["patch_embed.proj.weight"]:
+        return f"give --patch_size {weights['patch_embed.proj.weight'].shape[-1]}"
+    parts = {name.split(".")[0] for name in missing}
+    if not mismatched and parts == {"norm"} and "fc_norm.weight" in weights:
+        return "they were fine-tuned with the mean of the patch tokens, so give --global_pool"
+    if not mismatched and parts == {"fc_norm"} and "norm.weight" in weights:
+        return "they belong to a classifier on the class token, so give --cls_token"
+    if mismatched or count_blocks(weights, "blocks") != count_blocks(own, "blocks"):
+        return "is this the right --model?"
+    return "they are of another architecture"
 
 
 def _first_names(names: list[str], most: int = 4) -> str:
