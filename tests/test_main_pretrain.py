@@ -1,11 +1,23 @@
 """The pre-training script as a whole."""
 
 import json
+import subprocess
 
 import pytest
 import torch
 from images import members, write_tar, write_tree
-from programs import PRETRAIN, assert_same_training, checkpoint, launch, log_lines, ranks, run, start_and_kill
+from programs import (
+    PRETRAIN,
+    ROOT,
+    assert_same_training,
+    checkpoint,
+    command,
+    launch,
+    log_lines,
+    ranks,
+    run,
+    start_and_kill,
+)
 
 import models_hpm
 from util.weights.load import load_into, load_pretrained, read_meta
@@ -335,3 +347,12 @@ def test_a_missing_data_path_stops_every_rank(tmp_path):
     assert done.stderr.count("nowhere does not exist: give a folder or a .tar archive of images") == 1
     assert 'main_pretrain.py", line' not in done.stderr  # torchrun's own traceback is not ours to stop
     assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path):
+    """As with `| head -1`."""
+    words = " ".join(map(str, command("main_pretrain", [*PRETRAIN, "--output_dir", tmp_path])))
+    done = subprocess.run(["bash", "-c", f"{words} | head -1"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr

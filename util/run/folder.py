@@ -172,9 +172,12 @@ class RunFolder:
                 ) from error
             log.warning("%s: this file system does not support locks (%s): start only one run in it", path, error)
             return
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{path} cannot be written to ({error.strerror}): free some space there") from error
 
     def close(self) -> None:
         """Release the lock. The file stays: removing it could let two runs in."""

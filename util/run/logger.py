@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -25,8 +26,12 @@ class _ThroughBar(logging.Handler):
     """Prints lines to standard output without breaking the progress bar on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has read enough: end quietly
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for what Python flushes at exit
+            raise SystemExit(0) from None
 
 
 def setup_logging(enabled: bool) -> None:
