@@ -111,9 +111,11 @@ class Pids:
         return os.getpid()
 
 
-def test_a_worker_ignores_sigterm_unless_the_training_process_sends_it():
-    """A scheduler's SIGTERM does not end it; its own process does, at once."""
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_a_worker_ignores_sigterm_unless_the_training_process_sends_it(start_method):
+    """A scheduler's SIGTERM does not end it; its own process does, at once. Python 3.14 uses a fork server."""
     loader = build_loader(Pids(), ShardSampler(100, 1), 1, False)
+    loader.multiprocessing_context = start_method
     batches = iter(loader)
     pid = next(batches).item()
     subprocess.run(["kill", "-TERM", str(pid)], check=True)
@@ -123,3 +125,24 @@ def test_a_worker_ignores_sigterm_unless_the_training_process_sends_it():
     worker.terminate()
     worker.join(timeout=20)
     assert worker.exitcode == 0
+
+
+class Fails(Pids):
+    def __init__(self, message):
+        self.message = message
+
+    def __getitem__(self, key):
+        raise RuntimeError(self.message)
+
+
+def test_too_little_shared_memory_names_the_options_that_help():
+    def load(message, num_workers=1):
+        list(build_loader(Fails(message), ShardSampler(100, 1), num_workers, False))
+
+    for message in ("unable to write to file </torch_1>: No space left on device (28)", "killed by signal: Bus error."):
+        with pytest.raises(RuntimeError, match=r"out of shared memory .*--shm-size=8g.*--num_workers \(now 1;"):
+            load(message)
+        with pytest.raises(RuntimeError, match=message[:9]):
+            load(message, num_workers=0)
+    with pytest.raises(RuntimeError, match="something else"):
+        load("something else")

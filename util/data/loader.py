@@ -112,11 +112,11 @@ _CAN_WAIT = hasattr(signal, "sigwaitinfo")  # not on macOS
 
 
 @contextmanager
-def _sigterm_blocked() -> Iterator[None]:
+def _sigterm_blocked(start_method: str) -> Iterator[None]:
     if not _CAN_WAIT:
         yield
         return
-    if multiprocessing.get_start_method() != "fork":
+    if start_method != "fork":
         resource_tracker.ensure_running()  # it would unblock the signal if it started below
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -149,7 +149,7 @@ class _Loader(DataLoader):
     """A DataLoader whose workers ignore foreign signals, and that says what helps if /dev/shm is too small."""
 
     def __iter__(self) -> Iterator:
-        with _sigterm_blocked():
+        with _sigterm_blocked((self.multiprocessing_context or multiprocessing).get_start_method()):
             batches = super().__iter__()
         try:
             yield from batches
