@@ -3,8 +3,9 @@
     python -m benchmarks.recipes recipes/pretrain_hpm_base_200.sh recipes/finetune_hpm_base_200.sh
 
 One row for each script of a recipe: its most important options as the script resolves them on eight GPUs, and images x
-epochs x multiply-accumulates of the matrix products. Training counts the forward and backward pass, a linear probe and
-k-NN the forward pass. Evaluation during training is not counted. 1 GMAC is 1e9 multiply-accumulates, 1 EMAC 1e18.
+epochs x multiply-accumulates of the matrix products and convolutions. Training counts the forward and backward pass, a
+linear probe and k-NN the forward pass. Evaluation during training is not counted. 1 GMAC is 1e9 multiply-accumulates,
+1 EMAC 1e18.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import main_finetune
 import main_knn
+import main_segment
 import models_teacher
 from benchmarks.trainer import step_flops
 from util.run import options
@@ -62,6 +64,9 @@ def describe(script: str, args: argparse.Namespace) -> str:
     if script == "main_knn.py":
         return f"{args.model}, k {', '.join(map(str, args.nb_knn))}, T {args.temperature:g}"
     lr = args.lr[0] if isinstance(args.lr, list) else args.lr
+    if script == "main_segment.py":
+        text = f"{args.head}, {args.model}, {args.steps} steps, batch {args.global_batch}, lr {lr:g}, crop {args.crop}"
+        return f"{text}, layer_decay {args.layer_decay:g}, drop_path {args.drop_path:g}"
     text = f"{args.model}, {args.epochs} epochs, batch {args.global_batch}, lr {lr:g}"
     if script == "main_pretrain.py":
         predictor = "none" if not args.learning_loss else "relative" if args.relative else "absolute"
@@ -83,7 +88,7 @@ def macs_per_image(script: str, args: argparse.Namespace) -> float:
     """Multiply-accumulates of the matrix products for one image: forward and backward pass, or the forward pass alone
     where the encoder is frozen. Counted by PyTorch from shapes."""
     if script == "main_pretrain.py":
-        flops = step_flops(args, 1)
+        flops: float = step_flops(args, 1)
         if args.target in models_teacher.KINDS:
             with torch.device("meta"):
                 network = timm.create_model(models_teacher.KINDS[args.target].timm_name, pretrained=False)
@@ -91,23 +96,26 @@ def macs_per_image(script: str, args: argparse.Namespace) -> float:
     elif script == "main_finetune.py":
         with torch.device("meta"):
             flops = _count(main_finetune.build_model(args, num_classes=1000), train=True)
+    elif script == "main_segment.py":
+        args = argparse.Namespace(**{**vars(args), "nb_classes": 150})  # of ADE20K
+        flops = _count(main_segment.build_model(args, torch.device("meta")), train=True, size=args.crop)
     else:
         with torch.device("meta"):
             flops = _count(main_knn.build_encoder(args), train=False)
     return flops / 2
 
 
-def _count(model: nn.Module, train: bool) -> int:
-    """Floating-point operations of a model on the meta device for one image of 224 pixels. The fused attention is left
-    out, since its backward pass recomputes a product."""
+def _count(model: nn.Module, train: bool, size: int = 224) -> float:
+    """Floating-point operations of a model on the meta device for one image. The fused attention is left out, since its
+    backward pass recomputes a product."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
-        output = model(torch.empty(1, 3, 224, 224, device="meta"))
+        outputs = model(torch.empty(2, 3, size, size, device="meta"))  # batch norm needs more than one value
         if train:
-            output.sum().backward()
-    return counter.get_total_flops()
+            sum(output.sum() for output in (outputs if isinstance(outputs, tuple) else [outputs])).backward()
+    return counter.get_total_flops() / 2
 
 
 def compute(script: str, args: argparse.Namespace) -> str:
@@ -116,6 +124,9 @@ def compute(script: str, args: argparse.Namespace) -> str:
     if script == "main_knn.py":
         images = TRAIN_IMAGES + VAL_IMAGES
         return f"{images:,} images x {macs / 1e9:.1f} GMAC = {images * macs / 1e18:.3g} EMAC"
+    if script == "main_segment.py":
+        total = args.steps * args.global_batch * macs / 1e18
+        return f"{args.steps:,} steps x {args.global_batch} images x {macs / 1e9:.1f} GMAC = {total:.3g} EMAC"
     total = TRAIN_IMAGES * args.epochs * macs / 1e18
     return f"{TRAIN_IMAGES:,} images x {args.epochs} epochs x {macs / 1e9:.1f} GMAC = {total:.3g} EMAC"
 

@@ -1,6 +1,7 @@
 """Recipes: every command resolves to what its header states, and some are run for two steps."""
 
 import functools
+import math
 import os
 import re
 import subprocess
@@ -77,13 +78,17 @@ def test_recipe_resolves_to_its_header(path):
 
 def check_arithmetic(script, args, stated):
     """images x epochs x GMAC = EMAC; the GMAC themselves are counted below and in tests/stress."""
-    images, *epochs, gmacs, emacs = numbers(stated)
-    expected = (TRAIN_IMAGES, [args.epochs]) if script != "main_knn.py" else (TRAIN_IMAGES + VAL_IMAGES, [])
-    assert (images, epochs) == expected
-    assert emacs == pytest.approx(images * (epochs or [1])[0] * gmacs / 1e9, rel=0.01)
+    *factors, gmacs, emacs = numbers(stated)
+    expected = [TRAIN_IMAGES, getattr(args, "epochs", None)]
+    if script == "main_knn.py":
+        expected = [TRAIN_IMAGES + VAL_IMAGES]
+    if script == "main_segment.py":
+        expected = [args.steps, args.global_batch]
+    assert factors == expected
+    assert emacs == pytest.approx(math.prod(factors) * gmacs / 1e9, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["pretrain_hpm_base_200", "finetune_hpm_base_200", "knn_hpm_base"])
+@pytest.mark.parametrize("name", ["pretrain_hpm_base_200", "finetune_hpm_base_200", "segment_hpm_base_200"])
 def test_multiply_accumulates(name):
     check_compute(ROOT / f"recipes/{name}.sh")
 
@@ -148,7 +153,7 @@ def test_the_tables_list_every_recipe():
         path = ROOT / f"recipes/{name}.sh"
         ((script, args),) = resolved(path)
         assert f"| {path.name} | {describe(script, args)} | {header(path)['compute']} |" in text
-    official = re.findall(r"`((?:pretrain|finetune)_\w+)`", text.split("## Official")[1].split("resolve to")[0])
+    official = re.findall(r"`((?:pretrain|finetune|segment)_\w+)`", text.split("## Official")[1].split("resolve to")[0])
     assert all((ROOT / f"recipes/{name}.sh").exists() for name in official)
 
 

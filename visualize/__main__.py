@@ -212,6 +212,7 @@ def draw_pictures(args: argparse.Namespace) -> list[Image.Image]:
         settings |= {"mask_strategy": "random", "teacher_keep": 1.0}
     masks = MaskSampler.from_options(settings, model.patch_embed.grid_size)
     images, names = load_images(args)
+    has_features = args.target == "ema" and args.trained and weights[0] == "EMA teacher"
     drawn = panel(
         model,
         teacher,
@@ -223,7 +224,7 @@ def draw_pictures(args: argparse.Namespace) -> list[Image.Image]:
         epoch=args.epoch,
         other_epochs=[0, args.epochs - 1],
         seed=args.seed,
-        feature_target=(lambda imgs, tokens: tokens) if args.target == "ema" and args.trained else None,
+        feature_target=(lambda imgs, tokens: tokens) if has_features else None,
         patch_stats=args.patch_stats,
         scale=args.scale,
         weights=weights,

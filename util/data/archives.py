@@ -35,7 +35,7 @@ def list_archive(path: Path) -> Listing:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
                 if time.monotonic() - logged > 10:
                     logged = time.monotonic()
-                    log.info("listing %s: %s files", path, f"{number:,}")
+                    log.info("listing %s: %s files", printable(str(path)), f"{number:,}")
                 name = str(PurePosixPath(member.name))
                 if listing.images.pop(name, None):
                     listing.skipped["earlier versions of a file"] += 1
@@ -95,7 +95,7 @@ def decompressed(path: Path, cache_dir: str | None) -> Path:
     with open(target.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            log.info("decompressing %s into %s (once)", path, target)
+            log.info("decompressing %s into %s (once)", printable(str(path)), printable(str(target)))
             partial = target.with_suffix(".partial")
             try:
                 with gzip.open(path) as packed, open(partial, "wb") as plain:
