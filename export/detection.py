@@ -110,6 +110,7 @@ class Detectron2(Backbone):
         return f"""# projects/ViTDet/configs/COCO/hpm.py in a clone of Detectron2
 from functools import partial
 from .mask_rcnn_vitdet_{base} import dataloader, get_vit_lr_decay_rate, lr_multiplier, model, optimizer, train
+
 train.init_checkpoint = "{path}"
 model.backbone.net.embed_dim = {source.model.embed_dim}
 model.backbone.net.depth = {self.depth}

@@ -185,6 +185,8 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     Raises:
         ValueError: no such images, or a named file is unreadable.
     """
+    if args.images is None and args.split not in (None, "train", "val"):
+        raise ValueError(f"--split {args.split}: Shapes have train and val")
     source: Source = ShapesSource(args.split or "val")
     named = False
     if args.images is not None:
@@ -195,8 +197,6 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
         limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
         source = SeveralFiles([replace(part, **limits) for part in parts])
         named = len(source) == len(args.images)  # one per path: no folder or archive of several
-    elif args.split not in (None, "train", "val"):
-        raise ValueError(f"--split {args.split}: Shapes have train and val")
     if named and args.num_images is None:
         return read_crops(source, range(len(source)), range(len(source)), args.input_size, strict=True)
     order = np.random.default_rng(args.seed).permutation(len(source)).tolist()
