@@ -2,26 +2,27 @@
 
 Other commands run elsewhere: benchmarks in test_benchmarks.py and test_study.py, recipes and benchmarks.recipes
 in test_recipes.py, SLURM and util.run.status in test_slurm.py, exports and pictures in test_export.py and
-test_visualize.py, tests/stress by hand.
+test_visualize.py, the evaluation of a segmentation run in test_segment_program.py, tests/stress by hand.
 """
 
 import pytest
 import torch
 from images import members, write_tree
 from programs import ROOT, log_lines, run
+from segment_data import ade_files
 from test_documents import DOCUMENTS, commands, program
 
 import models_vit
 
 OWN = [path for path in DOCUMENTS if path.name not in ("export.md", "visualize.md")]
-SCRIPTS = ("main_pretrain", "main_finetune", "main_linprobe", "main_knn")
+SCRIPTS = ("main_pretrain", "main_finetune", "main_linprobe", "main_knn", "main_segment")
 COMMANDS = [
     (path, script.removesuffix(".py"), options)
     for path in OWN
     for words in commands(path)
     if words[0] in ("python", "torchrun")
     for script, options, _ in [program(words)]
-    if script.removesuffix(".py") in SCRIPTS
+    if script.removesuffix(".py") in SCRIPTS and not (script == "main_segment.py" and "--eval" in options)
 ]
 
 # Options added at the end of a command, which override its own: a micro model, two images a step, one step.
@@ -32,14 +33,17 @@ SMALLER = {
     "main_finetune": f"--model vit_micro_patch16 {SMALL} {STEPS}",
     "main_linprobe": f"--model vit_micro_patch16 {SMALL} {STEPS}",
     "main_knn": f"--model vit_micro_patch16 --nb_knn 3 {SMALL}",
+    "main_segment": f"--model vit_micro_patch16 --crop 32 --stride 21 --global_batch 2 {SMALL} "
+    "--steps 1 --output_dir {out}",
 }
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A data set of three classes, an encoder, and a classifier of these classes."""
+    """Data sets for classification and segmentation, an encoder, and a classifier of the three classes."""
     folder = tmp_path_factory.mktemp("files")
     write_tree(folder / "data", members(per_class=2))
+    write_tree(folder / "segmentation", ade_files(train=4, val=2))
     for name, classes in (("encoder", 0), ("classifier", 3)):
         model = models_vit.vit_micro_patch16(img_size=32, patch_size=8, num_classes=classes, global_pool=classes > 0)
         torch.save({"model": model.state_dict()}, folder / f"{name}.pth")
@@ -50,7 +54,7 @@ def smaller(script, options, files, out):
     """The options of a command with what makes it small added, and its placeholders filled in."""
     added = SMALLER[script].format(out=out).split()
     if "--data_path" in options:
-        added += ["--data_path", str(files / "data")]
+        added += ["--data_path", str(files / ("segmentation" if script == "main_segment" else "data"))]
     else:
         added += ["--shapes_train", "4"]
     if "--finetune" in options:
@@ -73,6 +77,8 @@ def test_documented_command_runs(path, script, options, files, tmp_path):
     log = run(script, *smaller(script, options, files, tmp_path))
     if script == "main_knn":
         assert "3-NN  top-1" in log
+    elif script == "main_segment":
+        assert "mIoU" in log
     elif "--eval" in options:
         assert "acc1" in log
     else:
