@@ -229,8 +229,9 @@ def main(argv: list[str] | None = None) -> None:
             log.info("teacher   %s\n%s", args.target, summary)
         panel_images = None
         if args.vis_interval:
+            limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
             panel_images = distributed.from_rank_zero(
-                lambda: pick_panel_images(args.data_path, source, args.input_size, args.cache_dir)
+                lambda: pick_panel_images(args.data_path, source, args.input_size, args.cache_dir, **limits)
             )
 
     # Model, teacher, optimizer
