@@ -195,12 +195,11 @@ def build(
     head: str, name: str, size: int, patch_size: int | None, num_classes: int, drop_path: float
 ) -> UPerNet | FrozenEncoder:
     """The model of a head ("upernet", "linear", or a probe's: features only) on a ViT of size `name` (models_vit)."""
-    encoder = models_vit.build(name, size, patch_size, num_classes=0, global_pool=False)
     if head == "upernet":
-        sizes = {"embed_dim": encoder.embed_dim, "depth": len(encoder.blocks)}
-        sizes["num_heads"] = encoder.blocks[0].attn.num_heads
-        patch_size = encoder.patch_embed.patch_size[0]
-        return UPerNet(size, patch_size, **sizes, num_classes=num_classes, drop_path_rate=drop_path)
+        sizes: dict[str, Any] = models_vit.SIZES[name] | ({} if patch_size is None else {"patch_size": patch_size})
+        models_vit.image_size(size, sizes["patch_size"])  # raises if the patch size does not divide it
+        return UPerNet(size, **sizes, num_classes=num_classes, drop_path_rate=drop_path)
+    encoder = models_vit.build(name, size, patch_size, num_classes=0, global_pool=False)
     return LinearSegmenter(encoder, size, num_classes) if head == "linear" else FrozenEncoder(encoder)
 
 
@@ -257,7 +256,7 @@ def slide(
         batch: windows that are predicted at once.
     """
     height, width = image.shape[1:]
-    image = F.pad(image, (0, max(side - width, 0), 0, max(side - height, 0)))  # as in training, with the mean colour
+    image = F.pad(image, (0, max(side - width, 0), 0, max(side - height, 0)))  # zeros are the mean colour
     logits = image.new_zeros(num_classes, *image.shape[1:], dtype=torch.float32)
     count = image.new_zeros(image.shape[1:])
     places = [(top, left) for top in windows(height, side, stride) for left in windows(width, side, stride)]
