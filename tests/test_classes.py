@@ -7,7 +7,7 @@ import pytest
 from images import encode, members, picture, write_tree
 from timm.data import ImageNetInfo
 
-from util.data.classes import class_record, count_classes, imagenet_record, match_classes
+from util.data.classes import class_record, count_classes, imagenet_record, label_as, match_classes
 from util.data.files import ImageFiles
 from util.data.sources import ShapesSource, build_splits, find_images
 
@@ -127,3 +127,14 @@ def test_imagenets_folders_name_the_outputs_of_a_foreign_classifier():
     assert match_classes(imagenet_record(1000, subset), subset).labels.tolist() == [7, 900]
     assert imagenet_record(10, subset) is None
     assert imagenet_record(1000, source_of(["cat"], [0])) is None
+
+
+def test_a_model_without_class_names_needs_images_of_all_its_classes():
+    images = source_of(["apple", "bread", "cheese"], [0, 1, 2])
+    assert label_as(None, 3, images, "the file") is images
+    numbers = source_of([], [0, 2], numbered=True)
+    assert label_as(None, 5, numbers, "the file") is numbers
+    with pytest.raises(ValueError, match="the file has 5 outputs but no class names, and the images have 3 classes"):
+        label_as(None, 5, images, "the file")
+    with pytest.raises(ValueError, match="2 outputs, the images have labels up to 2"):
+        label_as(None, 2, numbers, "the file")

@@ -104,6 +104,14 @@ def by_parts(name):
     return name.split("/")
 
 
+def test_the_packed_folder_itself_is_no_hidden_folder(tmp_path, log):
+    tree = write_tree(tmp_path / "d")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:  # as by tar -cf a.tar -C d .
+        tar.add(tree, ".")
+    assert len(find_images(str(tmp_path / "a.tar"), "train")) == 12
+    assert "skipped" not in log.text
+
+
 def test_images_outside_class_folders_are_counted(tmp_path, log):
     everything = {**members(), "train/preview.jpg": IMAGE}
     for path in (write_tree(tmp_path / "d", everything), write_tar(tmp_path / "a.tar", everything)):

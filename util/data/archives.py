@@ -42,6 +42,8 @@ def list_archive(path: Path) -> Listing:
                 if not is_inside(name) or not (member.isreg() or member.isdir()) or member.issparse():
                     listing.skipped[_OUTSIDE] += 1
                     continue
+                if name == ".":  # the folder that was packed
+                    continue
                 parts = name.split("/")
                 folders = parts if member.isdir() else parts[:-1]
                 depth = next((depth for depth, part in enumerate(folders) if is_skipped_folder(part)), None)

@@ -94,6 +94,12 @@ def label_as(record: dict[str, Any] | None, num_classes: int, source: L, owner: 
     record = record or imagenet_record(num_classes, source)
     if record is not None:
         return match_classes(record, source, owner)
+    named = sum(bool(name) for name in source.classes)
+    if named not in (0, num_classes):
+        raise ValueError(
+            f"{owner} has {num_classes} outputs but no class names, and the images have {named} classes: which of "
+            "the outputs they are is unknown; evaluate on images of all its classes"
+        )
     if int(source.labels.max()) >= num_classes:
         raise ValueError(f"{owner} has {num_classes} outputs, the images have labels up to {int(source.labels.max())}")
     log.info("classes   %s stores no class names: labels are compared by position", owner)
