@@ -52,28 +52,50 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def masked_errors(
     model: models_hpm.MaskedAutoencoderViT, imgs: Tensor, masks: int, ratio: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """True error and predicted loss of each patch, both (B, L): means over those of `masks` random masks that hide it.
-    The model sees the visible patches only, as in training."""
+    The model sees the visible patches only, as in training. No predicted loss without a predictor."""
     num_patches = model.patch_embed.num_patches
     num_masked = masking.count_masked(num_patches, ratio)
     errors, expected, count = torch.zeros(3, len(imgs), num_patches, device=imgs.device)
     for number in range(masks):
         mask = masking.random_mask(len(imgs), num_patches, num_masked, generator(number)).to(imgs.device)
         out = model(imgs, mask, num_masked=num_masked)
-        for total, values in ((errors, out["patch_loss"]), (expected, out["loss_pred"])):  # values (B, M)
-            total += torch.zeros_like(total).masked_scatter_(mask, values)
+        errors += torch.zeros_like(errors).masked_scatter_(mask, out["patch_loss"])  # (B, M) -> (B, L)
+        if model.learning_loss:
+            expected += torch.zeros_like(expected).masked_scatter_(mask, out["loss_pred"])
         count += mask
-    return errors / count.clamp(min=1), expected / count.clamp(min=1)
+    return errors / count.clamp(min=1), expected / count.clamp(min=1) if model.learning_loss else None
+
+
+@torch.no_grad()
+def teacher_correlation(
+    teacher: models_hpm.MaskedAutoencoderViT, imgs: Tensor, errors: Tensor, sampler: masking.MaskSampler, draws: int
+) -> float:
+    """Rank correlation of the scores that choose the masks of a run with the true errors (B, L), over the scored patches
+    of each image. Where some patches are hidden from the teacher, the mean over `draws` random choices of them."""
+    found = []
+    for number in range(draws if sampler.num_hidden else 1):
+        hidden = sampler.draw_hidden(len(imgs), generator(number))
+        if hidden is None:
+            scores, truth = teacher.score_patches(imgs)[0], errors  # (B, L)
+        else:
+            hidden = hidden.to(imgs.device)
+            scores, _ = teacher.score_patches(imgs, hidden, sampler.num_hidden)
+            scores, truth = (x[hidden].view(len(imgs), sampler.num_hidden) for x in (scores, errors))
+        found.append(spearman(scores, truth).mean())
+    return float(torch.stack(found).mean())
 
 
 def rank_correlations(args: argparse.Namespace, path: Path, device: torch.device) -> dict[str, float]:
-    """Rank correlation of predicted and true patch losses, mean over validation images: predicted
-    from the whole image by the EMA teacher, which chooses the masks so, and by the student; by the teacher from the
-    whole image at mask tokens; and by the student from the visible patches, as it was trained to (`masked`). Empty
-    without a predictor."""
+    """Rank correlation of predicted and true patch losses, mean over validation images.
+
+    `teacher`: the scores by which the EMA teacher chooses this run's masks. With a predictor also `masked`, predicted by
+    the student from the visible patches, as it was trained to; `student`, by the student from the whole image; and
+    `mask_tokens`, by the teacher from the whole image at mask tokens. Empty for a run without a teacher.
+    """
     content = checkpoint.read_run(path)
-    if not content["options"]["learning_loss"]:
+    if content.get("ema_state_dict") is None:
         return {}
     source = build_source(args.data_path, "val", shapes_count=args.rank_images)
     picked = [len(source) * i // args.rank_images for i in range(min(args.rank_images, len(source)))]
@@ -81,13 +103,18 @@ def rank_correlations(args: argparse.Namespace, path: Path, device: torch.device
     image = content["image"]
     images = torch.stack([dataset[i].image for i in picked])
     imgs = ToModelInput(image["mean"], image["std"], device, flip=False)(images)
-    student = main_pretrain.build_model(argparse.Namespace(**content["options"])).to(device).eval()
-    student.load_state_dict(content["state_dict"])
-    errors, expected = masked_errors(student, imgs, args.rank_masks, content["options"]["mask_ratio"])
-    found = {"masked": round(float(spearman(expected, errors).mean()), 4)}
-    for name, weights in (("student", "state_dict"), ("teacher", "ema_state_dict")):
-        student.load_state_dict(content[weights])
+    settings = argparse.Namespace(**content["options"])
+    model = main_pretrain.build_model(settings).to(device).eval()
+    model.load_state_dict(content["state_dict"])
+    found = {}
+    errors, expected = masked_errors(model, imgs, args.rank_masks, settings.mask_ratio)
+    if expected is not None:
+        found["masked"] = float(spearman(expected, errors).mean())
         with torch.no_grad():
-            found[name] = round(float(spearman(student.predict_loss(imgs), errors).mean()), 4)
-    found["mask_tokens"] = round(float(spearman(predict_at_mask_tokens(student, imgs), errors).mean()), 4)  # teacher's
-    return found
+            found["student"] = float(spearman(model.predict_loss(imgs), errors).mean())
+    model.load_state_dict(content["ema_state_dict"])
+    sampler = masking.MaskSampler.from_options(content["options"], model.patch_embed.grid_size)
+    found["teacher"] = teacher_correlation(model, imgs, errors, sampler, args.rank_masks)
+    if model.learning_loss:
+        found["mask_tokens"] = float(spearman(predict_at_mask_tokens(model, imgs), errors).mean())
+    return {name: round(value, 4) for name, value in found.items()}

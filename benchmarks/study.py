@@ -45,7 +45,9 @@ MAE, PREDICTOR = ["--no-learning_loss"], ["--mask_strategy", "random"]
 
 # The options of main_pretrain.py that a variant changes. `_long` trains --long_factor times the epochs, `_slow` has the
 # paper's EMA decay, which is meant for runs of many more steps; `_mask_tokens` has the teacher read its predictions at
-# mask tokens (`predict_at_mask_tokens`).
+# mask tokens of the whole image (`predict_at_mask_tokens`). `sparse_1`, `loss` and `predictor_1` are the cheap ones:
+# a teacher that sees a quarter of the patches with a predictor of one block, one that scores by its own loss and needs no
+# predictor, and a predictor of one block with random masks.
 VARIANTS = {
     "mae_pixel": [*MAE, *PIXEL],
     "mae_norm": [*MAE, *NORM],
@@ -60,6 +62,9 @@ VARIANTS = {
     "hpm_norm_absolute": [*NORM, "--no-relative"],
     "hpm_norm_hardest": [*NORM, "--mask_strategy", "hardest"],
     "hpm_norm_hard_to_easy": [*NORM, "--mask_strategy", "hard_to_easy"],
+    "sparse_1_norm": [*NORM, "--teacher_keep", "0.25", "--predictor_depth", "1"],
+    "loss_norm": [*MAE, *NORM, "--score_by", "loss"],
+    "predictor_1_norm": [*PREDICTOR, *NORM, "--predictor_depth", "1"],
     "hpm_norm_slow": [*NORM, "--ema_decay", "0.999", "--ema_decay_final", "0.9999", "--ema_ramp_epochs", "100"],
 }
 MAIN = list(VARIANTS)[:6]

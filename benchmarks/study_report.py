@@ -37,8 +37,8 @@ RANKING: dict[str, Callable[[Row], float | None]] = {
     "rank_acc, last epoch": lambda row: row["rank_acc"][-1] if row["rank_acc"] else None,
     "Spearman, student, masked image": lambda row: row["spearman"].get("masked"),
     "Spearman, student, whole image": lambda row: row["spearman"].get("student"),
-    "Spearman, teacher, whole image": lambda row: row["spearman"].get("teacher"),
-    "the same at mask tokens": lambda row: row["spearman"].get("mask_tokens"),
+    "Spearman, teacher": lambda row: row["spearman"].get("teacher"),
+    "Spearman, teacher, whole image at mask tokens": lambda row: row["spearman"].get("mask_tokens"),
 }
 
 
@@ -90,6 +90,8 @@ def pairs(runs: dict[str, list[Row]]) -> list[tuple[str, str]]:
         wanted += [(predictor, mae), (hpm, predictor), (hpm, mae), (hpm, long)]
         wanted += [(f"{hpm}_mask_tokens", predictor)]
         wanted += [(name, hpm) for name in VARIANTS if name.startswith(f"{hpm}_")]
+        for cheap in ("sparse_1", "loss", "predictor_1"):
+            wanted += [(f"{cheap}_{target}", other) for other in (hpm, predictor, mae, long)]
     return [(a, b) for a, b in wanted if a in runs and b in runs]
 
 
@@ -101,7 +103,7 @@ def limits(rows: Sequence[Row]) -> str:
     if images:  # a line does not record the size of a whole data set
         shares = [metric(row) / 100 for row in rows for metric in METRICS.values()]
         errors = [100 * math.sqrt(share * (1 - share) / images) for share in shares]
-        text += f" Standard error of an accuracy from {images} images: {min(errors):.2f} to {max(errors):.2f}."
+        text += f" Standard error of an accuracy on {images} images: {min(errors):.2f} to {max(errors):.2f}."
     return text
 
 
