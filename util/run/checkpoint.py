@@ -176,19 +176,16 @@ class Run:
         Raises:
             ValueError: the run started from other weights.
         """
-
-        def check() -> str:
-            if self.state is None:
-                return compute() if path else ""
-            recorded = self.state["options"].get("initial")
-            if recorded is not None and path and Path(path).exists() and compute() != recorded:
-                raise ValueError(
-                    f"{self.path} started from other weights than {path}: omit --finetune or --load_from to resume it, "
-                    "or choose another --output_dir for a new run"
-                )
-            return recorded or ""
-
-        return from_rank_zero(check)
+        if self.state is None:
+            return from_rank_zero(compute) if path else ""
+        recorded = self.state["options"].get("initial")
+        given = recorded is not None and path
+        if given and from_rank_zero(lambda: Path(path).exists() and compute() != recorded):
+            raise ValueError(
+                f"{self.path} started from other weights than {path}: omit --finetune or --load_from to resume it, "
+                "or choose another --output_dir for a new run"
+            )
+        return recorded or ""
 
     def close(self) -> None:
         """Release the folder; the end of the process does it as well."""
