@@ -108,20 +108,15 @@ def test_max_steps_at_the_end_of_an_epoch_has_nothing_left(tmp_path):
     assert "Run already complete (epoch 1/2, step 0)" in pretrain(tmp_path / "run", "--max_steps", 6)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_started_again_it_ends_with_the_same_weights(tmp_path, processes):
-    """Killed with no warning once the first checkpoint is there; the second epoch is then repeated."""
+def test_killed_and_started_again_it_ends_with_the_same_weights(tmp_path):
+    """Two ranks, killed with no warning once the first checkpoint is there; the second epoch is then repeated."""
     options = [*PRETRAIN, "--epochs", 3, "--shapes_train", 96]
-    ranks("main_pretrain", *options, "--output_dir", tmp_path / "whole", processes=processes)
+    ranks("main_pretrain", *options, "--output_dir", tmp_path / "whole")
     killed = tmp_path / "killed"
-    start_and_kill(
-        "main_pretrain",
-        *[*options, "--output_dir", killed],
-        processes=processes,
-        when=(killed / "checkpoint-last.pth").exists,
-    )
+    when = (killed / "checkpoint-last.pth").exists
+    start_and_kill("main_pretrain", *options, "--output_dir", killed, processes=2, when=when)
     assert checkpoint(killed)["epoch"] < 3
-    ranks("main_pretrain", *options, "--output_dir", killed, processes=processes)
+    ranks("main_pretrain", *options, "--output_dir", killed)
     assert_same_training(tmp_path / "whole", killed)
 
 
