@@ -163,7 +163,9 @@ def open_source(args: argparse.Namespace) -> Source:
 def build_autoencoder(
     args: argparse.Namespace, name: str, size: int, weights: dict[str, Tensor]
 ) -> models_hpm.MaskedAutoencoderViT | None:
-    """Encoder and decoders; None if the decoder predicts features or belongs to another input size."""
+    """Encoder and decoders; None if the decoder predicts anything but pixels or belongs to another input size."""
+    if args.meta.get("options", {}).get("target", "pixel") not in ("pixel", "norm_pixel"):
+        return None
     weights = {name: tensor for name, tensor in weights.items() if name != "vis_mask_token"}  # used in training only
     heads = args.meta.get("options", {}).get("decoder_num_heads")
     settings = {"img_size": size, "norm_pix_loss": args.norm_pix_loss, "decoder_num_heads": heads}
