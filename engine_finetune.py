@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.knn import knn_correct
 from util.run.amp import Amp
 from util.run.distributed import all_reduce_sum
 from util.run.loop import Loop
@@ -109,3 +110,24 @@ def extract_features(
         part.copy_(all_reduce_sum(part.to(amp.device)))
     assert (filled == 1).all(), "each image must occur once, on one rank"
     return features
+
+
+def knn_accuracy(
+    features: dict[str, tuple[Tensor, Tensor]],
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    device: torch.device,
+    queries: slice,
+) -> dict[int, tuple[float, float]]:
+    """Top-1 and top-5 accuracy in percent of the weighted k-NN vote, for each number of neighbours.
+
+    Args:
+        features: "train" and "test" -> L2-normalised features (N, E) and labels (N,), the same on every rank.
+        queries: the test images of this rank.
+    """
+    (train, train_labels), (test, labels) = ([part.to(device) for part in features[key]] for key in ("train", "test"))
+    correct = knn_correct(train, train_labels, test[queries], labels[queries], ks, temperature, num_classes)
+    counts = torch.tensor([correct[k] for k in ks], dtype=torch.double, device=device)
+    shares = (100 * all_reduce_sum(counts) / len(labels)).tolist()
+    return {k: (top1, top5) for k, (top1, top5) in zip(ks, shares, strict=True)}

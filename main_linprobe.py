@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+import models_load
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import rng
@@ -164,13 +165,8 @@ def main(argv: list[str] | None = None) -> None:
         recorded = trained or (run.state if run is not None else None) or {}
         resolve.resolve_crop(args, recorded.get("options", {}))
         weights = load_pretrained(args.finetune, args.which) if args.finetune else None
-        if (
-            weights is not None
-            and "fc_norm.weight" in weights
-            and "norm.weight" not in weights
-            and not args.global_pool
-        ):
-            raise ValueError(f"{args.finetune} was fine-tuned with global pooling, without class token: --global_pool")
+        if weights is not None:
+            models_load.has_pooled_norm(weights, args.global_pool, args.finetune)  # raises what cannot be probed
         train, val = read_splits(args, args.nb_classes, "the probe")
         if train is not None:
             sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)

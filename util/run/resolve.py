@@ -53,10 +53,13 @@ def resolve_crop(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
         recorded: options of the checkpoint that is evaluated or resumed; {} without one.
     """
     if given.crop_pct is None:
-        same = recorded.get("input_size") == given.input_size
-        given.crop_pct = recorded.get("crop_pct") if same else None
-    if given.crop_pct is None:
-        given.crop_pct = 224 / 256 if given.input_size <= 224 else 1.0
+        given.crop_pct = evaluation_crop(given.input_size, recorded)
+
+
+def evaluation_crop(input_size: int, recorded: dict[str, Any]) -> float:
+    """The default of --crop_pct: the recorded one if it was for images of this size, else MAE's."""
+    same = recorded.get("input_size") == input_size
+    return (recorded.get("crop_pct") if same else None) or (224 / 256 if input_size <= 224 else 1.0)
 
 
 def resolve_workers(given: argparse.Namespace, world: World, official: int) -> None:
