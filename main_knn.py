@@ -18,16 +18,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_load
 import models_vit
-from engine_finetune import extract_features, knn_accuracy
-from util import rng
+from engine_finetune import extract_splits, knn_accuracy
+from util import knn, rng
 from util.data import transforms
 from util.data.classes import count_classes
-from util.data.datasets import ImageDataset
-from util.data.loader import ShardSampler, build_loader
 from util.data.sources import Source, build_splits, check_value_range
 from util.run import distributed, folder, options, resolve
 from util.run.amp import Amp
-from util.run.logger import log, track
+from util.run.logger import log
+from util.run.splits import evaluation_loader
 from util.weights.load import load_pretrained, read_meta
 from util.weights.read import read_file
 
@@ -53,7 +52,7 @@ def get_args_parser() -> options.OptionParser:
         "--nb_knn", type=options.COUNT, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours"
     )
     group.add_argument(
-        "--temperature", type=options.POSITIVE, default=0.07, help="temperature of the votes (DINO: 0.07)"
+        "--temperature", type=options.POSITIVE, default=knn.TEMPERATURE, help="temperature of the votes (DINO: 0.07)"
     )
     options.add_pooling_options(group, default=False)
     options.add_crop_option(group)
@@ -227,18 +226,12 @@ def extract_all(
             log.info("weights of %s\n%s", args.finetune, loaded)
         encode, width = build_encode(args, encoder.to(device), amp), encoder.embed_dim
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=False)
-    features = {}
-    for split, source in sources.items():
-        loader = build_loader(
-            ImageDataset(source, transforms.CenterCrop(args.input_size, args.crop_pct)),
-            ShardSampler(len(source), args.batch_size, world.rank, world.size),
-            args.num_workers,
-            args.pin_mem and device.type == "cuda",
-        )
-        batches = track(loader, -(-len(source) // world.size), f"{split} features")
-        rows = extract_features(encode, batches, amp, to_model_input, len(source), width)
-        features[split] = rows, torch.from_numpy(source.labels)
-    return features
+    crop = transforms.CenterCrop(args.input_size, args.crop_pct)
+    settings = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    settings["pin_memory"] = args.pin_mem and device.type == "cuda"
+    loaders = {split: evaluation_loader(source, crop, world, **settings) for split, source in sources.items()}
+    labels = {split: torch.from_numpy(source.labels) for split, source in sources.items()}
+    return extract_splits(encode, loaders, labels, amp, to_model_input, width, world.size)
 
 
 if __name__ == "__main__":

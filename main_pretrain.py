@@ -10,28 +10,35 @@ import argparse
 import copy
 
 import torch
+import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_hpm
+import models_load
 import models_teacher
+from engine_finetune import extract_splits, knn_accuracy
 from engine_pretrain import train_one_epoch
-from util import masking, rng
+from util import knn, masking, rng
+from util.data.classes import count_classes
 from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, build_loader
-from util.data.sources import build_source, check_value_range
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
+from util.data.sources import Source, build_source, check_value_range
+from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, ToModelInput
 from util.ema import EMATeacher
 from util.run import distributed, options, resolve
+from util.run.amp import Amp
 from util.run.checkpoint import Run
 from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.pretrain_options import FIXED, PANELS, add_pretraining_options
+from util.run.splits import evaluation_loader, read_knn_splits
 from util.schedules import ema_decay_at, slow_teacher
 from util.targets import PIXEL_TARGETS
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained
+from util.weights.meta import classifier_name
 from visualize.panel import pick_panel_images, training_panel
 
 SCRIPT = "main_pretrain"
@@ -109,6 +116,38 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
+def score_knn(
+    args: argparse.Namespace,
+    world: distributed.World,
+    device: torch.device,
+    amp: Amp,
+    weights: dict[str, Tensor],
+    sources: dict[str, Source],
+) -> dict[str, float]:
+    """k-NN accuracy of the encoder with these weights. Training continues as without it: its random numbers are seeded
+    by micro-batch, its gradients and modes are its own."""
+    shape = (classifier_name(args.model), args.input_size, args.patch_size)
+    encoder, _ = models_load.build_encoder(weights, *shape, global_pool=args.knn_global_pool, path="the student")
+    amp.choose_attention(encoder.to(device))
+    crop = CenterCrop(args.input_size, resolve.evaluation_crop(args.input_size, {}))
+    pin_memory = args.pin_mem and device.type == "cuda"
+    settings = {"batch_size": args.batch_size, "num_workers": args.num_workers, "pin_memory": pin_memory}
+    features = extract_splits(
+        lambda images: F.normalize(encoder(images).float(), dim=-1),
+        {split: evaluation_loader(source, crop, world, **settings) for split, source in sources.items()},
+        {split: torch.from_numpy(source.labels) for split, source in sources.items()},
+        amp,
+        ToModelInput(args.mean, args.std, device, flip=False),
+        encoder.embed_dim,
+        world.size,
+    )
+    classes = count_classes(sources["train"], sources["test"], None)
+    mine = slice(world.rank, None, world.size)  # each rank takes its share of the queries
+    top1, top5 = knn_accuracy(features, [args.knn_k], knn.TEMPERATURE, classes, device, mine)[args.knn_k]
+    log.info("%d-NN  top-1 %.2f  top-5 %.2f", args.knn_k, top1, top5)
+    return {"knn_acc1": top1, "knn_acc5": top5}
+
+
 def describe(
     args: argparse.Namespace, num_images: int, model: models_hpm.MaskedAutoencoderViT, masks: masking.MaskSampler
 ) -> None:
@@ -166,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
             frozen, summary = models_teacher.build_teacher(args.target, teacher_weights, args.mean, args.std)
             frozen = frozen.to(device)
             log.info("teacher   %s\n%s", args.target, summary)
+        knn_sources = read_knn_splits(args) if args.knn_interval else None
         panel_images = None
         if args.vis_interval:
             limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
@@ -227,6 +267,9 @@ def main(argv: list[str] | None = None) -> None:
         if loop.stopped:
             break
         metrics = {"train_lr": optimizer.param_groups[0]["lr"]}
+        if knn_sources is not None and ((epoch + 1) % args.knn_interval == 0 or epoch + 1 == args.epochs):
+            loop.save_mid_epoch()
+            metrics |= score_knn(args, world, device, amp, model.state_dict(), knn_sources)
         if teacher is not None:
             num_hardest = masks.num_hardest(epoch)
             metrics |= {

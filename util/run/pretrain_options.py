@@ -131,6 +131,18 @@ def add_pretraining_options(
         help="score of a patch: its predicted loss, or the teacher's reconstruction loss, of patches hidden from it",
     )
 
+    group = parser.add_argument_group("k-NN during training")
+    group.add_argument(
+        "--knn_interval",
+        type=COUNT_OR_ZERO,
+        default=0,
+        help="epochs between two evaluations of the encoder as main_knn.py's, logged as knn_acc1 and knn_acc5; 0 "
+        "disables them",
+    )
+    group.add_argument("--knn_data_path", help="labelled images with train and val (default: --data_path)")
+    group.add_argument("--knn_k", type=COUNT, help="number of neighbours (default: 20)")
+    add_switch(group, "knn_global_pool", None, "use the mean of the patch tokens (default: the class token)")
+
     group = parser.add_argument_group("optimizer (AdamW, betas 0.9 and 0.95)")
     group.add_argument("--lr", type=NOT_NEGATIVE, help="learning rate (default: --blr x global batch size / 256)")
     group.add_argument("--blr", type=NOT_NEGATIVE, default=1.5e-4, help="base learning rate per 256 images")

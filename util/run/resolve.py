@@ -137,6 +137,12 @@ def resolve_method(given: argparse.Namespace, networks: Iterable[str]) -> None:
     given.predictor_loss = given.predictor_loss or official or "relative"
     given.relative = given.predictor_loss == "relative"
 
+    for name in ("knn_data_path", "knn_k", "knn_global_pool"):
+        if getattr(given, name) is not None and not given.knn_interval:
+            raise ValueError(f"--{name} is for k-NN during training: give --knn_interval N, or omit it")
+    if given.knn_interval:
+        fill_in(given, {"knn_k": 20, "knn_global_pool": False})
+
     if given.mask_block and given.mask_regular:
         raise ValueError("--mask_block and --mask_regular are two mask patterns: give one")
     pattern = given.mask_block or given.mask_regular
