@@ -41,7 +41,13 @@ def load_encoder(
     Raises:
         ValueError: no such weights, they are not a ViT of this family, or they lack the norm of the class token.
     """
-    weights, meta = read_weights(path, which)
+    return encoder_of(path, *read_weights(path, which), global_pool=global_pool, **settings)
+
+
+def encoder_of(
+    path: str | Path, weights: dict[str, Tensor], meta: dict[str, Any], *, global_pool: bool | None, **settings: Any
+) -> tuple[models_vit.VisionTransformer, EvaluationTransform]:
+    """`load_encoder` of weights that `read_weights` read from `path`."""
     shape, transform = describe_weights(path, weights, meta, **settings)
     model, _ = build_encoder(weights, *shape, global_pool=global_pool, path=path)
     return model, transform
@@ -63,7 +69,13 @@ def load_classifier(
     Raises:
         ValueError: as in `load_encoder`, or the file has no head.
     """
-    weights, meta = read_weights(path, which, encoder, head)
+    return classifier_of(path, *read_weights(path, which, encoder, head), **settings)
+
+
+def classifier_of(
+    path: str | Path, weights: dict[str, Tensor], meta: dict[str, Any], **settings: Any
+) -> tuple[models_vit.VisionTransformer, EvaluationTransform, list[str]]:
+    """`load_classifier` of weights that `read_weights` read from `path`."""
     if "head.weight" not in weights:
         raise ValueError(
             f"{path} is an encoder without a classifier: fine-tune it (main_finetune.py) or train a probe on it "

@@ -92,7 +92,8 @@ def evaluation_loader(
     batch_size: int,
     num_workers: int,
     pin_memory: bool,
+    dataset: type[ImageDataset] = ImageDataset,
 ) -> DataLoader:
     """Batches of this rank's part of the images, each image once over all ranks."""
     sampler = ShardSampler(len(source), batch_size, world.rank, world.size)
-    return build_loader(ImageDataset(source, crop), sampler, num_workers, pin_memory)
+    return build_loader(dataset(source, crop), sampler, num_workers, pin_memory)
