@@ -258,6 +258,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError("plots require matplotlib: pip install matplotlib") from error
             runs = curves.name_runs(args.runs)
             figure = curves.plot(runs)
+            if table := curves.compare_accuracy(runs):
+                log.info("Top-1 accuracy in %%:\n%s", table)
             if table := curves.compare_options(runs):
                 log.info("Options that differ:\n%s", table)
             savers = [partial(figure.savefig, format=suffix.removeprefix("."), dpi=130)]
