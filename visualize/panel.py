@@ -15,7 +15,7 @@ from models_hpm import MaskedAutoencoderViT
 from util.data.datasets import ImageDataset
 from util.data.sources import Source, build_source, compressed_archive
 from util.data.transforms import CenterCrop, ToModelInput
-from util.masking import MaskSampler
+from util.masking import STRATEGIES, MaskSampler
 from util.rng import generator
 from util.run.logger import log
 from visualize.draw import SCALES, Panel, Scale, draw_grid, heat_map, hide, to_image
@@ -200,8 +200,7 @@ def mask_note(masks: MaskSampler, epoch: int) -> str:
     selected = masks.num_hardest(epoch)
     if selected == 0:
         return f"{masks.num_masked} of {masks.num_patches}, at random"
-    kind = "easiest" if masks.strategy == "easiest" else "hardest"
-    return f"{masks.num_masked} of {masks.num_patches}, {selected} of them the {kind}"
+    return f"{masks.num_masked} of {masks.num_patches}, {selected} of them the {STRATEGIES[masks.strategy].chosen}"
 
 
 def heat_maps(

@@ -197,9 +197,14 @@ def build_source(
         parts.append(files if packed is None else replace(files, root=str(plain)))
     for number, part in enumerate(parts):
         for other in parts[:number]:
-            if overlaps(part.root, other.root):
-                raise ValueError(f"--data_path: {other.root} and {part.root} overlap, so images would be used twice")
+            first, second = (files.path(0) if is_one_file(files) else files.root for files in (other, part))
+            if overlaps(first, second):
+                raise ValueError(f"--data_path: {first} and {second} overlap, so images would be used twice")
     return parts[0] if len(parts) == 1 else SeveralFiles(parts)
+
+
+def is_one_file(files: ImageFiles) -> bool:
+    return len(files) == 1 and files.extents is None
 
 
 def build_splits(

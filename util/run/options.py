@@ -127,17 +127,23 @@ DATA_LAYOUT = (
 )
 
 
+IMAGES = "image files, folders and archives of images, with or without labels (default: Shapes)"
 UNLABELLED = ". Labels are not needed: any folder or archive of images will do, and there may be several paths"
 
 
 def add_data_options(
-    parser: OptionParser, *, num_workers: int, splits: tuple[str, ...] = ("train", "val"), layout: str = DATA_LAYOUT
+    parser: OptionParser,
+    *,
+    num_workers: int,
+    splits: tuple[str, ...] = ("train", "val"),
+    layout: str = DATA_LAYOUT,
+    several: bool = False,
 ) -> None:
     group = parser.add_argument_group("data")
     if splits == ("train",):
         group.add_argument("--data_path", nargs="+", help=layout + UNLABELLED)
     else:
-        group.add_argument("--data_path", help=layout)
+        group.add_argument("--data_path", nargs="+" if several else None, help=layout)
     for split, count, use in (("train", 2000, "training"), ("val", 500, "validation")):
         if split in splits:
             help = f"number of {use} images without --data_path"
@@ -278,6 +284,6 @@ def add_crop_option(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_pooling_options(group: argparse._ActionsContainer, default: bool) -> None:
+def add_pooling_options(group: argparse._ActionsContainer, default: bool | None) -> None:
     add_switch(group, "global_pool", default, "use the mean of the patch tokens")
     group.add_argument("--cls_token", dest="global_pool", action="store_false", help="use the class token")

@@ -1,11 +1,19 @@
-"""The images of a classifier, with labels that mean its outputs."""
+"""The images of a classifier, with labels that mean its outputs, and their batches in evaluation."""
 
 import argparse
 import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from util.data.classes import class_record, count_classes, label_as, match_classes
+from util.data.datasets import ImageDataset
+from util.data.loader import ShardSampler, build_loader
+from util.data.shapes import DEFAULT_SIZES
 from util.data.sources import Source, build_source, build_splits, check_value_range
-from util.run.distributed import from_rank_zero
+from util.run.distributed import World, from_rank_zero
 
 log = logging.getLogger("hpm")
 
@@ -42,3 +50,50 @@ def read_splits(given: argparse.Namespace, num_outputs: int | None, owner: str) 
     if warning := from_rank_zero(lambda: check_value_range(train or val, given.value_range)):
         log.warning("%s", warning)
     return train, val
+
+
+def read_knn_splits(given: argparse.Namespace) -> dict[str, Source]:
+    """The labelled images of --knn_interval, "train" and "test" (the val split). All ranks call it together.
+
+    Raises:
+        ValueError: there are none, or fewer than --knn_k.
+    """
+    path = given.knn_data_path or given.data_path
+    try:
+        if isinstance(path, list):
+            raise ValueError("labels can only come from one path")
+        train, val = build_splits(
+            path,
+            (given.shapes_train, DEFAULT_SIZES["val"]),
+            given.cache_dir,
+            from_rank_zero,
+            value_range=given.value_range,
+            max_image_pixels=given.max_image_pixels,
+        )
+        count_classes(train, val, None)
+    except ValueError as error:
+        raise ValueError(f"--knn_interval needs labelled images, give them as --knn_data_path: {error}") from error
+    if given.knn_k > len(train):
+        raise ValueError(f"--knn_k {given.knn_k} of {len(train):,} training images: choose fewer neighbours")
+    log.info(
+        "k-NN      every %d epochs: %s training images, %s queries",
+        given.knn_interval,
+        f"{len(train):,}",
+        f"{len(val):,}",
+    )
+    return {"train": train, "test": val}
+
+
+def evaluation_loader(
+    source: Source,
+    crop: Callable[[Any], Tensor],
+    world: World,
+    *,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    dataset: type[ImageDataset] = ImageDataset,
+) -> DataLoader:
+    """Batches of this rank's part of the images, each image once over all ranks."""
+    sampler = ShardSampler(len(source), batch_size, world.rank, world.size)
+    return build_loader(dataset(source, crop), sampler, num_workers, pin_memory)
