@@ -121,8 +121,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     args.classes = recorded.get("classes")
     resolve.resolve_settings(args, meta)
     resolve.resolve_crop(args, recorded)
-    if args.eval and meta.get("script") == SCRIPT:
-        args.global_pool = meta["options"]["global_pool"]
+    if args.eval and meta.get("script", SCRIPT) == SCRIPT:  # an export names no script
+        args.global_pool = recorded.get("global_pool", args.global_pool)
     resolve.resolve_training(args, world, warmup_epochs=5, num_workers=10)
     if args.lr is None:
         args.lr = args.blr * args.global_batch / 256

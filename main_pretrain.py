@@ -25,11 +25,11 @@ from util.data.classes import count_classes
 from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, build_loader
 from util.data.sources import Source, build_source, check_value_range
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, ToModelInput
+from util.data.transforms import CenterCrop, RandomCrop, ToModelInput
 from util.ema import EMATeacher
 from util.run import distributed, options, resolve
 from util.run.amp import Amp
-from util.run.checkpoint import Run
+from util.run.checkpoint import Run, read_resumed
 from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
@@ -37,7 +37,7 @@ from util.run.pretrain_options import FIXED, PANELS, add_pretraining_options
 from util.run.splits import evaluation_loader, read_knn_splits
 from util.schedules import ema_decay_at, slow_teacher
 from util.targets import PIXEL_TARGETS
-from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 from util.weights.meta import classifier_name
 from visualize.panel import pick_panel_images, training_panel
 
@@ -54,15 +54,16 @@ def get_args_parser() -> options.OptionParser:
 
 
 def resolve_options(args: argparse.Namespace, world: distributed.World) -> argparse.Namespace:
-    """Fill in what follows from other options, and reject impossible settings.
+    """Fill in what follows from other options and from the checkpoint, and reject impossible settings.
 
     Raises:
-        ValueError: options that contradict each other.
+        ValueError: options that contradict each other, or a checkpoint that cannot be read.
     """
     args = copy.copy(args)
     resolve.resolve_training(args, world, warmup_epochs=40, num_workers=8)
-    args.origins = {name: "option" if getattr(args, name) else "default" for name in ("mean", "std", "value_range")}
-    args.mean, args.std = args.mean or list(IMAGENET_MEAN), args.std or list(IMAGENET_STD)
+    folder = run_folder(args.output_dir, args.experiment, SCRIPT)
+    meta = read_resumed(folder, args.resume, args.auto_resume)
+    resolve.resolve_pixels(args, meta or (read_meta(args.load_from) if args.load_from else {}))
     if args.data_path is not None and len(args.data_path) == 1:
         args.data_path = args.data_path[0]
     if args.vis_interval is None:
@@ -175,8 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         args = resolve_options(get_args_parser().parse_args(argv), world)
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
-        folder = run_folder(args.output_dir, args.experiment, SCRIPT)
-        run = Run(folder, SCRIPT, args.resume, args.auto_resume)
+        run = Run(run_folder(args.output_dir, args.experiment, SCRIPT), SCRIPT, args.resume, args.auto_resume)
         source = build_source(
             args.data_path,
             "train",

@@ -136,5 +136,6 @@ def test_a_model_without_class_names_needs_images_of_all_its_classes():
     assert label_as(None, 5, numbers, "the file") is numbers
     with pytest.raises(ValueError, match="the file has 5 outputs but no class names, and the images have 3 classes"):
         label_as(None, 5, images, "the file")
-    with pytest.raises(ValueError, match="2 outputs, the images have labels up to 2"):
-        label_as(None, 2, numbers, "the file")
+    for record in (None, class_record(numbers)):
+        with pytest.raises(ValueError, match="2 outputs, the images have labels up to 2"):
+            label_as(record, 2, numbers, "the file")

@@ -141,6 +141,31 @@ def test_a_compiled_run_is_the_eager_one(tmp_path, compiled_once, options):
         assert compiled[part].keys() == eager[part].keys()
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("script", ["main_linprobe", "main_knn", "main_finetune"])
+def test_compiled_means_that_the_encoder_runs_in_a_graph(tmp_path, monkeypatch, script):
+    """In every script whose log says so, and its numbers are the eager ones."""
+    calls = []
+
+    def backend(graph, _):
+        return lambda *inputs: calls.append(1) or graph(*inputs)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    options = ["--model", "vit_micro_patch16", "--input_size", 16, "--patch_size", 4, "--num_workers", 0]
+    options += ["--shapes_train", 8, "--shapes_val", 8, "--batch_size", 8]
+    options += ["--nb_knn", 3] if script == "main_knn" else ["--epochs", 1, "--warmup_epochs", 0]
+    found = {}
+    for more in ("--no-compile", "--compile"):
+        folder = [] if script == "main_knn" else ["--output_dir", tmp_path / more]
+        log = run(script, *options, more, *folder)
+        assert (", compiled, " in log) == (more == "--compile")
+        assert (len(calls) >= 2) == (more == "--compile")  # training and validation images
+        found[more] = [line for line in log.splitlines() if "acc1" in line or "top-1" in line]
+    assert found["--compile"] == found["--no-compile"]
+    torch.compiler.reset()
+
+
 # ------------------------------------------------------------------------------------------- no waiting for the device
 
 

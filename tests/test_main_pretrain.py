@@ -206,6 +206,19 @@ def test_initial_weights(tmp_path):
     assert torch.equal(a["blocks.5.mlp.fc2.weight"], c["blocks.5.mlp.fc2.weight"])
 
 
+def test_pixels_are_normalised_as_for_the_initial_weights(tmp_path):
+    """Unless an option says otherwise; a resumed run keeps what it had, without the options and without that file."""
+    own = ["--mean", 0.3, 0.4, 0.5, "--value_range", 0, 4095]
+    pretrain(tmp_path / "a", "--max_steps", 1, *own)
+    first = tmp_path / "a/checkpoint-last.pth"
+    log = pretrain(tmp_path / "b", "--max_steps", 3, "--load_from", first, "--std", 0.2, 0.2, 0.2)
+    assert "mean 0.3 0.4 0.5 (checkpoint), std 0.2 0.2 0.2 (option), value_range 0 4095 (checkpoint)" in log
+    first.unlink()
+    log = pretrain(tmp_path / "b", "--load_from", first)
+    assert "mean 0.3 0.4 0.5 (checkpoint), std 0.2 0.2 0.2 (checkpoint), value_range 0 4095 (checkpoint)" in log
+    assert checkpoint(tmp_path / "b")["image"]["mean"] == [0.3, 0.4, 0.5]
+
+
 def test_start_epoch(tmp_path):
     pretrain(tmp_path / "run", "--start_epoch", 1)
     assert [line["epoch"] for line in log_lines(tmp_path / "run")] == [1]

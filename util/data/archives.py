@@ -39,7 +39,10 @@ def list_archive(path: Path) -> Listing:
                 name = str(PurePosixPath(member.name))
                 if listing.images.pop(name, None):
                     listing.skipped["earlier versions of a file"] += 1
-                if not is_inside(name) or not (member.isreg() or member.isdir()) or member.issparse():
+                extent = (member.offset_data, member.size) if member.isreg() and not member.issparse() else None
+                if member.islnk():  # another name of a file before it
+                    extent = listing.images.get(str(PurePosixPath(member.linkname)))
+                if not is_inside(name) or not (extent or member.isdir()):
                     listing.skipped[_OUTSIDE] += 1
                     continue
                 if name == ".":  # the folder that was packed
@@ -53,10 +56,10 @@ def list_archive(path: Path) -> Listing:
                     listing.folders.add(name)
                 elif reason := why_skipped(parts[-1]):
                     listing.skipped[reason] += 1
-                else:
-                    if member.offset_data + member.size > file_size:
+                elif extent:
+                    if sum(extent) > file_size:
                         raise ValueError(f"{path} is truncated: {name} extends past the end of the archive")
-                    listing.images[name] = (member.offset_data, member.size)
+                    listing.images[name] = extent
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a readable tar archive: {error}") from error
     if hidden:
@@ -78,6 +81,7 @@ def below_split(listing: Listing, split: str, labels_needed: bool) -> Listing:
     elif os.path.basename(listing.root) == f"{split}.tar" or (split == "train" and not labels_needed):
         prefix = ""
     else:
+        listing.log_skipped()
         found = summarize([printable(top) for top in tops]) or "no images"
         raise ValueError(f"{listing.root}: looked for {split}/CLASS/*.jpg, found {found} at the top level")
     images = {name.removeprefix(prefix): at for name, at in listing.images.items() if name.startswith(prefix)}

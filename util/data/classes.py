@@ -92,17 +92,18 @@ def label_as(record: dict[str, Any] | None, num_classes: int, source: L, owner: 
         ValueError: classes or labels that the model does not have.
     """
     record = record or imagenet_record(num_classes, source)
-    if record is not None:
-        return match_classes(record, source, owner)
     named = sum(bool(name) for name in source.classes)
-    if named not in (0, num_classes):
+    if record is not None:
+        source = match_classes(record, source, owner)
+    elif named not in (0, num_classes):
         raise ValueError(
             f"{owner} has {num_classes} outputs but no class names, and the images have {named} classes: which of "
             "the outputs they are is unknown; evaluate on images of all its classes"
         )
     if int(source.labels.max()) >= num_classes:
         raise ValueError(f"{owner} has {num_classes} outputs, the images have labels up to {int(source.labels.max())}")
-    log.info("classes   %s stores no class names: labels are compared by position", owner)
+    if record is None:
+        log.info("classes   %s stores no class names: labels are compared by position", owner)
     return source
 
 

@@ -96,7 +96,7 @@ def list_folder(root: Path) -> Listing:
                 listing.folders.add(name)
                 waiting.append(f"{name}/")
             elif reason := why_skipped(entry.name):
-                listing.skipped[reason] += 1
+                listing.skipped["broken links" if not os.path.exists(entry.path) else reason] += 1
             else:
                 listing.images[name] = None
     return listing
@@ -105,6 +105,8 @@ def list_folder(root: Path) -> Listing:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
+    except PermissionError as error:  # a link into a folder of somebody else
+        raise ValueError(f"{printable(entry.path)} cannot be read: {error.strerror}") from error
     except OSError:  # a link to itself
         return False
 
@@ -138,6 +140,10 @@ def to_files(listing: Listing, labels_needed: bool = True, name: str = "") -> Im
         images = {path: extent for path, extent in images.items() if "/" in path}
         classes = sorted({path.split("/")[0] for path in images})
         outside = len(listing.images) - len(images)
+        if outside and images:
+            listing.skipped["images outside class folders"] += outside
+    listing.log_skipped()
+    if labels_needed:
         empty = sorted({path.split("/")[0] for path in listing.folders} - set(classes))
         if empty and (classes or not outside):
             raise ValueError(
@@ -150,11 +156,8 @@ def to_files(listing: Listing, labels_needed: bool = True, name: str = "") -> Im
                 f"{printable(listing.root)} has no class folders: looked for {name}/CLASS/*.jpg, found {found}; move "
                 f"the images into one folder per class, or list them in {name}.txt next to it (RELATIVE/PATH LABEL)"
             )
-        if outside:
-            listing.skipped["images outside class folders"] += outside
     elif not images:
         raise ValueError(f"{printable(listing.root)} contains no images ({', '.join(IMAGE_SUFFIXES)})")
-    listing.log_skipped()
     names = sorted(images, key=by_parts)
     number = {folder: label for label, folder in enumerate(classes)}
     labels = [number[path.split("/")[0]] if labels_needed else 0 for path in names]

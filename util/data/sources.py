@@ -15,7 +15,7 @@ import numpy as np
 from util.data import shapes
 from util.data.archives import ARCHIVE_SUFFIXES, below_split, decompressed, list_archive
 from util.data.classes import class_record, match_classes
-from util.data.decode import MAX_PIXELS, UnreadableImage, ValueRange, read_values, to_8_bits
+from util.data.decode import MAX_PIXELS, UnreadableImage, ValueRange, default_range, read_values, to_8_bits
 from util.data.files import ImageFiles, pack
 from util.data.listing import contents, from_list_file, list_folder, overlaps, to_files, why_skipped
 
@@ -237,27 +237,42 @@ def build_splits(
 
 
 def check_value_range(source: Source, value_range: ValueRange | None = None, samples: int = 8) -> str | None:
-    """A warning if scaling to 8 bits would lose most of the 256 levels of some images, read as a sample."""
+    """A warning if scaling to 8 bits would lose most of the 256 levels of some images, read as a sample; for default
+    ranges also if they differ between the images, or if many values lie below 0."""
     if not isinstance(source, ImageFiles | SeveralFiles):
         return None
-    stored, levels = [], set()
+    images, levels = [], set()
     for index in np.unique(np.linspace(0, len(source) - 1, samples).astype(int)).tolist():
         try:
             values = read_values(source.read(index))
         except UnreadableImage:
             continue  # reported when it is used
         if values.dtype != np.uint8:
-            stored.append(values[np.isfinite(values)].ravel())
+            images.append(values)
             levels |= set(np.unique(to_8_bits(values, value_range)).tolist())
-    if not stored:
+    stored = np.concatenate([np.empty(0), *(values[np.isfinite(values)] for values in images)])
+    if not len(stored):
         return None
-    different = np.unique(np.concatenate(stored))
-    enough = 3 if value_range is not None else min(256, len(different)) / 2  # a range may be meant to clip
-    if len(levels) >= min(enough, len(different)):
-        return None
+    different, below = np.unique(stored), (stored < 0).mean()
+    ranges = sorted({f"0..{default_range(values)[1]}" for values in images})
     kept = "the default range" if value_range is None else f"--value_range {value_range[0]:g} {value_range[1]:g}"
+    enough = 3 if value_range is not None else min(256, len(different)) / 2  # a range may be meant to clip
+    if len(levels) < min(enough, len(different)):
+        problem = f"{kept} keeps {len(levels)} of 256 levels"
+    elif value_range is None and below > 0.01:
+        problem = f"{kept} starts at 0, and {below:.0%} of the values are below"
+    elif value_range is None and scaled_differently(images):
+        problem = f"{kept} differs between images ({', '.join(ranges)}), and so does their contrast"
+    else:
+        return None
     return (
         f"images of more than 8 bits, with values from {different[0]:g} to {different[-1]:g} in a sample of "
-        f"{len(stored)}: {kept} keeps {len(levels)} of 256 levels; give the range of the data as --value_range LOW "
-        "HIGH (for 12 bits, 0 4095)"
+        f"{len(images)}: {problem}; give the range of the data as --value_range LOW HIGH (for 12 bits, 0 4095)"
     )
+
+
+def scaled_differently(images: list[np.ndarray]) -> bool:
+    """Whether the default range of some image is another than the widest, by more than 8 of 256 levels."""
+    widest = max(map(default_range, images))
+    pairs = ((to_8_bits(values).astype(int), to_8_bits(values, widest)) for values in images)
+    return any((own - same).max(initial=0) > 8 for own, same in pairs)

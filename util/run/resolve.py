@@ -25,9 +25,19 @@ def fill_in(given: argparse.Namespace, defaults: dict[str, Any]) -> None:
 def resolve_settings(given: argparse.Namespace, meta: dict[str, Any]) -> None:
     """Model, sizes and image statistics that were not given, in place: from a checkpoint's metadata (`read_meta`), else
     ViT-B at 224 pixels on ImageNet. `origins` then tells which: "option", "checkpoint" or "default"."""
+    _resolve(given, meta, {"value_range": None, **defaults_of(meta)})
+
+
+def resolve_pixels(given: argparse.Namespace, meta: dict[str, Any]) -> None:
+    """`resolve_settings` for mean, std and value range alone: pre-training chooses its own model and sizes."""
+    defaults = {"value_range": None, **defaults_of(meta)}
+    _resolve(given, meta, {name: defaults[name] for name in ("mean", "std", "value_range")})
+
+
+def _resolve(given: argparse.Namespace, meta: dict[str, Any], defaults: dict[str, Any]) -> None:
     found = settings_of(meta)
     given.origins = {}
-    for name, value in {"value_range": None, **defaults_of(meta)}.items():
+    for name, value in defaults.items():
         if getattr(given, name, None) is not None:
             given.origins[name] = "option"
             continue
