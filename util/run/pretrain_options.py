@@ -20,6 +20,7 @@ FIXED = [
     "target",
     "epochs",
     "global_batch",
+    "val_fraction",
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from util.data.files import summarize
 from util.run.distributed import World
 from util.run.options import OptionParser
 from util.weights.meta import defaults_of, settings_of
@@ -94,6 +95,25 @@ def resolve_training(given: argparse.Namespace, world: World, *, warmup_epochs: 
     if given.start_epoch >= given.epochs:
         raise ValueError(f"--start_epoch {given.start_epoch} leaves nothing of --epochs {given.epochs}")
     resolve_workers(given, world, num_workers)
+
+
+def resolve_val_fraction(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
+    """--val_fraction of an evaluation, in place: the recorded one if none is given.
+
+    Args:
+        recorded: options of the checkpoint that is evaluated or resumed; {} without one.
+    """
+    given.val_split = recorded.get("val_split")
+    given.origins["val_fraction"] = "option"
+    if given.eval and given.val_fraction is None:
+        given.val_fraction, given.origins["val_fraction"] = recorded.get("val_fraction"), "checkpoint"
+
+
+def data_name(given: argparse.Namespace) -> str:
+    """--data_path for the log."""
+    if given.data_path is None:
+        return "Shapes, images drawn by the program (no --data_path was given)"
+    return given.data_path if isinstance(given.data_path, str) else summarize(given.data_path)
 
 
 def describe(parser: OptionParser, given: argparse.Namespace) -> None:
