@@ -290,7 +290,10 @@ def test_more_shards_than_files_that_may_be_open(tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------- programs
 
-TRAIN = "--model vit_micro_patch16 --input_size 16 --patch_size 8 --batch_size 4 --num_workers 0 --device cpu".split()
+TRAIN = [
+    *["--model", "vit_micro_patch16", "--input_size", "16", "--patch_size", "8"],
+    *["--batch_size", "4", "--num_workers", "0", "--device", "cpu"],
+]
 
 
 def test_fine_tuning_and_evaluation_on_patterns(tmp_path):

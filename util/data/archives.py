@@ -62,7 +62,9 @@ def _add_member(
     listing: Listing, tar: tarfile.TarFile, member: tarfile.TarInfo, hidden: set[str], file_size: int
 ) -> None:
     """Add a member to a listing, and to `hidden` the folder of those that are skipped."""
-    name = str(PurePosixPath(member.name))
+    name = member.name
+    if "./" in name or "//" in name:
+        name = str(PurePosixPath(name))
     is_file = member.isreg() and not member.issparse()
     if listing.labels.pop(name, None) is not None or name in listing.images:
         listing.skipped["earlier versions of a file"] += 1

@@ -6,7 +6,7 @@ import os
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -59,8 +59,7 @@ def why_skipped(name: str) -> str | None:
 
 
 def is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+    return not name.startswith("/") and ".." not in name.split("/")
 
 
 def contents(folder: Path) -> str:

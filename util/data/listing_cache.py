@@ -23,7 +23,7 @@ from util.data.listing import Listing
 log = logging.getLogger("hpm")
 
 VERSION = 1  # of the format and of the rules for what is listed
-FEWEST = 1000  # members; fewer are listed again, in about 50 ms
+FEWEST = 1000  # members; fewer are listed again, in about 0.1 s
 
 
 def cache_folder(cache_dir: str | None) -> Path:
