@@ -43,6 +43,7 @@ def files(tmp_path_factory):
     """Data sets for classification and segmentation, an encoder, and a classifier of the three classes."""
     folder = tmp_path_factory.mktemp("files")
     write_tree(folder / "data", members(per_class=2))
+    write_tree(folder / "unsplit", {name[len("train/") :]: data for name, data in members(("train",)).items()})
     write_tree(folder / "segmentation", ade_files(train=4, val=2))
     for name, classes in (("encoder", 0), ("classifier", 3)):
         model = models_vit.vit_micro_patch16(img_size=32, patch_size=8, num_classes=classes, global_pool=classes > 0)
@@ -54,11 +55,14 @@ def smaller(script, options, files, out):
     """The options of a command with what makes it small added, and its placeholders filled in."""
     added = SMALLER[script].format(out=out).split()
     if "--data_path" in options:
-        added += ["--data_path", str(files / ("segmentation" if script == "main_segment" else "data"))]
+        kind = "unsplit" if "--val_fraction" in options else "data"
+        added += ["--data_path", str(files / ("segmentation" if script == "main_segment" else kind))]
     else:
         added += ["--shapes_train", "4"]
     if "--finetune" in options:
         added += ["--finetune", str(files / ("classifier.pth" if "--eval" in options else "encoder.pth"))]
+    if "--val_fraction" in options:
+        added += ["--val_fraction", "0.25"]
     if "--token_size" in options:
         added += ["--token_size", "4"]
     if "--accum_iter" in options:

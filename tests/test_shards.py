@@ -288,6 +288,23 @@ def test_more_shards_than_files_that_may_be_open(tmp_path, monkeypatch):
     assert len(files_module._descriptors) == 8
 
 
+def test_several_archives_of_trees_keep_their_splits(tmp_path):
+    """Pre-training on a folder of them uses their train/ parts."""
+    for name in ("a", "b"):
+        (tmp_path / "d").mkdir(exist_ok=True)
+        write_tar(tmp_path / f"d/{name}.tar")
+    source = build_source(str(tmp_path / "d"), "train", labels_needed=False)
+    assert len(source) == 24
+    assert "train" not in {name.split("/")[-3] for name in map(source.name, range(24))}
+
+
+def test_other_files_that_end_in_cls_are_no_labels(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar", {**members(), "train/article.cls": b"LaTeX", "train/cat/0.json": b'{"label": 1}'}
+    )
+    assert find_images(str(path), "train").classes == ["cat", "cat-2", "dog"]
+
+
 # ----------------------------------------------------------------------------------------------- programs
 
 TRAIN = [

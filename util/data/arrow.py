@@ -4,7 +4,6 @@ The `datasets` library reads them; the images' bytes are decoded here, like thos
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from util.data.decode import MAX_PIXELS, UnreadableImage, ValueRange, decode_rgb
 from util.data.files import printable
 from util.data.listing import class_names
 from util.data.listing_cache import cache_folder
+
+LARGEST_LABEL = 10_000_000  # that is a number
 
 log = logging.getLogger("hpm")
 
@@ -57,20 +58,13 @@ class ArrowImages:
         """Bytes of an image.
 
         Raises:
-            UnreadableImage: the row holds none, or the path of a file that cannot be read.
+            UnreadableImage: the row holds none; the path of a file does not count, since it can point anywhere.
         """
         row = self.dataset[int(index)]["image"]
-        if isinstance(row, dict):
-            path = row.get("path")
-            row = row["bytes"]
-            if row is None and path:
-                try:
-                    return Path(os.path.dirname(self.root), path).read_bytes()
-                except OSError as error:
-                    raise UnreadableImage(f"{path} cannot be read: {error.strerror}", "missing") from error
-        if row is None:
-            raise UnreadableImage("the row holds no image", "missing")
-        return row
+        data = row["bytes"] if isinstance(row, dict) else row
+        if data is None:
+            raise UnreadableImage("the row does not hold the bytes of an image", "missing")
+        return data
 
     def load(self, index: int) -> np.ndarray:
         return decode_rgb(self.read(index), self.value_range, self.max_image_pixels)
@@ -147,7 +141,7 @@ def _read_labels(dataset: Any, root: str, labels_needed: bool) -> tuple[np.ndarr
         names = sorted({label for label in column if label is not None})
         number = {name: label for label, name in enumerate(names)}
         return np.array([number.get(label, -1) for label in column], dtype=np.int64), class_names(names), False
-    if not all(label is None or (isinstance(label, int) and label >= -1) for label in column):
+    if not all(label is None or (isinstance(label, int) and -1 <= label <= LARGEST_LABEL) for label in column):
         if labels_needed:
             raise ValueError(f"{root}: column `label` is {feature}, expected ClassLabel, integers from 0, or strings")
         return np.zeros(len(column), dtype=np.int64), [], False

@@ -1,8 +1,9 @@
 """WebDataset archives: samples of files with a common key, KEY.jpg with its label in KEY.cls or KEY.json.
 
-The order is that of the shards and within a shard that of the keys' first files. As in WebDataset, the key of a file is
-its path up to the first dot of its name. A name with more dots belongs to the sample of that key if this has an image
-of its own (KEY.mask.png next to KEY.jpg), else it is a sample itself (a.1.jpg with a.1.cls).
+The order is that of the shards, and of the images in them (of an image that was replaced, the first version's). As in
+WebDataset, the key of a file is its path up to the first dot of its name. A name with more dots belongs to the sample
+of that key if this has an image of its own (KEY.mask.png next to KEY.jpg), else it is a sample itself (a.1.jpg with
+a.1.cls).
 """
 
 import logging
@@ -16,19 +17,20 @@ from pathlib import Path
 import numpy as np
 
 from util.data.archives import list_archive
+from util.data.arrow import LARGEST_LABEL
 from util.data.files import ImageFiles, SeveralFiles, pack, printable, summarize
 from util.data.listing import IMAGE_SUFFIXES, Listing, class_names, names_of_numbers
 
 log = logging.getLogger("hpm")
 
 _THREADS = 16  # archives listed at a time: on a network file system, reading a header is mostly waiting
-_LARGEST = 10_000_000  # label that is a number
 
 
 def is_webdataset(listing: Listing) -> bool:
     """Whether an archive holds labels of its own; .json files next to images in folders may be something else."""
-    cls = any(name.endswith(".cls") for name in listing.labels)
-    return cls or (bool(listing.labels) and not any("/" in name for name in listing.images))
+    in_folders = any("/" in name for name in listing.images)
+    labels = {name: label for name, label in listing.labels.items() if name.endswith(".cls") or not in_folders}
+    return bool(labels) and any(_label_of(name, labels) is not None for name in listing.images)
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -114,7 +116,7 @@ def _to_classes(owner: SeveralFiles, names: list[str], texts: list[str | None]) 
     numbers = [text.isascii() and text.isdecimal() for text in given]
     if all(numbers):
         labels = [int(text) for text in given]
-        if max(labels) > _LARGEST:
+        if max(labels) > LARGEST_LABEL:
             index = int(np.argmax(labels))
             raise ValueError(f"{owner.name(index)} has the label {labels[index]}: expected numbers of classes, from 0")
         return labels, names_of_numbers(names, labels), True

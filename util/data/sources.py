@@ -105,7 +105,10 @@ def _read_place(
         return open_arrow(place, cache_dir, labels_needed)
     if len(place) > 1:
         warn_of_gaps(place)
-        return read_samples(list_shards(place, cache_dir), labels_needed)
+        listings = list_shards(place, cache_dir)
+        if split is not None:
+            listings = [below_split(listing, split, whole) for listing in listings]
+        return read_samples(listings, labels_needed)
     if first.is_dir():
         return to_files(list_folder(first), labels_needed, split or "")
     given = first == Path(data_path) if isinstance(data_path, str) else False
