@@ -123,6 +123,11 @@ def test_small_archives_are_not_stored(tmp_path):
     path = write_tar(tmp_path / "a.tar", {f"train/a/{i}.jpg": b"x" for i in range(listing_cache.FEWEST)})
     find_images(str(path), "train")
     assert len(stored(tmp_path / "cache")) == 1
+    files = {f"{i}.jpg": b"x" for i in range(-(-listing_cache.FEWEST // 3))}
+    for number in range(3):  # a few small shards are not stored, but many are
+        write_tar(tmp_path / f"d/train-{number:04d}.tar", files)
+    find_images(str(tmp_path / "d"), "train", labels_needed=False)
+    assert len(stored(tmp_path / "cache")) == 4
 
 
 def test_an_archive_that_changes_while_it_is_listed_is_not_stored(tmp_path, opened, monkeypatch):

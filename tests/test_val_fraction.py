@@ -203,7 +203,8 @@ def test_a_resumed_run_keeps_its_parts(data, tmp_path):
     assert held_out_of(tmp_path / "run") == before
 
 
-def test_two_processes_hold_out_what_one_does(data, tmp_path):
+def test_two_processes_hold_out_what_one_does(tmp_path):
+    data = write_shards(tmp_path / "shards/{}.tar", label="numbers")
     given = [*TRAIN, "--data_path", data, "--val_fraction", 0.25, "--epochs", 1]
     run("main_finetune", *given, "--output_dir", tmp_path / "one")
     ranks("main_finetune", *given, "--batch_size", 2, "--output_dir", tmp_path / "two")

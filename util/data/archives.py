@@ -26,10 +26,10 @@ _LONGEST_LABEL = 1 << 20  # bytes of such a file
 _OUTSIDE = "links, devices and names that point outside"
 
 
-def list_archive(path: Path, cache_dir: str | None = None) -> Listing:
+def list_archive(path: Path, cache_dir: str | None = None, shards: int = 1) -> Listing:
     """The images in a plain tar; of a member that occurs several times, the last version, as when it is unpacked.
 
-    The listing of an archive of 1,000 members or more is stored in the cache folder.
+    The listing is stored in the cache folder if there are 1,000 members or more, in all `shards` if they are alike.
 
     Raises:
         ValueError: not a tar archive, or a truncated one.
@@ -53,7 +53,7 @@ def list_archive(path: Path, cache_dir: str | None = None) -> Listing:
         raise ValueError(f"{path} is not a readable tar archive: {error}") from error
     if hidden:
         listing.skipped["hidden and tool folders"] += len(hidden)
-    if number >= FEWEST:
+    if number * shards >= FEWEST:
         write_listing(listing, identity, cache_dir)
     return listing
 

@@ -136,7 +136,7 @@ def list_shards(files: Sequence[Path], cache_dir: str | None) -> list[Listing]:
     """The listings of many archives, in their order."""
     listings, logged = [], time.monotonic()
     with ThreadPoolExecutor(min(_THREADS, len(files))) as pool:
-        for listing in pool.map(partial(list_archive, cache_dir=cache_dir), files):
+        for listing in pool.map(partial(list_archive, cache_dir=cache_dir, shards=len(files)), files):
             listings.append(listing)
             if time.monotonic() - logged > 10:
                 logged = time.monotonic()
