@@ -24,7 +24,7 @@ from util import knn, masking, rng
 from util.data.classes import count_classes
 from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, build_loader
-from util.data.sources import Source, build_source, check_value_range
+from util.data.sources import Source
 from util.data.transforms import CenterCrop, RandomCrop, ToModelInput
 from util.ema import EMATeacher
 from util.run import distributed, options, resolve
@@ -34,7 +34,7 @@ from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.pretrain_options import FIXED, PANELS, add_pretraining_options
-from util.run.splits import evaluation_loader, read_knn_splits
+from util.run.splits import evaluation_loader, read_knn_splits, read_pretraining
 from util.schedules import ema_decay_at, slow_teacher
 from util.targets import PIXEL_TARGETS
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
@@ -64,8 +64,6 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     folder = run_folder(args.output_dir, args.experiment, SCRIPT)
     meta = read_resumed(folder, args.resume, args.auto_resume)
     resolve.resolve_pixels(args, meta or (read_meta(args.load_from) if args.load_from else {}))
-    if args.data_path is not None and len(args.data_path) == 1:
-        args.data_path = args.data_path[0]
     if args.vis_interval is None:
         args.vis_interval = -(-args.epochs // PANELS)
     if args.lr is None:
@@ -153,12 +151,11 @@ def describe(
     args: argparse.Namespace, num_images: int, model: models_hpm.MaskedAutoencoderViT, masks: masking.MaskSampler
 ) -> None:
     """The start of the log: what will be trained, on what, and how."""
-    data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
-    if isinstance(data, list):
-        data = ", ".join(data)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     predictor = args.predictor_loss if args.learning_loss else "none"
-    log.info("data      %s: %s images, %d steps per epoch", data, f"{num_images:,}", args.steps_per_epoch)
+    log.info(
+        "data      %s: %s images, %d steps per epoch", resolve.data_name(args), f"{num_images:,}", args.steps_per_epoch
+    )
     log.info("model     %s, %.1f M trainable parameters", args.model, trained / 1e6)
     log.info("patches   %d x %d of %d pixels, %d masked", *masks.grid_size, args.patch_size, masks.num_masked)
     log.info("target    %s, loss predictor %s, masks %s", args.target, predictor, args.mask_strategy)
@@ -177,21 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
         run = Run(run_folder(args.output_dir, args.experiment, SCRIPT), SCRIPT, args.resume, args.auto_resume)
-        source = build_source(
-            args.data_path,
-            "train",
-            labels_needed=False,
-            value_range=args.value_range,
-            max_image_pixels=args.max_image_pixels,
-            shapes_count=args.shapes_train,
-            cache_dir=args.cache_dir,
-            on_rank_zero=distributed.from_rank_zero,
-        )
-        warning = None
-        if args.data_path is not None:
-            warning = distributed.from_rank_zero(lambda: check_value_range(source, args.value_range))
-        if warning is not None:
-            log.warning("%s", warning)
+        source, held_out = read_pretraining(args)
         sampler = EpochSampler(len(source), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
         args.steps_per_epoch = sampler.num_batches // args.accum_iter
         run.check(vars(args), FIXED)
@@ -210,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.vis_interval:
             limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
             panel_images = distributed.from_rank_zero(
-                lambda: pick_panel_images(args.data_path, source, args.input_size, args.cache_dir, **limits)
+                lambda: pick_panel_images(args.data_path, source, args.input_size, args.cache_dir, held_out, **limits)
             )
 
     # Model, teacher, optimizer

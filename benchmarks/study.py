@@ -35,6 +35,7 @@ import main_segment
 import models_hpm
 from benchmarks.ranking import rank_correlations, teacher_of
 from benchmarks.trainer import ALONE
+from util.data.files import ImageFiles
 from util.data.sources import find_images
 from util.run import distributed, options
 from util.run.folder import LAST, read_log
@@ -191,6 +192,8 @@ def subset(data_path: str, counts: dict[str, int | None], folder: Path) -> str:
     with tarfile.open(partial, "w") as tar:
         for split, count in counts.items():
             files = find_images(data_path, split)
+            if not isinstance(files, ImageFiles):
+                raise ValueError(f"--data_path {data_path}: expected a folder, list files or one archive")
             if count is not None and count > len(files):
                 raise ValueError(f"--{split}_images {count}: {data_path} has {len(files)}")
             for i in range(count or len(files)):

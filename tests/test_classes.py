@@ -85,7 +85,7 @@ def test_list_files_that_number_their_folders_differently_are_matched_by_name(tm
 
 def test_numbers_and_folders_without_a_proof_are_an_error(tmp_path):
     files = {**members(("val",)), "train/0.jpg": IMAGE, "train/1.jpg": IMAGE, "train.txt": b"0.jpg 0\n1.jpg 1\n"}
-    with pytest.raises(ValueError, match="the numbers of a list file, the images have class folders: labels cannot be"):
+    with pytest.raises(ValueError, match="numbers without names, the images have class names: labels cannot be"):
         splits(write_tree(tmp_path / "d", files))
     names, numbers = source_of(["a"], [0]), source_of([], [0], numbered=True)
     for model, data in ((names, numbers), (numbers, names)):

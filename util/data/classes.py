@@ -1,7 +1,7 @@
-"""Class identity: labels are matched by name, or by number where list files give numbers.
+"""Class identity: labels are matched by name, or by number where the data set gives numbers (list files, .cls files).
 
-A record of classes is {"names": names of the model's outputs, "numbered": whether they are numbers of a list file}; it
-is kept in checkpoints.
+A record of classes is {"names": names of the model's outputs, "numbered": whether the data set gives numbers}; it is
+kept in checkpoints.
 """
 
 import copy
@@ -62,10 +62,11 @@ def match_classes(record: dict[str, Any], source: L, owner: str = "the model") -
             return source
         if not names and not theirs:
             return source
-        kinds = ("class folders", "the numbers of a list file")
+        kinds = ("class names", "numbers without names")
         ours, others = kinds if names else kinds[::-1]
         raise ValueError(
-            f"{owner} has classes from {ours}, the images have {others}: labels cannot be matched; use the same layout"
+            f"{owner} has {ours}, the images have {others}: labels cannot be matched; use class folders, or names as "
+            "labels, or the same numbers for both"
         )
     number = {name: label for label, name in enumerate(names) if name}
     unknown = sorted(name for name in theirs if name and name not in number)
@@ -126,7 +127,7 @@ def count_classes(train: Labelled, val: Labelled, nb_classes: int | None) -> int
     needed = max(int(train.labels.max()) + 1, len(train.classes))
     if getattr(train, "numbered", False) and train.labels.min() == 1 and (nb_classes or 0) < needed:
         raise ValueError(
-            f"the training labels are numbers from 1 to {needed - 1}, expected from 0: subtract 1 in both list files, "
+            f"the training labels are numbers from 1 to {needed - 1}, expected from 0: subtract 1 in both splits, "
             f"or give --nb_classes {needed} for an unused output 0"
         )
     if nb_classes is not None and nb_classes < needed:
@@ -134,7 +135,7 @@ def count_classes(train: Labelled, val: Labelled, nb_classes: int | None) -> int
     outputs = nb_classes or needed
     if val.labels.max() >= outputs:
         raise ValueError(
-            f"val has label {val.labels.max()}, but the training labels end at {train.labels.max()}: the list files "
+            f"val has label {val.labels.max()}, but the training labels end at {train.labels.max()}: both splits "
             "must use the same numbers"
         )
     if outputs > needed:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from util.data.files import summarize
 from util.run.distributed import World
 from util.run.options import OptionParser
 from util.weights.meta import defaults_of, settings_of
@@ -188,6 +189,25 @@ def resolve_teacher(given: argparse.Namespace, by_loss: bool) -> None:
     if given.teacher_keep < 1 and given.target == "ema":
         name = "--score_by loss" if by_loss else "--teacher_keep"
         raise ValueError(f"--target ema needs the teacher's features of the whole image: omit {name}")
+
+
+def resolve_val_fraction(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
+    """--val_fraction of an evaluation, in place: the recorded one if none is given.
+
+    Args:
+        recorded: options of the checkpoint that is evaluated or resumed; {} without one.
+    """
+    given.val_split = recorded.get("val_split")
+    given.origins["val_fraction"] = "option"
+    if given.eval and given.val_fraction is None:
+        given.val_fraction, given.origins["val_fraction"] = recorded.get("val_fraction"), "checkpoint"
+
+
+def data_name(given: argparse.Namespace) -> str:
+    """--data_path for the log."""
+    if given.data_path is None:
+        return "Shapes, images drawn by the program (no --data_path was given)"
+    return given.data_path if isinstance(given.data_path, str) else summarize(given.data_path)
 
 
 def describe(parser: OptionParser, given: argparse.Namespace) -> None:
