@@ -333,7 +333,7 @@ def test_fine_tuning_and_evaluation_on_patterns(tmp_path):
 def test_mistakes_end_before_training(tmp_path):
     write_shards(tmp_path / "d/train-{}.tar")
     for path, message in (
-        (tmp_path / "d", "or hold out a part of the training images with --val_fraction"),
+        (tmp_path / "d", "without a val split, --val_fraction holds out a part of the training images"),
         (f"{tmp_path}/d/train-{{0000..0003}}.tar", "train-0003.tar does not exist"),
         (f"{tmp_path}/d/train-{{0000..0002}}.tar", "has val in its name"),
     ):
