@@ -38,7 +38,7 @@ from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained,
 SCRIPT = "main_finetune"
 
 # Options that must not change on resume: weights and schedule depend on them.
-FIXED = ["model", "input_size", "patch_size", "global_pool", "nb_classes", "epochs", "global_batch"]
+FIXED = ["model", "input_size", "patch_size", "global_pool", "nb_classes", "epochs", "global_batch", "val_fraction"]
 
 
 def get_args_parser() -> options.OptionParser:
@@ -120,9 +120,10 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     recorded = meta.get("options", {}) if trained else {}  # of this classifier, not of its pre-training
     args.classes = recorded.get("classes")
     resolve.resolve_settings(args, meta)
+    resolve.resolve_val_fraction(args, recorded)
     resolve.resolve_crop(args, recorded)
-    if args.eval and meta.get("script") == SCRIPT:
-        args.global_pool = meta["options"]["global_pool"]
+    if args.eval and meta.get("script", SCRIPT) == SCRIPT:  # an export names no script
+        args.global_pool = recorded.get("global_pool", args.global_pool)
     resolve.resolve_training(args, world, warmup_epochs=5, num_workers=10)
     if args.lr is None:
         args.lr = args.blr * args.global_batch / 256
@@ -201,10 +202,9 @@ def load_weights(args: argparse.Namespace, model: nn.Module, weights: dict[str, 
 
 def describe(args: argparse.Namespace, train: Source | None, val: Source) -> None:
     """The start of the log: what will be trained, on what, and how."""
-    data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
     pooling = "mean of patch tokens" if args.global_pool else "class token"
     count = "no" if train is None else f"{len(train):,}"
-    log.info("data      %s: %s training images, %s validation images", data, count, f"{len(val):,}")
+    log.info("data      %s: %s training images, %s validation images", resolve.data_name(args), count, f"{len(val):,}")
     origin = args.origins
     log.info("model     %s (%s), %d classes, %s", args.model, origin["model"], args.nb_classes, pooling)
     log.info("image     %d pixels (%s) in patches of %d", args.input_size, origin["input_size"], args.patch_size)

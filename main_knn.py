@@ -26,7 +26,7 @@ from util.data.sources import Source, build_splits, check_value_range
 from util.run import distributed, folder, options, resolve
 from util.run.amp import Amp
 from util.run.logger import log
-from util.run.splits import evaluation_loader
+from util.run.splits import evaluation_loader, record_val_split
 from util.weights.load import load_pretrained, read_meta
 from util.weights.read import read_file
 
@@ -79,6 +79,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     resolve.resolve_which(args)
     if args.load_features and (args.dump_features or args.finetune):
         raise ValueError("--load_features takes stored features: omit --dump_features and --finetune")
+    if args.load_features and args.val_fraction is not None:
+        raise ValueError("--load_features takes features of both splits: omit --val_fraction")
     if args.features == "pixels" and (args.load_features or args.compile):
         raise ValueError("--features pixels runs no encoder and reads images: omit --load_features and --compile")
     meta = read_meta(args.finetune) if args.finetune else {}
@@ -156,11 +158,13 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
                 (args.shapes_train, args.shapes_val),
                 args.cache_dir,
                 distributed.from_rank_zero,
+                val_fraction=args.val_fraction,
                 value_range=args.value_range,
                 max_image_pixels=args.max_image_pixels,
             )
             if warning := distributed.from_rank_zero(lambda: check_value_range(splits[0], args.value_range)):
                 log.warning("%s", warning)
+            record_val_split(args, splits[1])
             sources = dict(zip(SPLITS, splits, strict=True))
             args.nb_classes = count_classes(sources["train"], sources["test"], args.nb_classes)
             weights = load_pretrained(args.finetune, args.which) if args.finetune else None
@@ -187,9 +191,8 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
 
 def describe(args: argparse.Namespace, sources: dict[str, Source]) -> None:
     """The start of the log: which features of which images."""
-    data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
     counts = f"{len(sources['train']):,} training images, {len(sources['test']):,} queries"
-    log.info("data      %s: %s", data, counts)
+    log.info("data      %s: %s", resolve.data_name(args), counts)
     if args.features == "pixels":
         log.info(
             "features  pixels of the %d-pixel crop, averaged to at most %d x %d", args.input_size, THUMBNAIL, THUMBNAIL

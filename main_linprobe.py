@@ -131,10 +131,9 @@ def report(args: argparse.Namespace, metrics: dict[str, float], names: list[str]
 
 def describe(args: argparse.Namespace, train: Source | None, val: Source) -> None:
     """The start of the log: what will be trained, on what, and how."""
-    data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
     pooling = "layer norm of the mean of patch tokens" if args.global_pool else "class token"
     count = "no" if train is None else f"{len(train):,}"
-    log.info("data      %s: %s training images, %s validation images", data, count, f"{len(val):,}")
+    log.info("data      %s: %s training images, %s validation images", resolve.data_name(args), count, f"{len(val):,}")
     log.info("features  %s, %s, %d pixels in patches of %d", args.model, pooling, args.input_size, args.patch_size)
     resolve.describe(get_args_parser(), args)
 
@@ -165,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             args.classes = run.state["options"].get("classes") if run.state is not None else None
         recorded = trained or (run.state if run is not None else None) or {}
         resolve.resolve_crop(args, recorded.get("options", {}))
+        resolve.resolve_val_fraction(args, recorded.get("options", {}))
         weights = load_pretrained(args.finetune, args.which) if args.finetune else None
         if weights is not None:
             models_load.has_pooled_norm(weights, args.global_pool, args.finetune)  # raises what cannot be probed
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     assert run is not None
     assert train is not None
     with options.user_mistakes():
-        run.check(vars(args), [*FIXED, "encoder"])
+        run.check(vars(args), [*FIXED, "encoder", "val_fraction"])
     student = distributed.wrap_ddp(probe, device)
     optimizer = build_optimizer(args, probe.heads)
     crop = transforms.RandomCrop(args.input_size, (0.08, 1.0), one_draw=True)

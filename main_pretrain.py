@@ -24,20 +24,20 @@ from util import knn, masking, rng
 from util.data.classes import count_classes
 from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, build_loader
-from util.data.sources import Source, build_source, check_value_range
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, CenterCrop, RandomCrop, ToModelInput
+from util.data.sources import Source
+from util.data.transforms import CenterCrop, RandomCrop, ToModelInput
 from util.ema import EMATeacher
 from util.run import distributed, options, resolve
 from util.run.amp import Amp
-from util.run.checkpoint import Run
+from util.run.checkpoint import Run, read_resumed
 from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.pretrain_options import FIXED, PANELS, add_pretraining_options
-from util.run.splits import evaluation_loader, read_knn_splits
+from util.run.splits import evaluation_loader, read_knn_splits, read_pretraining
 from util.schedules import ema_decay_at, slow_teacher
 from util.targets import PIXEL_TARGETS
-from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 from util.weights.meta import classifier_name
 from visualize.panel import pick_panel_images, training_panel
 
@@ -54,17 +54,16 @@ def get_args_parser() -> options.OptionParser:
 
 
 def resolve_options(args: argparse.Namespace, world: distributed.World) -> argparse.Namespace:
-    """Fill in what follows from other options, and reject impossible settings.
+    """Fill in what follows from other options and from the checkpoint, and reject impossible settings.
 
     Raises:
-        ValueError: options that contradict each other.
+        ValueError: options that contradict each other, or a checkpoint that cannot be read.
     """
     args = copy.copy(args)
     resolve.resolve_training(args, world, warmup_epochs=40, num_workers=8)
-    args.origins = {name: "option" if getattr(args, name) else "default" for name in ("mean", "std", "value_range")}
-    args.mean, args.std = args.mean or list(IMAGENET_MEAN), args.std or list(IMAGENET_STD)
-    if args.data_path is not None and len(args.data_path) == 1:
-        args.data_path = args.data_path[0]
+    folder = run_folder(args.output_dir, args.experiment, SCRIPT)
+    meta = read_resumed(folder, args.resume, args.auto_resume)
+    resolve.resolve_pixels(args, meta or (read_meta(args.load_from) if args.load_from else {}))
     if args.vis_interval is None:
         args.vis_interval = -(-args.epochs // PANELS)
     if args.lr is None:
@@ -152,12 +151,11 @@ def describe(
     args: argparse.Namespace, num_images: int, model: models_hpm.MaskedAutoencoderViT, masks: masking.MaskSampler
 ) -> None:
     """The start of the log: what will be trained, on what, and how."""
-    data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
-    if isinstance(data, list):
-        data = ", ".join(data)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     predictor = args.predictor_loss if args.learning_loss else "none"
-    log.info("data      %s: %s images, %d steps per epoch", data, f"{num_images:,}", args.steps_per_epoch)
+    log.info(
+        "data      %s: %s images, %d steps per epoch", resolve.data_name(args), f"{num_images:,}", args.steps_per_epoch
+    )
     log.info("model     %s, %.1f M trainable parameters", args.model, trained / 1e6)
     log.info("patches   %d x %d of %d pixels, %d masked", *masks.grid_size, args.patch_size, masks.num_masked)
     log.info("target    %s, loss predictor %s, masks %s", args.target, predictor, args.mask_strategy)
@@ -175,23 +173,8 @@ def main(argv: list[str] | None = None) -> None:
         args = resolve_options(get_args_parser().parse_args(argv), world)
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
-        folder = run_folder(args.output_dir, args.experiment, SCRIPT)
-        run = Run(folder, SCRIPT, args.resume, args.auto_resume)
-        source = build_source(
-            args.data_path,
-            "train",
-            labels_needed=False,
-            value_range=args.value_range,
-            max_image_pixels=args.max_image_pixels,
-            shapes_count=args.shapes_train,
-            cache_dir=args.cache_dir,
-            on_rank_zero=distributed.from_rank_zero,
-        )
-        warning = None
-        if args.data_path is not None:
-            warning = distributed.from_rank_zero(lambda: check_value_range(source, args.value_range))
-        if warning is not None:
-            log.warning("%s", warning)
+        run = Run(run_folder(args.output_dir, args.experiment, SCRIPT), SCRIPT, args.resume, args.auto_resume)
+        source, held_out = read_pretraining(args)
         sampler = EpochSampler(len(source), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
         args.steps_per_epoch = sampler.num_batches // args.accum_iter
         run.check(vars(args), FIXED)
@@ -210,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.vis_interval:
             limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
             panel_images = distributed.from_rank_zero(
-                lambda: pick_panel_images(args.data_path, source, args.input_size, args.cache_dir, **limits)
+                lambda: pick_panel_images(args.data_path, source, args.input_size, args.cache_dir, held_out, **limits)
             )
 
     # Model, teacher, optimizer

@@ -57,7 +57,7 @@ def get_args_parser() -> options.OptionParser:
         "--class_names", help="names of the classes, one per line, or imagenet (default: those in the checkpoint)"
     )
     parser.add_argument("--batch_size", type=options.COUNT, default=64, help="images per forward pass")
-    options.add_data_options(parser, num_workers=10, splits=("val",), layout=options.IMAGES, several=True)
+    options.add_data_options(parser, num_workers=10, splits=("val",), layout=options.IMAGES)
     options.add_device_options(parser)
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--which", choices=["student", "ema"], default="student", help="weights of an HPM checkpoint")
@@ -217,8 +217,7 @@ def main(argv: list[str] | None = None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path.parent).close()  # raises before the work if nothing can be written there
 
-    data = " ".join(args.data_path or ["Shapes, images drawn by the program (no --data_path was given)"])
-    log.info("data      %s: %s images", data, f"{len(source):,}")
+    log.info("data      %s: %s images", resolve.data_name(args), f"{len(source):,}")
     log.info("model     %s, %d classes, %d pixels", args.checkpoint, len(names), model.patch_embed.img_size[0])
     args.device, args.precision = device.type, amp.name
     args.mean, args.std, args.value_range = transform.mean, transform.std, transform.value_range

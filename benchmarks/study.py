@@ -35,6 +35,7 @@ import main_segment
 import models_hpm
 from benchmarks.ranking import rank_correlations, teacher_of
 from benchmarks.trainer import ALONE
+from util.data.files import ImageFiles
 from util.data.sources import find_images
 from util.run import distributed, options
 from util.run.folder import LAST, read_log
@@ -45,9 +46,9 @@ MAE, PREDICTOR = ["--no-learning_loss"], ["--mask_strategy", "random"]
 
 # The options of main_pretrain.py that a variant changes. `_long` trains --long_factor times the epochs, `_slow` has the
 # paper's EMA decay, which is meant for runs of many more steps; `_mask_tokens` has the teacher read its predictions at
-# mask tokens of the whole image (`predict_at_mask_tokens`). `sparse_1`, `loss` and `predictor_1` are the cheap ones:
-# a teacher that sees a quarter of the patches with a predictor of one block, one that scores by its own loss and needs no
-# predictor, and a predictor of one block with random masks.
+# mask tokens of the whole image (`predict_at_mask_tokens`). `sparse_1`, `loss` and `predictor_1` are the cheap ones: a
+# teacher that sees a quarter of the patches with a predictor of one block, a teacher that scores by its own loss and
+# needs no predictor, and a predictor of one block with random masks.
 VARIANTS = {
     "mae_pixel": [*MAE, *PIXEL],
     "mae_norm": [*MAE, *NORM],
@@ -191,6 +192,8 @@ def subset(data_path: str, counts: dict[str, int | None], folder: Path) -> str:
     with tarfile.open(partial, "w") as tar:
         for split, count in counts.items():
             files = find_images(data_path, split)
+            if not isinstance(files, ImageFiles):
+                raise ValueError(f"--data_path {data_path}: expected a folder, list files or one archive")
             if count is not None and count > len(files):
                 raise ValueError(f"--{split}_images {count}: {data_path} has {len(files)}")
             for i in range(count or len(files)):

@@ -44,6 +44,7 @@ def files(tmp_path_factory):
     """Data sets for classification and segmentation, an encoder, and a classifier of the three classes."""
     folder = tmp_path_factory.mktemp("files")
     write_tree(folder / "data", members(per_class=2))
+    write_tree(folder / "unsplit", {name[len("train/") :]: data for name, data in members(("train",)).items()})
     write_tree(folder / "segmentation", ade_files(train=4, val=2))
     for name, classes in (("encoder", 0), ("classifier", 3)):
         model = models_vit.vit_micro_patch16(img_size=32, patch_size=8, num_classes=classes, global_pool=classes > 0)
@@ -58,7 +59,8 @@ def smaller(script, options, files, out):
         checkpoint = files / ("encoder.pth" if "CKPT" in options else "classifier.pth")
         return [*options, *added, "--checkpoint", str(checkpoint), "--data_path", str(files / "data/val")]
     if "--data_path" in options:
-        added += ["--data_path", str(files / ("segmentation" if script == "main_segment" else "data"))]
+        kind = "unsplit" if "--val_fraction" in options else "data"
+        added += ["--data_path", str(files / ("segmentation" if script == "main_segment" else kind))]
     else:
         added += ["--shapes_train", "4"]
     if "--knn_data_path" in options:
@@ -67,6 +69,8 @@ def smaller(script, options, files, out):
         added += ["--knn_k", "3"]
     if "--finetune" in options:
         added += ["--finetune", str(files / ("classifier.pth" if "--eval" in options else "encoder.pth"))]
+    if "--val_fraction" in options:
+        added += ["--val_fraction", "0.25"]
     if "--token_size" in options:
         added += ["--token_size", "4"]
     if "--accum_iter" in options:

@@ -10,7 +10,6 @@ start and at the end of training, the reconstruction, and the true error. docs/v
 import argparse
 import copy
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from models_hpm import MODELS, MaskedAutoencoderViT, build_for
 from models_teacher import TARGETS
 from util.data import transforms
 from util.data.decode import MAX_PIXELS
-from util.data.sources import SeveralFiles, ShapesSource, Source, find_images
+from util.data.files import SeveralFiles
+from util.data.sources import ShapesSource, Source, find_images, limited
 from util.masking import MaskSampler
 from util.pos_embed import interpolate_pos_embed
 from util.run import distributed, options
@@ -197,7 +197,7 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
         except ValueError as error:
             raise ValueError(str(error).replace("--data_path", "--images")) from error
         limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
-        source = SeveralFiles([replace(part, **limits) for part in parts])
+        source = SeveralFiles([limited(part, **limits) for part in parts])
         named = len(source) == len(args.images)  # one per path: no folder or archive of several
     if named and args.num_images is None:
         return read_crops(source, range(len(source)), range(len(source)), args.input_size, strict=True)

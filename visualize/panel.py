@@ -13,7 +13,8 @@ from torch import Tensor
 
 from models_hpm import MaskedAutoencoderViT
 from util.data.datasets import ImageDataset
-from util.data.sources import Source, build_source, compressed_archive
+from util.data.places import compressed_archive
+from util.data.sources import Source, build_source
 from util.data.transforms import CenterCrop, ToModelInput
 from util.masking import STRATEGIES, MaskSampler
 from util.rng import generator
@@ -30,12 +31,19 @@ PATCH_STATS = {
 
 
 def pick_panel_images(
-    data_path: str | list[str] | None, train: Source, size: int, cache_dir: str | None = None, **settings: Any
+    data_path: str | list[str] | None,
+    train: Source,
+    size: int,
+    cache_dir: str | None = None,
+    held_out: Source | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, list[str]] | None:
-    """`pick_images` of the val split if there is one that can be read without decompressing another archive, else of
-    the training images; None if they are unreadable, because pictures must not stop the training. `settings` are those
-    of `build_source`."""
+    """`pick_images` of the images that are held out, else of the val split if there is one that can be read without
+    decompressing another archive, else of the training images; None if they are unreadable, because pictures must not
+    stop the training. `settings` are those of `build_source`."""
     try:
+        if held_out is not None:
+            return pick_images(held_out, size)
         for path in [data_path] if isinstance(data_path, str) else data_path or []:
             packed = compressed_archive(Path(path), "val")
             if packed not in (None, compressed_archive(Path(path), "train")):

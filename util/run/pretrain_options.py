@@ -22,6 +22,7 @@ FIXED = [
     "target",
     "epochs",
     "global_batch",
+    "val_fraction",
 ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from util.data.files import summarize
 from util.run.distributed import World
 from util.run.options import OptionParser
 from util.weights.meta import defaults_of, settings_of
@@ -25,9 +26,19 @@ def fill_in(given: argparse.Namespace, defaults: dict[str, Any]) -> None:
 def resolve_settings(given: argparse.Namespace, meta: dict[str, Any]) -> None:
     """Model, sizes and image statistics that were not given, in place: from a checkpoint's metadata (`read_meta`), else
     ViT-B at 224 pixels on ImageNet. `origins` then tells which: "option", "checkpoint" or "default"."""
+    _resolve(given, meta, {"value_range": None, **defaults_of(meta)})
+
+
+def resolve_pixels(given: argparse.Namespace, meta: dict[str, Any]) -> None:
+    """`resolve_settings` for mean, std and value range alone: pre-training chooses its own model and sizes."""
+    defaults = {"value_range": None, **defaults_of(meta)}
+    _resolve(given, meta, {name: defaults[name] for name in ("mean", "std", "value_range")})
+
+
+def _resolve(given: argparse.Namespace, meta: dict[str, Any], defaults: dict[str, Any]) -> None:
     found = settings_of(meta)
     given.origins = {}
-    for name, value in {"value_range": None, **defaults_of(meta)}.items():
+    for name, value in defaults.items():
         if getattr(given, name, None) is not None:
             given.origins[name] = "option"
             continue
@@ -178,6 +189,25 @@ def resolve_teacher(given: argparse.Namespace, by_loss: bool) -> None:
     if given.teacher_keep < 1 and given.target == "ema":
         name = "--score_by loss" if by_loss else "--teacher_keep"
         raise ValueError(f"--target ema needs the teacher's features of the whole image: omit {name}")
+
+
+def resolve_val_fraction(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
+    """--val_fraction of an evaluation, in place: the recorded one if none is given.
+
+    Args:
+        recorded: options of the checkpoint that is evaluated or resumed; {} without one.
+    """
+    given.val_split = recorded.get("val_split")
+    given.origins["val_fraction"] = "option"
+    if given.eval and given.val_fraction is None:
+        given.val_fraction, given.origins["val_fraction"] = recorded.get("val_fraction"), "checkpoint"
+
+
+def data_name(given: argparse.Namespace) -> str:
+    """--data_path for the log."""
+    if given.data_path is None:
+        return "Shapes, images drawn by the program (no --data_path was given)"
+    return given.data_path if isinstance(given.data_path, str) else summarize(given.data_path)
 
 
 def describe(parser: OptionParser, given: argparse.Namespace) -> None:
