@@ -84,7 +84,7 @@ MISTAKES = {
     "--no-knn_global_pool": "--knn_global_pool is for k-NN during training",
     "--knn_interval 1 --knn_k 49 --shapes_train 48": "--knn_k 49 of 48 training images",
     "--knn_interval 1 --data_path FLAT": "--knn_interval needs labelled images, give them as --knn_data_path: ",
-    "--knn_interval 1 --data_path FLAT OTHER": "labels can only come from one path",
+    "--knn_interval 1 --data_path FLAT OTHER": "labels can only come from one",
 }
 
 
