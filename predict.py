@@ -196,21 +196,35 @@ def write_features(path: Path, features: Tensor, files: list[str]) -> None:
         write_atomic(path, partial(np.savez, features=features.numpy(), files=np.array(files)))
 
 
+def read_images(args: argparse.Namespace, value_range: Any) -> Source:
+    """The images of --data_path, of all its splits unless --split names one.
+
+    Raises:
+        ValueError: there are none.
+    """
+    try:
+        return build_source(
+            args.data_path,
+            args.split or ("val" if args.data_path is None else None),
+            labels_needed=False,
+            value_range=value_range,
+            max_image_pixels=args.max_image_pixels,
+            shapes_count=args.shapes_val,
+            cache_dir=args.cache_dir,
+        )
+    except ValueError as error:
+        if args.split or args.data_path is None:
+            raise
+        raise ValueError(f"{error}. A Hugging Face data set needs --split train or val") from error
+
+
 def main(argv: list[str] | None = None) -> None:
     with options.user_mistakes():
         world = distributed.read_environment()
         args = resolve_options(get_args_parser().parse_args(argv), world)
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         model, transform, names = open_checkpoint(args)
-        source = build_source(
-            args.data_path,
-            args.split or ("val" if args.data_path is None else None),
-            labels_needed=False,
-            value_range=transform.value_range,
-            max_image_pixels=args.max_image_pixels,
-            shapes_count=args.shapes_val,
-            cache_dir=args.cache_dir,
-        )
+        source = read_images(args, transform.value_range)
         if not names:
             del args.paths["output"]
         for path in args.paths.values():

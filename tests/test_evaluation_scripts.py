@@ -25,6 +25,11 @@ KNN = ["--shapes_train", "48", "--shapes_val", "21", "--batch_size", "8", "--num
 TRAINING = {"main_finetune": [*FINETUNE, *MIXED], "main_linprobe": PROBE}
 
 
+@pytest.fixture(autouse=True)
+def _own_output_dir(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the default --output_dir is relative
+
+
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")

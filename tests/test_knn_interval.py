@@ -69,6 +69,14 @@ def test_comparison_of_runs_shows_percent(tmp_path):
     figure = curves.plot({"run": str(tmp_path)})
     (axis,) = [axis for axis in figure.axes if axis.get_title().startswith("top-1 accuracy in %")]
     assert axis.lines[0].get_ydata().tolist() == [12.5, 40.0]
+    (tmp_path / "other").mkdir()
+    table = curves.compare_accuracy({"run": str(tmp_path), "other": str(tmp_path / "other")})
+    assert table.splitlines() == [
+        "run    last   epochs  best   epochs",
+        "run    40.00  2       40.00  2",
+        "other  -      -       -      -",
+    ]
+    assert curves.compare_accuracy({"other": str(tmp_path / "other")}) == ""
 
 
 MISTAKES = {
@@ -76,7 +84,7 @@ MISTAKES = {
     "--no-knn_global_pool": "--knn_global_pool is for k-NN during training",
     "--knn_interval 1 --knn_k 49 --shapes_train 48": "--knn_k 49 of 48 training images",
     "--knn_interval 1 --data_path FLAT": "--knn_interval needs labelled images, give them as --knn_data_path: ",
-    "--knn_interval 1 --data_path FLAT OTHER": "2 paths were given, but labels can only come from one",
+    "--knn_interval 1 --data_path FLAT OTHER": "labels can only come from one",
 }
 
 

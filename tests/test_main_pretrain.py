@@ -278,6 +278,24 @@ def test_scripts_can_share_a_folder(tmp_path):
     assert "Resuming from" in pretrain(tmp_path / "run")
 
 
+def test_a_checkpoint_of_before_the_objectives_had_names_resumes(tmp_path):
+    """Its options have `relative`, and neither `predictor_loss` nor those of k-NN."""
+    pretrain(tmp_path / "whole", "--predictor_loss", "absolute")
+    pretrain(tmp_path / "run", "--no-relative", "--max_steps", 3)
+    path = tmp_path / "run/checkpoint-last.pth"
+    state = torch.load(path, weights_only=True)
+    for name in ("predictor_loss", "knn_interval", "knn_k", "knn_data_path", "knn_global_pool"):
+        del state["options"][name]
+    assert state["options"]["relative"] is False
+    torch.save(state, path)
+    log = pretrain(tmp_path / "run", "--no-relative")
+    assert "Resuming from" in log
+    assert [line for line in log.splitlines() if "Changed since" in line] == [
+        "Changed since the checkpoint: --max_steps: 3 -> None"
+    ]
+    assert_same_training(tmp_path / "whole", tmp_path / "run")
+
+
 def test_changed_hyperparameters_take_effect_on_resume(tmp_path):
     pretrain(tmp_path / "run", "--max_steps", 3)
     assert "Changed since the checkpoint: --weight_decay: 0.05 -> 0.3" in pretrain(

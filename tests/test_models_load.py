@@ -1,5 +1,7 @@
 """load_encoder and hubconf.py: the features of the evaluation, from every kind of file and from any folder."""
 
+import re
+import shutil
 import subprocess
 import sys
 
@@ -110,6 +112,25 @@ def test_the_transform_is_that_of_the_evaluation(tmp_path, value_range):
     for path in sorted(tmp_path.iterdir()):
         crop = CenterCrop(16, 0.8)(decode_rgb(path.read_bytes(), value_range))
         assert torch.equal(transform(Image.open(path)), to_model_input(crop[None])[0]), path.name
+
+
+def test_code_of_the_document(folder, tmp_path, monkeypatch):
+    """docs/eval.md, with this tree as the other project and a micro model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output_dir").mkdir()
+    shutil.copy(folder / "pretrain/checkpoint-last.pth", tmp_path / "output_dir")
+    shutil.copy(folder / "mean/checkpoint-last.pth", tmp_path / "classifier.pth")
+    Image.new("RGB", (50, 40), "red").save("photo.jpg")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/eval.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for code in blocks:
+        small = code.replace("/path/to/this/project", str(ROOT)).replace("vit_base_", "vit_micro_")
+        exec(small, names)
+    assert names["features"].shape == (1, 128)
+    assert names["tokens"].shape == (1, 17, 128)
+    assert names["names"] == ["cat", "cat-2", "dog"]
+    assert names["untrained"](torch.zeros(1, 3, 224, 224)).shape == (1, 10)
 
 
 CLASH = """

@@ -12,7 +12,7 @@ import main_linprobe
 import main_pretrain
 from export import __main__ as export
 from models_teacher import KINDS
-from util import masking
+from util import losses, masking, targets
 from util.run import checkpoint, distributed, loop, options, splits
 from util.run import resolve as resolving
 from visualize import __main__ as visualize
@@ -109,6 +109,29 @@ def test_official_names_map_onto_ours():
         assert [name for name in parser.ignored if getattr(args, name)] == ["local_rank", "dist_on_itp", "dist_url"]
 
 
+def test_objectives_of_the_predictor():
+    """The official switches mean what they always did."""
+    for text, name in {
+        "": "relative",
+        "--relative": "relative",
+        "--no-relative": "absolute",
+        "--predictor_loss absolute": "absolute",
+        "--no-relative --predictor_loss absolute": "absolute",
+    }.items():
+        args = resolve(text)
+        assert (args.predictor_loss, args.relative) == (name, name == "relative"), text
+        model = main_pretrain.build_model(args)
+        assert (model.predictor_loss, model.relative) == (name, name == "relative"), text
+
+
+def test_registries_are_the_choices():
+    choices = {action.dest: action.choices for action in main_pretrain.get_args_parser()._actions}
+    assert choices["mask_strategy"] == list(masking.STRATEGIES)
+    assert choices["predictor_loss"] == list(losses.PREDICTOR_LOSSES)
+    assert choices["target"] == [*targets.PIXEL_TARGETS, "ema", *KINDS]
+    assert choices["learn_feature_loss"] == ["none", "ema", *KINDS]
+
+
 def test_global_batch_sets_the_accumulation():
     eight = distributed.World(0, 8, 0, 8)
     assert resolve("--global_batch 2048 --batch_size 64", eight).accum_iter == 4
@@ -142,6 +165,10 @@ MISTAKES = {
     "--mask_regular --input_size 240": "even grid of patches, got 15 x 15",
     "--mask_block --mask_strategy hardest": "--mask_block and --mask_strategy hardest both choose the masks",
     "--no-learning_loss --mask_strategy hardest": "--mask_strategy hardest needs the loss predictor",
+    "--relative --predictor_loss absolute": "--relative and --predictor_loss absolute name different losses: give one",
+    "--no-relative --predictor_loss relative": "--no-relative and --predictor_loss relative name different losses",
+    "--no-learning_loss --predictor_loss absolute": "--predictor_loss is for the loss predictor",
+    "--predictor_loss relativ": "unknown value 'relativ'; did you mean relative?",
     "--no-learning_loss --predictor_depth 2": "--predictor_depth is for the loss predictor",
     "--no-learning_loss --teacher_keep 0.25": "--teacher_keep is for masks chosen by score",
     "--mask_block --score_by loss": "--score_by loss is for masks chosen by score",
