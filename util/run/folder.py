@@ -113,7 +113,7 @@ def events_folder(log_dir: str, name: str, run: Path) -> Path:
         marker = folder / "run.txt"
         if not marker.exists():
             write_text(marker, owner + "\n")
-        if marker.read_text(errors="surrogateescape").strip() == owner:
+        if marker.read_text("utf-8", "surrogateescape").strip() == owner:
             return folder
     raise AssertionError
 

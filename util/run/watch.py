@@ -88,7 +88,7 @@ class Watch:
         self.unreadable: dict[int, int] = {}
         self._met: set[int] = set()
         path = folder / BAD_IMAGES
-        text = from_rank_zero(lambda: path.read_text(errors="surrogateescape") if path.exists() else "")
+        text = from_rank_zero(lambda: path.read_text("utf-8", "surrogateescape") if path.exists() else "")
         self._listed = [line for line in text.splitlines() if not line.endswith(IO_ERROR)]  # may be readable now
         self._group = self._work = None
         if dist.is_initialized():
