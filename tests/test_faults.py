@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from images import members, write_tree
+from images import members, write_tar, write_tree
 from programs import PRETRAIN, ROOT, checkpoint, command, descendants, launch, run
 
 from util.run import checkpoint as module
@@ -159,6 +159,24 @@ def test_a_dead_data_worker_ends_the_run(tmp_path):
     done = failing(tmp_path, kill, processes=1)
     assert done.returncode == 1
     assert re.search(r"RuntimeError: DataLoader worker \(pid\D+\d+\) ", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [("main_knn", "--dump_features"), ("main_knn", "--cache_dir"), ("main_pretrain", "--log_dir")],
+)
+def test_an_output_folder_that_cannot_be_written_to_is_a_mistake(tmp_path, script, option, capsys):
+    """In a line that names the option, before anything is computed. Nobody can write to /proc, not even root."""
+    archive = write_tar(tmp_path / "d.tar.gz", mode="w:gz")
+    data = ["--data_path", archive] if option == "--cache_dir" else []
+    options = [*PRETRAIN, "--output_dir", tmp_path / "run"] if script == "main_pretrain" else ["--nb_knn", 1]
+    with pytest.raises(SystemExit) as stop:
+        run(script, *options, *data, option, "/proc/here")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert option in error
+    assert "(No such file or directory)" in error
+    assert error.count("\n") == 1
 
 
 @pytest.fixture
