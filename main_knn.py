@@ -128,7 +128,6 @@ def read_features(path: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def write_features(path: str, features: dict[str, tuple[Tensor, Tensor]]) -> None:
-    Path(path).mkdir(parents=True, exist_ok=True)
     for split, parts in features.items():
         for name, tensor in zip((FEATURES, LABELS), parts, strict=True):
             folder.write_file(Path(path, name.format(split)), {"tensor": tensor})
@@ -144,6 +143,8 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
         features, sources, weights = {}, {}, None
+        if args.dump_features:  # now, not when all features are there
+            distributed.from_rank_zero(lambda: folder.create(Path(args.dump_features), "--dump_features"))
         if args.load_features:
             features = read_features(args.load_features)
             needed = int(max(labels.max() for _, labels in features.values())) + 1

@@ -179,7 +179,7 @@ def build(form: Format, path: Path) -> None:
     how = "opened with" if form.opened else "names, shapes and values for"
     log.info("check     %s %s: largest difference %.2g (limit %g)", how, form.opens, difference, form.tolerance)
     place = path.with_name(f"{path.name}.md") if form.suffixes else path / "README.md"
-    place.write_text(model_card(form, path.name))
+    place.write_text(model_card(form, path.name), "utf-8", "backslashreplace")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,6 +4,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
 os.environ.pop("RANK", None)
+# Subprocesses print as under a UTF-8 locale, where bytes that are no UTF-8 are an error; C.UTF-8 lets them through.
+os.environ["PYTHONIOENCODING"] = "utf-8:strict"
 
 import pytest
 import torch

@@ -1,13 +1,15 @@
 """Runs the commands of the documents: each with its own options, on small data with a small model.
 
 Other commands run elsewhere: benchmarks in test_benchmarks.py and test_study.py, recipes and benchmarks.recipes
-in test_recipes.py, SLURM and util.run.status in test_slurm.py, exports and pictures in test_export.py and
-test_visualize.py, the evaluation of a segmentation run in test_segment_program.py, tests/stress by hand.
+in test_recipes.py, SLURM and util.run.status in test_slurm.py, exports in test_export_docs.py, the evaluation of a
+segmentation run in test_segment_program.py, tests/stress by hand.
 """
+
+import shutil
 
 import pytest
 import torch
-from images import members, write_tree
+from images import members, write_tar, write_tree
 from programs import ROOT, log_lines, run
 from segment_data import ade_files
 from test_documents import DOCUMENTS, commands, program
@@ -98,6 +100,47 @@ def test_documented_command_runs(path, script, options, files, tmp_path, monkeyp
         assert "acc1" in log
     else:
         assert "step 1, saved in" in log
+
+
+PICTURES = [
+    options
+    for path in DOCUMENTS
+    for words in commands(path)
+    for script, options, _ in [program(words) if words[0] == "python" else ("", [], 1)]
+    if script == "visualize" and options
+]
+
+
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory):
+    """A folder with all that the commands of python -m visualize name, and the sizes of the model in it."""
+    folder = tmp_path_factory.mktemp("pictured")
+    sizes = "--model mae_vit_micro_patch16 --input_size 16"
+    training = f"{sizes} --patch_size 4 --decoder_depth 1 --vis_interval 0 --num_workers 0 --batch_size 2 --epochs 1"
+    runs = ("demo", "RUN", "cifar_hpm", "output_dir/hpm", "output_dir/mae", "DIR")
+    run("main_pretrain", *training.split(), "--shapes_train", 4, "--output_dir", folder / runs[0])
+    for name in runs[1:]:
+        shutil.copytree(folder / runs[0], folder / name)
+    weights = torch.load(folder / "demo/checkpoint-last.pth", weights_only=True)["state_dict"]
+    encoder_and_decoder = {name: tensor for name, tensor in weights.items() if "losspred" not in name}
+    torch.save({"model": encoder_and_decoder}, folder / "MAE.pth")
+    for name in ("HPM.pth", "FILE"):
+        state = {f"module.{name}": tensor for name, tensor in weights.items()}
+        torch.save({"model": "mae_vit_base", "state_dict": state, "ema_state_dict": state, "epoch": 1}, folder / name)
+    images = members(per_class=1)
+    write_tree(folder / "photos", {name.replace("/", "_"): data for name, data in images.items()})
+    write_tree(folder, dict(zip(("a.jpg", "b.jpg"), images.values(), strict=False)))
+    write_tar(folder / "data.tar", images)
+    write_tar(folder / "cifar10_images.tar.gz", images, "w:gz")
+    return folder, sizes.split()
+
+
+@pytest.mark.parametrize("options", PICTURES, ids=" ".join)
+def test_documented_picture_is_drawn(options, pictured, monkeypatch):
+    folder, sizes = pictured
+    monkeypatch.chdir(folder)
+    more = [] if "--runs" in options else ["--cell", "16"]
+    assert "wrote" in run("visualize", *options, *(sizes if "--model" in options else []), *more)
 
 
 def test_every_script_is_documented():

@@ -1,5 +1,6 @@
 """Folders, disks and processes that fail, injected into whole programs."""
 
+import multiprocessing
 import os
 import re
 import resource
@@ -8,10 +9,12 @@ import subprocess
 import sys
 
 import pytest
+from images import members, write_tar, write_tree
 from programs import PRETRAIN, ROOT, checkpoint, command, descendants, run
 
 from util.run import checkpoint as module
 from util.run import folder
+from util.run.watch import Watch
 
 
 def test_a_second_run_in_a_folder_is_rejected_and_a_killed_one_leaves_no_lock(tmp_path, capsys):
@@ -156,3 +159,50 @@ def test_a_dead_data_worker_ends_the_run(tmp_path):
     done = failing(tmp_path, kill, processes=1)
     assert done.returncode == 1
     assert re.search(r"RuntimeError: DataLoader worker \(pid\D+\d+\) ", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [("main_knn", "--dump_features"), ("main_knn", "--cache_dir"), ("main_pretrain", "--log_dir")],
+)
+def test_an_output_folder_that_cannot_be_written_to_is_a_mistake(tmp_path, script, option, capsys):
+    """In a line that names the option, before anything is computed. Nobody can write to /proc, not even root."""
+    archive = write_tar(tmp_path / "d.tar.gz", mode="w:gz")
+    data = ["--data_path", archive] if option == "--cache_dir" else []
+    options = [*PRETRAIN, "--output_dir", tmp_path / "run"] if script == "main_pretrain" else ["--nb_knn", 1]
+    with pytest.raises(SystemExit) as stop:
+        run(script, *options, *data, option, "/proc/here")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert option in error
+    assert "(No such file or directory)" in error
+    assert error.count("\n") == 1
+
+
+@pytest.fixture
+def fork_server(monkeypatch):
+    """The start method of Python 3.14. Its workers are no children of the training process."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_faults_end_a_run_under_a_fork_server(tmp_path, fork_server, monkeypatch):
+    """A damaged image with --strict_images, and a worker that is killed."""
+    tree = write_tree(tmp_path / "d", {**members(), "train/cat/0.jpg": b"damaged"})
+    options = [*PRETRAIN, "--num_workers", 1, "--batch_size", 4, "--output_dir"]
+    with pytest.raises(ValueError, match=r"train/cat/0.jpg: not a readable image"):
+        run("main_pretrain", *options, tmp_path / "strict", "--data_path", tree, "--strict_images")
+
+    agree, calls = Watch.agree, []
+
+    def kill_the_worker(watch):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        return agree(watch)
+
+    monkeypatch.setattr(Watch, "agree", kill_the_worker)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        run("main_pretrain", *options, tmp_path / "killed", "--data_path", write_tree(tmp_path / "whole"))

@@ -144,6 +144,19 @@ def test_two_ranks_stop_together_and_resume_bitwise(tmp_path):
         assert (a["train_loss"], a["train_rank_acc"]) == pytest.approx((b["train_loss"], b["train_rank_acc"]), rel=1e-9)
 
 
+def test_an_ignored_signal_stays_ignored(tmp_path, monkeypatch):
+    """nohup and background jobs: a lost terminal does not stop the run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    agree = Watch.agree
+    monkeypatch.setattr(Watch, "agree", lambda watch: os.kill(os.getpid(), signal.SIGHUP) or agree(watch))
+    try:
+        run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path, "--epochs", 1)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoint(tmp_path)["epoch"] == 1
+
+
 def run_status(*folders):
     from util.run import status
 

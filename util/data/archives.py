@@ -164,6 +164,17 @@ def decompressed(path: Path, cache_dir: str | None) -> Path:
     key = hashlib.sha256(identity).hexdigest()[:16]
     stem = path.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
     target = folder / f"{stem}-{key}" / f"{stem}.tar"
+    try:
+        return _decompress(path, target)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a complete gzip file: {error}") from error
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be decompressed into {target.parent} ({error.strerror}): give another --cache_dir"
+        ) from error
+
+
+def _decompress(path: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -174,8 +185,6 @@ def decompressed(path: Path, cache_dir: str | None) -> Path:
                 with gzip.open(path) as packed, open(partial, "wb") as plain:
                     shutil.copyfileobj(packed, plain, 1 << 22)
                 partial.replace(target)
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"{path} is not a complete gzip file: {error}") from error
             finally:
                 partial.unlink(missing_ok=True)
     return target

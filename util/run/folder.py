@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -101,6 +102,20 @@ def run_folder(output_dir: str, experiment: str, script: str) -> Path:
     return path
 
 
+def create(folder: Path, option: str) -> None:
+    """Create a folder, named by an option, that can be written to.
+
+    Raises:
+        ValueError: that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {folder} cannot be written to ({error.strerror}): choose another") from error
+
+
 def events_folder(log_dir: str, name: str, run: Path) -> Path:
     """Folder of a run's TensorBoard events with --log_dir: LOG_DIR/NAME, as in the official code.
 
@@ -109,11 +124,11 @@ def events_folder(log_dir: str, name: str, run: Path) -> Path:
     owner = str(run.resolve())
     for number in itertools.count(1):
         folder = Path(log_dir, name if number == 1 else f"{name}-{number}")
-        folder.mkdir(parents=True, exist_ok=True)
+        create(folder, "--log_dir")
         marker = folder / "run.txt"
         if not marker.exists():
             write_text(marker, owner + "\n")
-        if marker.read_text(errors="surrogateescape").strip() == owner:
+        if marker.read_text("utf-8", "surrogateescape").strip() == owner:
             return folder
     raise AssertionError
 

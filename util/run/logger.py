@@ -1,5 +1,6 @@
 """The only writer of a run's log: console, log.jsonl, TensorBoard, config.json."""
 
+import io
 import json
 import logging
 import os
@@ -35,7 +36,10 @@ class _ThroughBar(logging.Handler):
 
 
 def setup_logging(enabled: bool) -> None:
-    """The "hpm" logger prints to standard output on rank 0; on other ranks only errors, to standard error."""
+    """The "hpm" logger prints to standard output on rank 0; on other ranks only errors, to standard error. Characters
+    that the locale cannot print are escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     log.handlers.clear()
     log.propagate = False
     handler = _ThroughBar() if enabled else logging.StreamHandler()

@@ -21,6 +21,7 @@ from util.run.checkpoint import Run, is_finished, save_run
 from util.run.distributed import all_reduce_sum, from_rank_zero, shutdown
 from util.run.folder import BEST, LAST, events_folder
 from util.run.logger import Progress, RunLogger
+from util.run.options import user_mistakes
 from util.run.watch import Preempted, Watch
 from util.schedules import adjust_learning_rate
 
@@ -140,7 +141,8 @@ class Loop:
         name = f"{options['model']}_{options['experiment'] or self.run.script}"
         events = folder
         if options["log_dir"] is not None:
-            events = from_rank_zero(lambda: events_folder(options["log_dir"], name, folder))
+            with user_mistakes():
+                events = from_rank_zero(lambda: events_folder(options["log_dir"], name, folder))
         self.logger = RunLogger(
             folder if self.sampler.rank == 0 else None,
             events,

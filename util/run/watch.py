@@ -1,10 +1,10 @@
 """Per-step checks: signals, timed checkpoints, skipped steps, unreadable images.
 
 A scheduler that preempts a job, or whose time limit is near, sends SIGTERM or SIGUSR1; Ctrl-C sends SIGINT, a lost
-terminal SIGHUP. The handler only notes the signal (a second Ctrl-C stops at once). After each step the ranks exchange
-what they noted by an asynchronous MAX all-reduce of two small integers over gloo, and read the exchange of the step
-before: it has arrived by then, so nobody waits for it, or for the device, and all ranks stop after the same step, one
-after the signal was noted.
+terminal SIGHUP (ignored under nohup). The handler only notes the signal (a second Ctrl-C stops at once). After each
+step the ranks exchange what they noted by an asynchronous MAX all-reduce of two small integers over gloo, and read the
+exchange of the step before: it has arrived by then, so nobody waits for it, or for the device, and all ranks stop after
+the same step, one after the signal was noted.
 """
 
 import datetime
@@ -88,12 +88,13 @@ class Watch:
         self.unreadable: dict[int, int] = {}
         self._met: set[int] = set()
         path = folder / BAD_IMAGES
-        text = from_rank_zero(lambda: path.read_text(errors="surrogateescape") if path.exists() else "")
+        text = from_rank_zero(lambda: path.read_text("utf-8", "surrogateescape") if path.exists() else "")
         self._listed = [line for line in text.splitlines() if not line.endswith(IO_ERROR)]  # may be readable now
         self._group = self._work = None
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
-        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup: no SIGHUP
+        self._handlers = {number: signal.signal(number, self._note) for number in heard}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._noted == signal.SIGINT:
