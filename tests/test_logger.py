@@ -84,6 +84,18 @@ def test_log_and_tensorboard(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(500, 2.0)]
 
 
+def test_lines_are_valid_json_whatever_the_values(tmp_path):
+    logger = run_logger(tmp_path)
+    logger.epoch({"epoch": 0, "train_loss": float("nan"), "test_loss": float("inf"), "test_acc1": 10.0})
+    logger.close()
+
+    def reject(constant):
+        raise AssertionError(constant)
+
+    (line,) = (json.loads(text, parse_constant=reject) for text in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert line == {"epoch": 0, "train_loss": None, "test_loss": None, "test_acc1": 10.0}
+
+
 def test_lines_of_epochs_to_be_repeated_are_cut(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"epoch": e}) + "\n" for e in range(4)) + '{"epoch": 4, "tr')

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -111,9 +112,10 @@ class RunLogger:
             self.writer.add_image(name, picture, int(epoch * 1000))
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """One line of log.jsonl, and the same to TensorBoard."""
+        """One line of log.jsonl, and the same to TensorBoard. JSON has no NaN: what is not finite becomes null."""
         if self.folder is None or self.writer is None:
             return
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with open(self.folder / LOG, "a") as file:
             file.write(json.dumps(record) + "\n")
         self.scalars({f"epoch/{k}": v for k, v in record.items() if isinstance(v, (int, float))}, record["epoch"] + 1)
