@@ -117,7 +117,7 @@ def pictured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictured")
     sizes = "--model mae_vit_micro_patch16 --input_size 16"
     training = f"{sizes} --patch_size 4 --decoder_depth 1 --vis_interval 0 --num_workers 0 --batch_size 2 --epochs 1"
-    runs = ("demo", "RUN", "cifar_hpm", "output_dir/hpm", "output_dir/mae", "DIR")
+    runs = ("demo", "RUN", "A", "B", "output_dir/hpm", "output_dir/mae", "DIR")
     run("main_pretrain", *training.split(), "--shapes_train", 4, "--output_dir", folder / runs[0])
     for name in runs[1:]:
         shutil.copytree(folder / runs[0], folder / name)
