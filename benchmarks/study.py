@@ -46,8 +46,8 @@ MAE, PREDICTOR = ["--no-learning_loss"], ["--mask_strategy", "random"]
 # The options of main_pretrain.py that a variant changes. `_long` trains --long_factor times the epochs, `_slow` has the
 # paper's EMA decay, which is meant for runs of many more steps; `_mask_tokens` has the teacher read its predictions at
 # mask tokens of the whole image (`predict_at_mask_tokens`). `sparse_1`, `loss` and `predictor_1` are the cheap ones:
-# a teacher that sees a quarter of the patches with a predictor of one block, one that scores by its own loss and needs no
-# predictor, and a predictor of one block with random masks.
+# a teacher that sees a quarter of the patches with a predictor of one block, one that scores by its own loss and needs
+# no predictor, and a predictor of one block with random masks.
 VARIANTS = {
     "mae_pixel": [*MAE, *PIXEL],
     "mae_norm": [*MAE, *NORM],
