@@ -7,6 +7,7 @@ import torch
 from images import write_tar
 
 from benchmarks import ranking, study, study_report
+from benchmarks.subset import subset
 from models_hpm import mae_vit_micro_patch16
 from util.masking import MaskSampler
 
@@ -108,12 +109,12 @@ def test_a_run_is_done_if_a_line_of_the_same_budget_says_so(tmp_path, monkeypatc
 
 def test_a_subset_has_as_many_images_of_each_class(tmp_path):
     whole = write_tar(tmp_path / "whole.tar")
-    part = study.subset(str(whole), {"train": 3, "val": None}, tmp_path / "work")
+    part = subset(str(whole), {"train": 3, "val": None}, tmp_path / "work")
     files = study.find_images(part, "train")
     assert sorted(set(files.labels)) == [0, 1, 2]
     assert len(files) == 3
     with pytest.raises(ValueError, match="--train_images 9999"):
-        study.subset(str(whole), {"train": 9999, "val": None}, tmp_path / "work")
+        subset(str(whole), {"train": 9999, "val": None}, tmp_path / "work")
 
 
 def test_limits():
