@@ -3,14 +3,16 @@
 Shapes: B micro-batch, C channels, H, W image, E width, K classes, S heads trained side by side (1 in fine-tuning).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.knn import knn_correct
 from util.run.amp import Amp
 from util.run.distributed import all_reduce_sum
+from util.run.logger import track
 from util.run.loop import Loop
 
 
@@ -56,12 +58,14 @@ def evaluate(
     amp: Amp,
     to_model_input: Callable[[Tensor], Tensor],
     heads: Sequence[str] = ("",),
+    confusion: Tensor | None = None,
 ) -> dict[str, float]:
     """Accuracy over the images of all ranks, each counted once: acc1 and acc5 in percent, mean loss.
 
     Args:
         model: returns logits (B, K), or (S, B, K) for several heads.
         heads: a suffix for the names of each head's metrics.
+        confusion: (S, K, K) int64 zeros, which become the number of images of all ranks by label and prediction.
     """
     model.eval()
     totals = torch.zeros(len(heads), 3, dtype=torch.double, device=amp.device)  # loss, top-1, top-5
@@ -71,13 +75,19 @@ def evaluate(
         with amp.autocast():
             logits = model(to_model_input(images))
         logits = logits.float().view(len(heads), len(labels), -1)  # (S, B, K)
-        ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[None, :, None]
+        top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # (S, B, 5)
+        ranked = top == labels[None, :, None]
         for head in range(len(heads)):
             totals[head, 0] += F.cross_entropy(logits[head], labels, reduction="sum")
             totals[head, 1] += ranked[head, :, 0].sum()
             totals[head, 2] += ranked[head].sum()
+            if confusion is not None:
+                ones = torch.ones_like(labels)
+                confusion[head].index_put_((labels, top[head, :, 0]), ones, accumulate=True)
         count += len(labels)
     totals, count = all_reduce_sum(totals), all_reduce_sum(count).item()
+    if confusion is not None:
+        all_reduce_sum(confusion)
     metrics: dict[str, float] = {}
     for name, (loss, top1, top5) in zip(heads, totals.tolist(), strict=True):
         metrics |= {f"acc1{name}": 100 * top1 / count, f"acc5{name}": 100 * top5 / count, f"loss{name}": loss / count}
@@ -109,3 +119,42 @@ def extract_features(
         part.copy_(all_reduce_sum(part.to(amp.device)))
     assert (filled == 1).all(), "each image must occur once, on one rank"
     return features
+
+
+def extract_splits(
+    encode: Callable[[Tensor], Tensor],
+    loaders: Mapping[str, Iterable],
+    labels: Mapping[str, Tensor],
+    amp: Amp,
+    to_model_input: Callable[[Tensor], Tensor],
+    width: int,
+    world_size: int,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`extract_features` and labels of several splits, by their names."""
+    features = {}
+    for split, loader in loaders.items():
+        count = len(labels[split])
+        batches = track(loader, -(-count // world_size), f"{split} features")
+        features[split] = extract_features(encode, batches, amp, to_model_input, count, width), labels[split]
+    return features
+
+
+def knn_accuracy(
+    features: dict[str, tuple[Tensor, Tensor]],
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    device: torch.device,
+    queries: slice,
+) -> dict[int, tuple[float, float]]:
+    """Top-1 and top-5 accuracy in percent of the weighted k-NN vote, for each number of neighbours.
+
+    Args:
+        features: "train" and "test" -> L2-normalised features (N, E) and labels (N,), the same on every rank.
+        queries: the test images of this rank.
+    """
+    (train, train_labels), (test, labels) = ([part.to(device) for part in features[key]] for key in ("train", "test"))
+    correct = knn_correct(train, train_labels, test[queries], labels[queries], ks, temperature, num_classes)
+    counts = torch.tensor([correct[k] for k in ks], dtype=torch.double, device=device)
+    shares = (100 * all_reduce_sum(counts) / len(labels)).tolist()
+    return {k: (top1, top5) for k, (top1, top5) in zip(ks, shares, strict=True)}

@@ -24,21 +24,21 @@ from engine_finetune import evaluate, train_one_epoch
 from util import rng
 from util.data import transforms
 from util.data.datasets import ImageDataset
-from util.data.loader import EpochSampler, ShardSampler, build_loader
+from util.data.loader import EpochSampler, build_loader
 from util.data.sources import Source
 from util.lr_decay import param_groups_lrd
-from util.run import distributed, options, resolve
+from util.run import classwise, distributed, options, resolve
 from util.run.checkpoint import Run, read_resumed
 from util.run.folder import BEST, LAST, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
-from util.run.splits import read_splits
+from util.run.splits import evaluation_loader, read_splits
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 
 SCRIPT = "main_finetune"
 
 # Options that must not change on resume: weights and schedule depend on them.
-FIXED = ["model", "input_size", "patch_size", "global_pool", "nb_classes", "epochs", "global_batch"]
+FIXED = ["model", "input_size", "patch_size", "global_pool", "nb_classes", "epochs", "global_batch", "val_fraction"]
 
 
 def get_args_parser() -> options.OptionParser:
@@ -120,9 +120,10 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     recorded = meta.get("options", {}) if trained else {}  # of this classifier, not of its pre-training
     args.classes = recorded.get("classes")
     resolve.resolve_settings(args, meta)
+    resolve.resolve_val_fraction(args, recorded)
     resolve.resolve_crop(args, recorded)
-    if args.eval and meta.get("script") == SCRIPT:
-        args.global_pool = meta["options"]["global_pool"]
+    if args.eval and meta.get("script", SCRIPT) == SCRIPT:  # an export names no script
+        args.global_pool = recorded.get("global_pool", args.global_pool)
     resolve.resolve_training(args, world, warmup_epochs=5, num_workers=10)
     if args.lr is None:
         args.lr = args.blr * args.global_batch / 256
@@ -201,10 +202,9 @@ def load_weights(args: argparse.Namespace, model: nn.Module, weights: dict[str, 
 
 def describe(args: argparse.Namespace, train: Source | None, val: Source) -> None:
     """The start of the log: what will be trained, on what, and how."""
-    data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
     pooling = "mean of patch tokens" if args.global_pool else "class token"
     count = "no" if train is None else f"{len(train):,}"
-    log.info("data      %s: %s training images, %s validation images", data, count, f"{len(val):,}")
+    log.info("data      %s: %s training images, %s validation images", resolve.data_name(args), count, f"{len(val):,}")
     origin = args.origins
     log.info("model     %s (%s), %d classes, %s", args.model, origin["model"], args.nb_classes, pooling)
     log.info("image     %d pixels (%s) in patches of %d", args.input_size, origin["input_size"], args.patch_size)
@@ -220,18 +220,23 @@ def main(argv: list[str] | None = None) -> None:
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
         pin_memory = args.pin_mem and device.type == "cuda"
+        folder = run_folder(args.output_dir, args.experiment, SCRIPT)
         run = None
-        if not args.eval:
-            run = Run(run_folder(args.output_dir, args.experiment, SCRIPT), SCRIPT, args.resume, args.auto_resume)
+        if args.eval:
+            distributed.from_rank_zero(lambda: classwise.check_folder(folder))
+        else:
+            run = Run(folder, SCRIPT, args.resume, args.auto_resume)
         resumed = run is not None and run.state is not None
         weights = load_pretrained(args.weights, args.which) if args.weights and not resumed else None
         outputs = len(weights["head.weight"]) if weights is not None and "head.weight" in weights else None
         train, val = read_splits(args, outputs, args.weights)
-        val_loader = build_loader(
-            ImageDataset(val, transforms.CenterCrop(args.input_size, args.crop_pct)),
-            ShardSampler(len(val), args.batch_size, world.rank, world.size),
-            args.num_workers,
-            pin_memory,
+        val_loader = evaluation_loader(
+            val,
+            transforms.CenterCrop(args.input_size, args.crop_pct),
+            world,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            pin_memory=pin_memory,
         )
         if run is not None and train is not None:
             args.initial = run.check_initial_weights(
@@ -253,7 +258,11 @@ def main(argv: list[str] | None = None) -> None:
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=False)
     score = partial(evaluate, model, val_loader, amp, to_model_input)
     if args.eval:
-        log.info("%s", " ".join(f"{name} {value:.4f}" for name, value in score().items()))
+        confusion = torch.zeros(1, args.nb_classes, args.nb_classes, dtype=torch.long, device=device)
+        metrics = score(confusion=confusion)
+        log.info("%s", " ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        names = classwise.output_names(args.classes, args.nb_classes)
+        distributed.from_rank_zero(lambda: classwise.report(folder, confusion[0], names))
         distributed.shutdown()
         return
 

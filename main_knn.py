@@ -16,19 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
+import models_load
 import models_vit
-from engine_finetune import extract_features
-from util import rng
+from engine_finetune import extract_splits, knn_accuracy
+from util import knn, rng
 from util.data import transforms
 from util.data.classes import count_classes
-from util.data.datasets import ImageDataset
-from util.data.loader import ShardSampler, build_loader
 from util.data.sources import Source, build_splits, check_value_range
-from util.knn import knn_correct
 from util.run import distributed, folder, options, resolve
 from util.run.amp import Amp
-from util.run.logger import log, track
-from util.weights.load import DECODERS, load_into, load_pretrained, read_meta
+from util.run.logger import log
+from util.run.splits import evaluation_loader, record_val_split
+from util.weights.load import load_pretrained, read_meta
 from util.weights.read import read_file
 
 # Files of --dump_features, as DINO names them.
@@ -53,7 +52,7 @@ def get_args_parser() -> options.OptionParser:
         "--nb_knn", type=options.COUNT, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours"
     )
     group.add_argument(
-        "--temperature", type=options.POSITIVE, default=0.07, help="temperature of the votes (DINO: 0.07)"
+        "--temperature", type=options.POSITIVE, default=knn.TEMPERATURE, help="temperature of the votes (DINO: 0.07)"
     )
     options.add_pooling_options(group, default=False)
     options.add_crop_option(group)
@@ -80,6 +79,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     resolve.resolve_which(args)
     if args.load_features and (args.dump_features or args.finetune):
         raise ValueError("--load_features takes stored features: omit --dump_features and --finetune")
+    if args.load_features and args.val_fraction is not None:
+        raise ValueError("--load_features takes features of both splits: omit --val_fraction")
     if args.features == "pixels" and (args.load_features or args.compile):
         raise ValueError("--features pixels runs no encoder and reads images: omit --load_features and --compile")
     meta = read_meta(args.finetune) if args.finetune else {}
@@ -91,39 +92,18 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     return args
 
 
-def build_encoder(args: argparse.Namespace, pooled_norm: bool = False) -> models_vit.VisionTransformer:
-    """The encoder with its final norm, whichever tokens are used; with `pooled_norm`, with `fc_norm` instead."""
-    return models_vit.build(args.model, args.input_size, args.patch_size, num_classes=0, global_pool=pooled_norm)
+def build_encoder(args: argparse.Namespace) -> models_vit.VisionTransformer:
+    settings = {"num_classes": 0, "global_pool": args.global_pool, "pooled_norm": False}
+    return models_vit.build(args.model, args.input_size, args.patch_size, **settings)
 
 
-def has_pooled_norm(args: argparse.Namespace, weights: dict[str, Tensor] | None) -> bool:
-    """Whether the weights were fine-tuned with global pooling: they then have `fc_norm` instead of the final norm.
-
-    Raises:
-        ValueError: the class token is asked for, which such weights do not normalise.
-    """
-    pooled = weights is not None and "fc_norm.weight" in weights and "norm.weight" not in weights
-    if pooled and not args.global_pool:
-        raise ValueError(
-            f"{args.finetune} was fine-tuned with global pooling and has no class token norm: --global_pool"
-        )
-    return pooled
-
-
-def build_encode(args: argparse.Namespace, encoder: models_vit.VisionTransformer) -> Callable[[Tensor], Tensor]:
-    """(B, C, H, W) -> (B, E): class token or mean of the patch tokens, after the final norm, L2-normalised."""
-    pooled_norm = encoder.global_pool == "avg"
-    forward = encoder.forward if pooled_norm else encoder.forward_features
-    if args.compile:
-        forward = torch.compile(forward)
-
-    def encode(images: Tensor) -> Tensor:
-        tokens = forward(images).float()  # (B, 1 + L, E), or (B, E) if pooled
-        if pooled_norm:
-            return F.normalize(tokens, dim=-1)
-        return F.normalize(tokens[:, 1:].mean(dim=1) if args.global_pool else tokens[:, 0], dim=-1)
-
-    return encode
+def build_encode(
+    args: argparse.Namespace, encoder: models_vit.VisionTransformer, amp: Amp
+) -> Callable[[Tensor], Tensor]:
+    """(B, C, H, W) -> (B, E): the pooled features, L2-normalised."""
+    amp.choose_attention(encoder)
+    forward = torch.compile(encoder.forward) if args.compile else encoder.forward
+    return lambda images: F.normalize(forward(images).float(), dim=-1)
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -178,15 +158,18 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
                 (args.shapes_train, args.shapes_val),
                 args.cache_dir,
                 distributed.from_rank_zero,
+                val_fraction=args.val_fraction,
                 value_range=args.value_range,
                 max_image_pixels=args.max_image_pixels,
             )
             if warning := distributed.from_rank_zero(lambda: check_value_range(splits[0], args.value_range)):
                 log.warning("%s", warning)
+            record_val_split(args, splits[1])
             sources = dict(zip(SPLITS, splits, strict=True))
             args.nb_classes = count_classes(sources["train"], sources["test"], args.nb_classes)
             weights = load_pretrained(args.finetune, args.which) if args.finetune else None
-            has_pooled_norm(args, weights)  # raises what cannot be encoded
+            if weights is not None:
+                models_load.has_pooled_norm(weights, args.global_pool, args.finetune)  # raises what cannot be encoded
         num_train = len(features["train"][1] if features else sources["train"])
         if max(args.nb_knn) > num_train:
             raise ValueError(f"--nb_knn {max(args.nb_knn)} of {num_train:,} training images: choose fewer neighbours")
@@ -198,15 +181,8 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
             distributed.from_rank_zero(lambda: write_features(args.dump_features, features))
             log.info("features stored in %s", args.dump_features)
 
-    # Each rank takes its share of the queries.
-    (train, train_labels), (test, labels) = (
-        [part.to(device) for part in features[split]] for split in ("train", "test")
-    )
-    mine = slice(world.rank, None, world.size)
-    correct = knn_correct(train, train_labels, test[mine], labels[mine], args.nb_knn, args.temperature, args.nb_classes)
-    counts = torch.tensor([correct[k] for k in args.nb_knn], dtype=torch.double, device=device)
-    shares = (100 * distributed.all_reduce_sum(counts) / len(labels)).tolist()
-    metrics = {k: (top1, top5) for k, (top1, top5) in zip(args.nb_knn, shares, strict=True)}
+    mine = slice(world.rank, None, world.size)  # each rank takes its share of the queries
+    metrics = knn_accuracy(features, args.nb_knn, args.temperature, args.nb_classes, device, mine)
     for k, accuracies in metrics.items():
         log.info("%d-NN  top-1 %.2f  top-5 %.2f", k, *accuracies)
     distributed.shutdown()
@@ -215,9 +191,8 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
 
 def describe(args: argparse.Namespace, sources: dict[str, Source]) -> None:
     """The start of the log: which features of which images."""
-    data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
     counts = f"{len(sources['train']):,} training images, {len(sources['test']):,} queries"
-    log.info("data      %s: %s", data, counts)
+    log.info("data      %s: %s", resolve.data_name(args), counts)
     if args.features == "pixels":
         log.info(
             "features  pixels of the %d-pixel crop, averaged to at most %d x %d", args.input_size, THUMBNAIL, THUMBNAIL
@@ -242,28 +217,24 @@ def extract_all(
         width = 3 * min(args.input_size, THUMBNAIL) ** 2
     else:
         rng.seed_all(args.seed)
-        encoder = build_encoder(args, has_pooled_norm(args, weights)).to(device).eval()
-        amp.choose_attention(encoder)
         if weights is None:
             log.info("no --finetune: features of random weights")
+            encoder = build_encoder(args).eval()
         else:
+            shape = (args.model, args.input_size, args.patch_size)
             with options.user_mistakes():
-                loaded = load_into(encoder, weights, allow_unexpected=(*DECODERS, "head."))
+                encoder, loaded = models_load.build_encoder(
+                    weights, *shape, global_pool=args.global_pool, path=args.finetune
+                )
             log.info("weights of %s\n%s", args.finetune, loaded)
-        encode, width = build_encode(args, encoder), encoder.embed_dim
+        encode, width = build_encode(args, encoder.to(device), amp), encoder.embed_dim
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=False)
-    features = {}
-    for split, source in sources.items():
-        loader = build_loader(
-            ImageDataset(source, transforms.CenterCrop(args.input_size, args.crop_pct)),
-            ShardSampler(len(source), args.batch_size, world.rank, world.size),
-            args.num_workers,
-            args.pin_mem and device.type == "cuda",
-        )
-        batches = track(loader, -(-len(source) // world.size), f"{split} features")
-        rows = extract_features(encode, batches, amp, to_model_input, len(source), width)
-        features[split] = rows, torch.from_numpy(source.labels)
-    return features
+    crop = transforms.CenterCrop(args.input_size, args.crop_pct)
+    settings = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    settings["pin_memory"] = args.pin_mem and device.type == "cuda"
+    loaders = {split: evaluation_loader(source, crop, world, **settings) for split, source in sources.items()}
+    labels = {split: torch.from_numpy(source.labels) for split, source in sources.items()}
+    return extract_splits(encode, loaders, labels, amp, to_model_input, width, world.size)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+import models_load
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import rng
 from util.data import transforms
 from util.data.datasets import ImageDataset
-from util.data.loader import EpochSampler, ShardSampler, build_loader
+from util.data.loader import EpochSampler, build_loader
 from util.data.sources import Source
 from util.lars import LARS
-from util.run import distributed, options, resolve
+from util.run import classwise, distributed, options, resolve
 from util.run.checkpoint import Run, find_resume
 from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
-from util.run.splits import read_splits
+from util.run.splits import evaluation_loader, read_splits
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
 
 SCRIPT = "main_linprobe"
@@ -130,10 +131,9 @@ def report(args: argparse.Namespace, metrics: dict[str, float], names: list[str]
 
 def describe(args: argparse.Namespace, train: Source | None, val: Source) -> None:
     """The start of the log: what will be trained, on what, and how."""
-    data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
     pooling = "layer norm of the mean of patch tokens" if args.global_pool else "class token"
     count = "no" if train is None else f"{len(train):,}"
-    log.info("data      %s: %s training images, %s validation images", data, count, f"{len(val):,}")
+    log.info("data      %s: %s training images, %s validation images", resolve.data_name(args), count, f"{len(val):,}")
     log.info("features  %s, %s, %d pixels in patches of %d", args.model, pooling, args.input_size, args.patch_size)
     resolve.describe(get_args_parser(), args)
 
@@ -149,13 +149,14 @@ def main(argv: list[str] | None = None) -> None:
         pin_memory = args.pin_mem and device.type == "cuda"
         folder = run_folder(args.output_dir, args.experiment, SCRIPT)
         run, trained = None, None
-        if args.eval:  # reads the run, and writes nothing
+        if args.eval:  # reads the run, and writes what it says about classes
             found = distributed.from_rank_zero(lambda: find_resume(folder, args.resume, args.auto_resume))
             if found is None:
                 raise ValueError(f"--eval: name the probe's checkpoint with --resume; {folder} holds none")
             trained = found[1]
             if trained["script"] != SCRIPT:
                 raise ValueError(f"--eval: {found[0]} is of a run of {trained['script']}, not of {SCRIPT}")
+            distributed.from_rank_zero(lambda: classwise.check_folder(folder))
             for name in (*FIXED, "classes"):  # the probe is evaluated as it was trained
                 setattr(args, name, trained["options"].get(name))
         else:
@@ -163,14 +164,10 @@ def main(argv: list[str] | None = None) -> None:
             args.classes = run.state["options"].get("classes") if run.state is not None else None
         recorded = trained or (run.state if run is not None else None) or {}
         resolve.resolve_crop(args, recorded.get("options", {}))
+        resolve.resolve_val_fraction(args, recorded.get("options", {}))
         weights = load_pretrained(args.finetune, args.which) if args.finetune else None
-        if (
-            weights is not None
-            and "fc_norm.weight" in weights
-            and "norm.weight" not in weights
-            and not args.global_pool
-        ):
-            raise ValueError(f"{args.finetune} was fine-tuned with global pooling, without class token: --global_pool")
+        if weights is not None:
+            models_load.has_pooled_norm(weights, args.global_pool, args.finetune)  # raises what cannot be probed
         train, val = read_splits(args, args.nb_classes, "the probe")
         if train is not None:
             sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
@@ -196,17 +193,22 @@ def main(argv: list[str] | None = None) -> None:
         encoder.compile(fullgraph=True)
     heads = nn.ModuleDict({"norm": probe.norm, "heads": probe.heads})
     names = [f" lr {lr:g}" for lr in args.lr] if len(args.lr) > 1 else [""]
-    val_loader = build_loader(
-        ImageDataset(val, transforms.CenterCrop(args.input_size, args.crop_pct)),
-        ShardSampler(len(val), args.batch_size, world.rank, world.size),
-        args.num_workers,
-        pin_memory,
+    val_loader = evaluation_loader(
+        val,
+        transforms.CenterCrop(args.input_size, args.crop_pct),
+        world,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        pin_memory=pin_memory,
     )
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=False)
     score = partial(evaluate, probe, val_loader, amp, to_model_input, heads=names)
     if trained is not None:
         heads.load_state_dict(trained["state_dict"])
-        report(args, score(), names)
+        confusion = torch.zeros(len(names), args.nb_classes, args.nb_classes, dtype=torch.long, device=device)
+        best_head, _ = report(args, score(confusion=confusion), names)
+        counts, classes = confusion[names.index(best_head)], classwise.output_names(args.classes, args.nb_classes)
+        distributed.from_rank_zero(lambda: classwise.report(folder, counts, classes))
         distributed.shutdown()
         return
 
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     assert run is not None
     assert train is not None
     with options.user_mistakes():
-        run.check(vars(args), [*FIXED, "encoder"])
+        run.check(vars(args), [*FIXED, "encoder", "val_fraction"])
     student = distributed.wrap_ddp(probe, device)
     optimizer = build_optimizer(args, probe.heads)
     crop = transforms.RandomCrop(args.input_size, (0.08, 1.0), one_draw=True)

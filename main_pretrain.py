@@ -10,27 +10,35 @@ import argparse
 import copy
 
 import torch
+import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_hpm
+import models_load
 import models_teacher
+from engine_finetune import extract_splits, knn_accuracy
 from engine_pretrain import train_one_epoch
-from util import masking, rng
+from util import knn, masking, rng
+from util.data.classes import count_classes
 from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, build_loader
-from util.data.sources import build_source, check_value_range
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
+from util.data.sources import Source
+from util.data.transforms import CenterCrop, RandomCrop, ToModelInput
 from util.ema import EMATeacher
 from util.run import distributed, options, resolve
-from util.run.checkpoint import Run
+from util.run.amp import Amp
+from util.run.checkpoint import Run, read_resumed
 from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.pretrain_options import FIXED, PANELS, add_pretraining_options
+from util.run.splits import evaluation_loader, read_knn_splits, read_pretraining
 from util.schedules import ema_decay_at, slow_teacher
-from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained
+from util.targets import PIXEL_TARGETS
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
+from util.weights.meta import classifier_name
 from visualize.panel import pick_panel_images, training_panel
 
 SCRIPT = "main_pretrain"
@@ -41,27 +49,26 @@ def get_args_parser() -> options.OptionParser:
     options.add_training_options(parser, batch_size=64, epochs=400, warmup_epochs=40)
     options.add_data_options(parser, num_workers=8, splits=("train",))
     options.add_device_options(parser)
-    add_pretraining_options(parser, list(models_hpm.MODELS))
+    add_pretraining_options(parser, list(models_hpm.MODELS), models_teacher.TARGETS, models_teacher.FILES)
     return parser
 
 
 def resolve_options(args: argparse.Namespace, world: distributed.World) -> argparse.Namespace:
-    """Fill in what follows from other options, and reject impossible settings.
+    """Fill in what follows from other options and from the checkpoint, and reject impossible settings.
 
     Raises:
-        ValueError: options that contradict each other.
+        ValueError: options that contradict each other, or a checkpoint that cannot be read.
     """
     args = copy.copy(args)
     resolve.resolve_training(args, world, warmup_epochs=40, num_workers=8)
-    args.origins = {name: "option" if getattr(args, name) else "default" for name in ("mean", "std", "value_range")}
-    args.mean, args.std = args.mean or list(IMAGENET_MEAN), args.std or list(IMAGENET_STD)
-    if args.data_path is not None and len(args.data_path) == 1:
-        args.data_path = args.data_path[0]
+    folder = run_folder(args.output_dir, args.experiment, SCRIPT)
+    meta = read_resumed(folder, args.resume, args.auto_resume)
+    resolve.resolve_pixels(args, meta or (read_meta(args.load_from) if args.load_from else {}))
     if args.vis_interval is None:
         args.vis_interval = -(-args.epochs // PANELS)
     if args.lr is None:
         args.lr = args.blr * args.global_batch / 256
-    resolve_target_and_masks(args)
+    resolve.resolve_method(args, models_teacher.KINDS)
 
     with torch.device("meta"):  # checks the sizes of the model at no cost
         model = build_model(args)
@@ -83,75 +90,15 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     return args
 
 
-def resolve_target_and_masks(args: argparse.Namespace) -> None:
-    """The reconstruction target, from its official names too, and the mask strategy, in place.
-
-    Raises:
-        ValueError: two targets or two mask options at once, a path that belongs to another target, or a strategy that
-            needs a loss predictor without one.
-    """
-    given = {"--target": args.target}
-    if args.norm_pix_loss:
-        given["--norm_pix_loss"] = "norm_pixel"
-    if args.learn_feature_loss != "none":
-        given["--learn_feature_loss"] = args.learn_feature_loss
-    given = {option: target for option, target in given.items() if target is not None}
-    if len(set(given.values())) > 1:
-        raise ValueError(f"{' and '.join(given)} name different targets ({', '.join(given.values())}): give one")
-    args.target = next(iter(given.values()), "pixel")
-    paths = {"dino": args.dino_path, "clip": args.clip_path}
-    for kind, path in paths.items():
-        if path != "none" and args.target != kind:
-            raise ValueError(f"--{kind}_path is for --target {kind}, the target is {args.target}")
-    path = paths.get(args.target, "none")
-    args.teacher_path = "" if path == "none" else path
-
-    if args.mask_block and args.mask_regular:
-        raise ValueError("--mask_block and --mask_regular are two mask patterns: give one")
-    pattern = args.mask_block or args.mask_regular
-    if pattern and args.mask_strategy not in (None, "random"):
-        name = "--mask_block" if args.mask_block else "--mask_regular"
-        raise ValueError(f"{name} and --mask_strategy {args.mask_strategy} both choose the masks: give one")
-    by_loss = args.score_by == "loss"
-    if args.mask_strategy is None:
-        args.mask_strategy = "easy_to_hard" if (args.learning_loss or by_loss) and not pattern else "random"
-    if args.mask_strategy != "random" and not (args.learning_loss or by_loss):
-        raise ValueError(
-            f"--mask_strategy {args.mask_strategy} needs the loss predictor: omit --no-learning_loss, or give "
-            "--score_by loss"
-        )
-    resolve_teacher(args, by_loss)
-
-
-def resolve_teacher(args: argparse.Namespace, by_loss: bool) -> None:
-    """What the EMA teacher sees, in place.
-
-    Raises:
-        ValueError: options of the predictor or the teacher that do not go with the target or the masks.
-    """
-    if args.predictor_depth is not None and not args.learning_loss:
-        raise ValueError("--predictor_depth is for the loss predictor: omit it, or omit --no-learning_loss")
-    if args.mask_strategy == "random" and (by_loss or args.teacher_keep not in (None, 1.0)):
-        name = "--score_by loss" if by_loss else "--teacher_keep"
-        raise ValueError(f"{name} is for masks chosen by score, and the masks are random: omit it")
-    if by_loss and args.teacher_keep == 1:
-        raise ValueError("--score_by loss needs patches hidden from the teacher: give --teacher_keep below 1")
-    if args.teacher_keep is None:
-        args.teacher_keep = 1 - args.mask_ratio if by_loss else 1.0
-    if args.teacher_keep < 1 and args.target == "ema":
-        name = "--score_by loss" if by_loss else "--teacher_keep"
-        raise ValueError(f"--target ema needs the teacher's features of the whole image: omit {name}")
-
-
 def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
     widths = {kind: teacher.width for kind, teacher in models_teacher.KINDS.items()}
     widths["ema"] = models_hpm.SIZES[args.model]["embed_dim"]
     model = models_hpm.MODELS[args.model](
         img_size=args.input_size,
-        norm_pix_loss=args.target == "norm_pixel",
+        pixel_target=args.target if args.target in PIXEL_TARGETS else None,
         vis_mask_ratio=args.vis_mask_ratio,
         learning_loss=args.learning_loss,
-        relative=args.relative,
+        predictor_loss=args.predictor_loss,
         target_dim=widths.get(args.target),
         patch_size=args.patch_size,
         decoder_embed_dim=args.decoder_embed_dim,
@@ -168,18 +115,47 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
+def score_knn(
+    args: argparse.Namespace,
+    world: distributed.World,
+    device: torch.device,
+    amp: Amp,
+    weights: dict[str, Tensor],
+    sources: dict[str, Source],
+) -> dict[str, float]:
+    """k-NN accuracy of the encoder with these weights. Training continues as without it: its random numbers are seeded
+    by micro-batch, its gradients and modes are its own."""
+    shape = (classifier_name(args.model), args.input_size, args.patch_size)
+    encoder, _ = models_load.build_encoder(weights, *shape, global_pool=args.knn_global_pool, path="the student")
+    amp.choose_attention(encoder.to(device))
+    crop = CenterCrop(args.input_size, resolve.evaluation_crop(args.input_size, {}))
+    pin_memory = args.pin_mem and device.type == "cuda"
+    settings = {"batch_size": args.batch_size, "num_workers": args.num_workers, "pin_memory": pin_memory}
+    features = extract_splits(
+        lambda images: F.normalize(encoder(images).float(), dim=-1),
+        {split: evaluation_loader(source, crop, world, **settings) for split, source in sources.items()},
+        {split: torch.from_numpy(source.labels) for split, source in sources.items()},
+        amp,
+        ToModelInput(args.mean, args.std, device, flip=False),
+        encoder.embed_dim,
+        world.size,
+    )
+    classes = count_classes(sources["train"], sources["test"], None)
+    mine = slice(world.rank, None, world.size)  # each rank takes its share of the queries
+    top1, top5 = knn_accuracy(features, [args.knn_k], knn.TEMPERATURE, classes, device, mine)[args.knn_k]
+    log.info("%d-NN  top-1 %.2f  top-5 %.2f", args.knn_k, top1, top5)
+    return {"knn_acc1": top1, "knn_acc5": top5}
+
+
 def describe(
     args: argparse.Namespace, num_images: int, model: models_hpm.MaskedAutoencoderViT, masks: masking.MaskSampler
 ) -> None:
     """The start of the log: what will be trained, on what, and how."""
-    data = args.data_path or "Shapes, images drawn by the program (no --data_path was given)"
-    if isinstance(data, list):
-        data = ", ".join(data)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    predictor = "none"
-    if args.learning_loss:
-        predictor = "relative" if args.relative else "absolute"
-    log.info("data      %s: %s images, %d steps per epoch", data, f"{num_images:,}", args.steps_per_epoch)
+    predictor = args.predictor_loss if args.learning_loss else "none"
+    log.info(
+        "data      %s: %s images, %d steps per epoch", resolve.data_name(args), f"{num_images:,}", args.steps_per_epoch
+    )
     log.info("model     %s, %.1f M trainable parameters", args.model, trained / 1e6)
     log.info("patches   %d x %d of %d pixels, %d masked", *masks.grid_size, args.patch_size, masks.num_masked)
     log.info("target    %s, loss predictor %s, masks %s", args.target, predictor, args.mask_strategy)
@@ -197,23 +173,8 @@ def main(argv: list[str] | None = None) -> None:
         args = resolve_options(get_args_parser().parse_args(argv), world)
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
-        folder = run_folder(args.output_dir, args.experiment, SCRIPT)
-        run = Run(folder, SCRIPT, args.resume, args.auto_resume)
-        source = build_source(
-            args.data_path,
-            "train",
-            labels_needed=False,
-            value_range=args.value_range,
-            max_image_pixels=args.max_image_pixels,
-            shapes_count=args.shapes_train,
-            cache_dir=args.cache_dir,
-            on_rank_zero=distributed.from_rank_zero,
-        )
-        warning = None
-        if args.data_path is not None:
-            warning = distributed.from_rank_zero(lambda: check_value_range(source, args.value_range))
-        if warning is not None:
-            log.warning("%s", warning)
+        run = Run(run_folder(args.output_dir, args.experiment, SCRIPT), SCRIPT, args.resume, args.auto_resume)
+        source, held_out = read_pretraining(args)
         sampler = EpochSampler(len(source), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
         args.steps_per_epoch = sampler.num_batches // args.accum_iter
         run.check(vars(args), FIXED)
@@ -227,11 +188,12 @@ def main(argv: list[str] | None = None) -> None:
             frozen, summary = models_teacher.build_teacher(args.target, teacher_weights, args.mean, args.std)
             frozen = frozen.to(device)
             log.info("teacher   %s\n%s", args.target, summary)
+        knn_sources = read_knn_splits(args) if args.knn_interval else None
         panel_images = None
         if args.vis_interval:
             limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
             panel_images = distributed.from_rank_zero(
-                lambda: pick_panel_images(args.data_path, source, args.input_size, args.cache_dir, **limits)
+                lambda: pick_panel_images(args.data_path, source, args.input_size, args.cache_dir, held_out, **limits)
             )
 
     # Model, teacher, optimizer
@@ -288,6 +250,9 @@ def main(argv: list[str] | None = None) -> None:
         if loop.stopped:
             break
         metrics = {"train_lr": optimizer.param_groups[0]["lr"]}
+        if knn_sources is not None and ((epoch + 1) % args.knn_interval == 0 or epoch + 1 == args.epochs):
+            loop.save_mid_epoch()
+            metrics |= score_knn(args, world, device, amp, model.state_dict(), knn_sources)
         if teacher is not None:
             num_hardest = masks.num_hardest(epoch)
             metrics |= {

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_activations
 
 import models_vit
-from util.losses import absolute_loss, feature_loss, relative_loss
+from util.losses import PREDICTOR_LOSSES, feature_loss
 from util.masking import gather_tokens, random_mask, split_mask
 from util.pos_embed import get_2d_sincos_pos_embed
+from util.targets import PIXEL_TARGETS
 from util.weights.meta import autoencoder_settings
 
 
@@ -28,12 +29,13 @@ class MaskedAutoencoderViT(nn.Module):
 
     Args:
         img_size: side or (height, width) of the images in pixels, a multiple of the patch size.
-        norm_pix_loss: reconstruct pixels normalised by the mean and variance of their patch.
+        norm_pix_loss, relative: official names of `pixel_target` "norm_pixel" and `predictor_loss` "relative".
         vis_mask_ratio: fraction of the visible tokens replaced by a learned token (UM-MAE's second masking).
-        learning_loss: add the loss predictor; without it this is the MAE baseline, and `relative` is ignored.
-        relative: train the predictor to rank the masked patches of an image, not to predict the values of their loss.
+        learning_loss: add the loss predictor; without it this is the MAE baseline.
         target_dim: width of feature targets; None reconstructs pixels.
         predictor_depth: blocks of the loss predictor; None for as many as the reconstructor has (published).
+        predictor_loss: objective of the predictor, a name in `PREDICTOR_LOSSES`.
+        pixel_target: what is reconstructed without `target_dim`, a name in `PIXEL_TARGETS`.
 
     Raises:
         ValueError: the patch size does not divide the image, or a width is not a multiple of its number of heads.
@@ -58,11 +60,16 @@ class MaskedAutoencoderViT(nn.Module):
         relative: bool = True,
         target_dim: int | None = None,
         predictor_depth: int | None = None,
+        predictor_loss: str | None = None,
+        pixel_target: str | None = None,
     ) -> None:
         super().__init__()
         self.img_size, self.in_chans = models_vit.image_size(img_size, patch_size), in_chans
-        self.norm_pix_loss, self.target_dim = norm_pix_loss, target_dim
-        self.learning_loss, self.relative, self.vis_mask_ratio = learning_loss, relative, vis_mask_ratio
+        pixel_target = pixel_target or ("norm_pixel" if norm_pix_loss else "pixel")
+        self.norm_pix_loss, self.target_transform = pixel_target == "norm_pixel", PIXEL_TARGETS[pixel_target]
+        self.predictor_loss = predictor_loss or ("relative" if relative else "absolute")
+        self.relative = self.predictor_loss == "relative"
+        self.target_dim, self.learning_loss, self.vis_mask_ratio = target_dim, learning_loss, vis_mask_ratio
         self.grad_checkpointing = False
         self.score_by = "predictor"  # or "loss": how `score_patches` scores hidden patches
 
@@ -132,10 +139,7 @@ class MaskedAutoencoderViT(nn.Module):
     def pixel_target(self, imgs: Tensor) -> Tensor:
         """Target of the reconstructor: (B, C, H, W) -> (B, L, P * P * C), float32."""
         target = self.patchify(imgs.float())
-        if self.norm_pix_loss:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6).sqrt()
-        return target
+        return target if self.target_transform is None else self.target_transform(target)
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
         """Transformer blocks with optional activation checkpointing: (B, N, E) -> (B, N, E)."""
@@ -205,8 +209,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     def forward_learning_loss(self, loss_pred: Tensor, patch_loss: Tensor) -> Tensor:
         """Loss of the predictor (HPM, section 3.2), (B, M), (B, M) -> scalar. No gradient flows into `patch_loss`."""
-        objective = relative_loss if self.relative else absolute_loss
-        return objective(loss_pred, patch_loss.detach())
+        return PREDICTOR_LOSSES[self.predictor_loss](loss_pred, patch_loss.detach())
 
     def forward(
         self, imgs: Tensor, mask: Tensor, target: Tensor | None = None, num_masked: int | None = None

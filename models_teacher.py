@@ -1,4 +1,4 @@
-"""Frozen feature teachers for reconstruction targets: DINO and CLIP, ViT-B/16 at 224 pixels, from timm.
+"""Reconstruction targets by name, and frozen feature teachers: DINO and CLIP, ViT-B/16 at 224 pixels, from timm.
 
 Shapes: B batch, L = 196 patches, D = 768 (DINO) or 512 (CLIP).
 """
@@ -13,6 +13,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
+from util.targets import PIXEL_TARGETS
 from util.weights.load import load_into
 from util.weights.read import read_file, strip_wrappers
 
@@ -21,23 +22,36 @@ IMAGE_SIZE, PATCH_SIZE = 224, 16
 
 @dataclass(frozen=True)
 class Kind:
-    """A network's name in timm, the width of its features, and the mean and std it was trained with."""
+    """A network's name in timm, the width of its features, the mean and std it was trained with, and what its file may
+    be, for --help."""
 
     timm_name: str
     width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    file: str = "timm's weights"
 
 
 KINDS = {
-    "dino": Kind("vit_base_patch16_224.dino", 768, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "dino": Kind(
+        "vit_base_patch16_224.dino",
+        768,
+        (0.485, 0.456, 0.406),
+        (0.229, 0.224, 0.225),
+        "DINO's backbone or full checkpoint, or timm's weights",
+    ),
     "clip": Kind(
         "vit_base_patch16_clip_quickgelu_224.openai",
         512,
         (0.48145466, 0.4578275, 0.40821073),
         (0.26862954, 0.26130258, 0.27577711),
+        "a CLIP state dict, or timm's weights",
     ),
 }
+
+# Values of --target: functions of the pixels, features of the EMA teacher, features of frozen networks.
+TARGETS = [*PIXEL_TARGETS, "ema", *KINDS]
+FILES = {name: kind.file for name, kind in KINDS.items()}
 
 # Prefixes of tensors that image features do not need: CLIP's text encoder, DINO's projection head.
 _CLIP_TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale")

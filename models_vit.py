@@ -38,6 +38,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
     Args:
         img_size: side or (height, width) of the images in pixels, a multiple of the patch size.
         num_classes: K; with 0, `forward` returns the pooled features (B, E).
+        pooled_norm: with `global_pool`, pool before the norm; without, the mean is that of the normed patch tokens.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
 
     Raises:
@@ -53,6 +54,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         num_heads: int = 12,
         num_classes: int = 1000,
         global_pool: bool = False,
+        pooled_norm: bool = True,
         drop_path_rate: float = 0.0,
         in_chans: int = 3,
         mlp_ratio: float = 4.0,
@@ -64,7 +66,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool="avg" if global_pool else "token",
-            fc_norm=global_pool,
+            fc_norm=global_pool and pooled_norm,
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,

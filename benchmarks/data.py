@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,9 @@ def pack(files: ImageFiles, folder: Path) -> dict[str, ImageFiles]:
     with open(folder / "images.tar", "rb") as plain, gzip.open(folder / "images.tar.gz", "wb", 1) as packed:
         shutil.copyfileobj(plain, packed)
     cache = str(folder / "cache")
-    archives = {name: find_images(str(folder / name), "train", cache) for name in ("images.tar", "images.tar.gz")}
+    archives: dict[str, Any] = {
+        name: find_images(str(folder / name), "train", cache) for name in ("images.tar", "images.tar.gz")
+    }
     return {"folder": files, "tar": archives["images.tar"], "tar.gz cache": archives["images.tar.gz"]}
 
 
@@ -254,7 +257,7 @@ def choose_images(data_path: str, count: int, batch_size: int) -> ImageFiles:
         ValueError: an archive, or fewer images than a batch has.
     """
     files = find_images(data_path, "train")
-    if files.extents is not None:
+    if not isinstance(files, ImageFiles) or files.extents is not None:
         raise ValueError(f"--data_path {data_path} is an archive: give the folder of its files, they are packed here")
     chosen = np.random.default_rng(0).permutation(len(files))[:count]
     if len(chosen) < batch_size:

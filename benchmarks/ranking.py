@@ -78,18 +78,16 @@ def masked_errors(
 def teacher_correlation(
     teacher: models_hpm.MaskedAutoencoderViT, imgs: Tensor, errors: Tensor, sampler: masking.MaskSampler, draws: int
 ) -> float:
-    """Rank correlation of the scores that choose the masks of a run with the true errors (B, L), over the scored
-    patches of each image. Where some patches are hidden from the teacher, the mean over `draws` random choices."""
+    """Rank correlation of the scores that choose a run's masks with the true errors (B, L), over the scored patches of
+    each image. Where some patches are hidden from the teacher, the mean over `draws` random choices of them."""
     found = []
     for number in range(draws if sampler.num_hidden else 1):
         hidden = sampler.draw_hidden(len(imgs), generator(number))
-        if hidden is None:
-            scores, truth = teacher.score_patches(imgs)[0], errors  # (B, L)
-        else:
-            hidden = hidden.to(imgs.device)
-            scores, _ = teacher.score_patches(imgs, hidden, sampler.num_hidden)
-            scores, truth = (x[hidden].view(len(imgs), sampler.num_hidden) for x in (scores, errors))
-        found.append(spearman(scores, truth).mean())
+        hidden = None if hidden is None else hidden.to(imgs.device)
+        scores, _ = teacher.score_patches(imgs, hidden, sampler.num_hidden)
+        assert scores is not None, "no loss predictor"
+        scored = torch.ones_like(errors, dtype=torch.bool) if hidden is None else hidden
+        found.append(spearman(scores[scored].view(len(imgs), -1), errors[scored].view(len(imgs), -1)).mean())
     return float(torch.stack(found).mean())
 
 
@@ -99,9 +97,10 @@ def rank_correlations(
     """Rank correlation of predicted and true patch losses, mean over validation images. With `trained` False, those of
     the freshly initialised model that the run started from.
 
-    `teacher`: the scores by which the EMA teacher chooses this run's masks. With a predictor also `masked`, predicted
-    by the student from the visible patches, as it was trained to; `student`, by the student from the whole image; and
-    `mask_tokens`, by the teacher from the whole image at mask tokens. Empty for a run without a teacher.
+    With a predictor: `masked`, predicted by the student from the visible patches, as it was trained to; `student` and
+    `teacher`, by the student and by the EMA teacher from the whole image; `mask_tokens`, by the teacher from the whole
+    image at mask tokens. Where the run hides patches from its teacher: `hidden`, the teacher's scores of those. The
+    scores that choose a run's masks are `hidden` if there is one, else `teacher`. Empty for a run without a teacher.
     """
     content = checkpoint.read_run(path)
     if content.get("ema_state_dict") is None:
@@ -126,9 +125,12 @@ def rank_correlations(
     if trained:
         model.load_state_dict(content["ema_state_dict"])
     sampler = masking.MaskSampler.from_options(content["options"], model.patch_embed.grid_size)
-    found["teacher"] = teacher_correlation(model, imgs, errors, sampler, args.rank_masks)
     if model.learning_loss:
+        with torch.no_grad():
+            found["teacher"] = float(spearman(model.predict_loss(imgs), errors).mean())
         found["mask_tokens"] = float(spearman(predict_at_mask_tokens(model, imgs), errors).mean())
+    if sampler.num_hidden:
+        found["hidden"] = teacher_correlation(model, imgs, errors, sampler, args.rank_masks)
     return {name: round(value, 4) for name, value in found.items()}
 
 
@@ -154,7 +156,8 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
         if meta.get("script") != main_pretrain.SCRIPT:
             raise ValueError(f"{path} is not a checkpoint of main_pretrain.py")
         args.input_size = meta["options"]["input_size"]
-        before, after = (rank_correlations(args, path, device, trained).get("teacher") for trained in (False, True))
+        found = [rank_correlations(args, path, device, trained) for trained in (False, True)]
+        before, after = (values.get("hidden", values.get("teacher")) for values in found)
         if before is None or after is None:
             raise ValueError(f"{path} has no EMA teacher that ranks patches: its run had neither predictor nor scores")
     log.info("Spearman of the teacher's ranking with the true error: untrained %.3f, trained %.3f", before, after)

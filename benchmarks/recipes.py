@@ -69,7 +69,7 @@ def describe(script: str, args: argparse.Namespace) -> str:
         return f"{text}, layer_decay {args.layer_decay:g}, drop_path {args.drop_path:g}"
     text = f"{args.model}, {args.epochs} epochs, batch {args.global_batch}, lr {lr:g}"
     if script == "main_pretrain.py":
-        predictor = "none" if not args.learning_loss else "relative" if args.relative else "absolute"
+        predictor = args.predictor_loss if args.learning_loss else "none"
         masks = "block" if args.mask_block else "regular" if args.mask_regular else args.mask_strategy
         if args.predictor_depth:
             predictor += f" of {args.predictor_depth} blocks"

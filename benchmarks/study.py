@@ -19,9 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +32,8 @@ import main_pretrain
 import main_segment
 import models_hpm
 from benchmarks.ranking import rank_correlations, teacher_of
+from benchmarks.subset import subset
 from benchmarks.trainer import ALONE
-from util.data.sources import find_images
 from util.run import distributed, options
 from util.run.folder import LAST, read_log
 from util.run.logger import log, setup_logging
@@ -45,9 +43,9 @@ MAE, PREDICTOR = ["--no-learning_loss"], ["--mask_strategy", "random"]
 
 # The options of main_pretrain.py that a variant changes. `_long` trains --long_factor times the epochs, `_slow` has the
 # paper's EMA decay, which is meant for runs of many more steps; `_mask_tokens` has the teacher read its predictions at
-# mask tokens of the whole image (`predict_at_mask_tokens`). `sparse_1`, `loss` and `predictor_1` are the cheap ones:
-# a teacher that sees a quarter of the patches with a predictor of one block, one that scores by its own loss and needs
-# no predictor, and a predictor of one block with random masks.
+# mask tokens of the whole image (`predict_at_mask_tokens`). `sparse_1`, `loss` and `predictor_1` are the cheap ones: a
+# teacher that sees a quarter of the patches with a predictor of one block, a teacher that scores by its own loss and
+# needs no predictor, and a predictor of one block with random masks.
 VARIANTS = {
     "mae_pixel": [*MAE, *PIXEL],
     "mae_norm": [*MAE, *NORM],
@@ -175,33 +173,6 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
     with open(path, "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         file.write(json.dumps(row) + "\n")
-
-
-def subset(data_path: str, counts: dict[str, int | None], folder: Path) -> str:
-    """An archive of evenly chosen images of both splits, the same number from each class; written once.
-
-    Raises:
-        ValueError: there are fewer images than asked for.
-    """
-    path = folder / f"{Path(data_path).name.split('.')[0]}-{'-'.join(str(n or 'all') for n in counts.values())}.tar"
-    if path.exists():
-        return str(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with tarfile.open(partial, "w") as tar:
-        for split, count in counts.items():
-            files = find_images(data_path, split)
-            if count is not None and count > len(files):
-                raise ValueError(f"--{split}_images {count}: {data_path} has {len(files)}")
-            for i in range(count or len(files)):
-                index = i * len(files) // (count or len(files))
-                content = files.read(index)
-                name = os.fsdecode(files.names[index])
-                member = tarfile.TarInfo(f"{split}/{name}" if "/" in name else f"{split}/{files.labels[index]}/{name}")
-                member.size = len(content)
-                tar.addfile(member, BytesIO(content))
-    partial.replace(path)
-    return str(path)
 
 
 def run_all(args: argparse.Namespace, argv: list[str]) -> int:

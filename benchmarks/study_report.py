@@ -37,8 +37,9 @@ RANKING: dict[str, Callable[[Row], float | None]] = {
     "rank_acc, last epoch": lambda row: row["rank_acc"][-1] if row["rank_acc"] else None,
     "Spearman, student, masked image": lambda row: row["spearman"].get("masked"),
     "Spearman, student, whole image": lambda row: row["spearman"].get("student"),
-    "Spearman, teacher": lambda row: row["spearman"].get("teacher"),
-    "Spearman, teacher, whole image at mask tokens": lambda row: row["spearman"].get("mask_tokens"),
+    "Spearman, teacher, whole image": lambda row: row["spearman"].get("teacher"),
+    "the same at mask tokens": lambda row: row["spearman"].get("mask_tokens"),
+    "Spearman, teacher, hidden patches": lambda row: row["spearman"].get("hidden"),
 }
 
 
@@ -137,11 +138,13 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
         text.append(table(["difference, seed by seed", *columns], compared))
     ranked = {name: found for name, found in runs.items() if any(row["spearman"] for row in found)}
     if ranked:
+        every = [row for found in ranked.values() for row in found]
+        shown = {title: of for title, of in RANKING.items() if any(of(row) is not None for row in every)}
         rows = [
-            [name, *(spread([metric(row) for row in found], 3) for metric in RANKING.values())]
+            [name, *(spread([metric(row) for row in found], 3) for metric in shown.values())]
             for name, found in ranked.items()
         ]
-        text.append(table(["variant", *RANKING], rows))
+        text.append(table(["variant", *shown], rows))
     return "\n\n".join(text)
 
 

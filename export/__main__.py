@@ -18,9 +18,10 @@ from pathlib import Path
 from torch import Tensor
 
 import models_hpm
+import models_load
 import models_vit
 from export.base import Format, Mismatch, Source
-from export.card import describe, metrics_of, model_card
+from export.card import describe, model_card
 from export.detection import Detectron2, MMSeg
 from export.encoders import Safetensors, Timm
 from export.hugging_face import FOLDER_CONTENTS, HfMae, HfVit
@@ -28,7 +29,7 @@ from export.onnx_graph import Onnx
 from export.publish import check_target, publish
 from util.run import options, resolve
 from util.run.logger import log, setup_logging
-from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
+from util.weights.load import load_into, read_meta
 from util.weights.meta import defaults_of, settings_of
 
 FORMATS = {form.name: form for form in (Timm, Safetensors, HfMae, HfVit, Detectron2, MMSeg, Onnx)}
@@ -89,8 +90,6 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     resolve.fill_in(args, {"mask_ratio": recorded.get("mask_ratio", 0.75)})
     if "target" in recorded:
         args.norm_pix_loss = recorded["target"] == "norm_pixel"
-    if args.meta.get("script") != "main_linprobe" and (args.encoder or args.head):
-        raise ValueError("--encoder and --head apply only to checkpoints of main_linprobe.py")
     return args
 
 
@@ -113,19 +112,9 @@ def open_source(args: argparse.Namespace) -> Source:
     Raises:
         ValueError: the weights are not a ViT of this family and of a known size, or not those of --model.
     """
-    if args.meta.get("script") == "main_linprobe":
-        weights = join_probe(args)
-    else:
-        weights = load_pretrained(args.checkpoint, args.which)
-    weights = {key: tensor.float() for key, tensor in weights.items() if tensor.is_floating_point()}
-    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
-        if key not in weights:
-            raise ValueError(f"{args.checkpoint} has no {key}: it is not a ViT of this family")
-    weights = fold_official_probe(weights)
-    name = args.model or models_vit.size_of(weights)
-    if name is None:
-        width, known = weights["cls_token"].shape[-1], ", ".join(models_vit.MODELS)
-        raise ValueError(f"{args.checkpoint}: no model has its depth and width {width} (known: {known})")
+    weights, _ = models_load.read_weights(args.checkpoint, args.which, args.encoder, args.head)
+    models_load.check_family(args.checkpoint, weights)
+    name = args.model or models_load.size_name(args.checkpoint, weights)
 
     channels, patch = weights["patch_embed.proj.weight"].shape[1:3]
     own_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
@@ -163,7 +152,9 @@ def open_source(args: argparse.Namespace) -> Source:
 def build_autoencoder(
     args: argparse.Namespace, name: str, size: int, weights: dict[str, Tensor]
 ) -> models_hpm.MaskedAutoencoderViT | None:
-    """Encoder and decoders; None if the decoder predicts features or belongs to another input size."""
+    """Encoder and decoders; None if the decoder predicts anything but pixels or belongs to another input size."""
+    if args.meta.get("options", {}).get("target", "pixel") not in ("pixel", "norm_pixel"):
+        return None
     weights = {name: tensor for name, tensor in weights.items() if name != "vis_mask_token"}  # used in training only
     heads = args.meta.get("options", {}).get("decoder_num_heads")
     settings = {"img_size": size, "norm_pix_loss": args.norm_pix_loss, "decoder_num_heads": heads}
@@ -172,63 +163,6 @@ def build_autoencoder(
         return None
     load_into(model, weights, (), ("head.", "fc_norm."))
     return model.eval()
-
-
-def join_probe(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The encoder of a linear probe and one of its heads, as the weights of a classifier.
-
-    Raises:
-        ValueError: the encoder is missing or not the one that the probe was trained on, or there is no such head.
-    """
-    recorded = args.meta["options"]
-    path = args.encoder or recorded["finetune"]
-    if not path or not Path(path).exists():
-        raise ValueError(
-            f"{args.checkpoint} contains only heads, and their encoder {path or ''} is gone: use --encoder"
-        )
-    sizes = {"img_size": recorded["input_size"], "patch_size": recorded["patch_size"]}
-    pooled = recorded["global_pool"]
-    encoder = models_vit.MODELS[recorded["model"]](**sizes, num_classes=0, global_pool=pooled)
-    unused = (*DECODERS, "head.", "norm.", "fc_norm.")
-    load_into(encoder, load_pretrained(path, recorded["which"]), ["fc_norm."] if pooled else [], unused)
-    if fingerprint(encoder.state_dict()) != recorded["encoder"]:
-        raise ValueError(f"{path} is not the encoder that {args.checkpoint} was trained on: use --encoder")
-    state = load_pretrained(args.checkpoint)
-    head = args.head or best_head(args)
-    if f"heads.{head - 1}.weight" not in state:
-        raise ValueError(f"--head {head}: {args.checkpoint} has {len(recorded['lr'])} heads")
-    weight, bias = models_vit.fold_feature_norm(
-        state[f"heads.{head - 1}.weight"],
-        state[f"heads.{head - 1}.bias"],
-        state["norm.running_mean"],
-        state["norm.running_var"],
-    )
-    return {**encoder.state_dict(), "head.weight": weight, "head.bias": bias}
-
-
-def best_head(args: argparse.Namespace) -> int:
-    """Number of the best head, from 1, according to the log next to the checkpoint.
-
-    Raises:
-        ValueError: there are several heads and no log.
-    """
-    names = [f"lr {lr:g}" for lr in args.meta["options"]["lr"]]
-    if len(names) == 1:
-        return 1
-    best = metrics_of(Path(args.checkpoint), args.meta["epoch"]).get("best_head")
-    if best not in names:
-        raise ValueError(f"{args.checkpoint} has {len(names)} heads and no log that names the best: use --head")
-    return names.index(best) + 1
-
-
-def fold_official_probe(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """MAE's own linear probes, whose head is a batch norm and a linear layer (head.0, head.1), as one layer."""
-    if "head.0.running_mean" not in weights:
-        return weights
-    names = ("head.1.weight", "head.1.bias", "head.0.running_mean", "head.0.running_var")
-    weight, bias = models_vit.fold_feature_norm(*(weights[name] for name in names))
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
-    return {**kept, "head.weight": weight, "head.bias": bias}
 
 
 # -------------------------------------------------------------------------------------------------------------- export

@@ -74,6 +74,8 @@ class Source:
             options["target"] = "norm_pixel" if self.autoencoder.norm_pix_loss else "pixel"
             options["mask_ratio"] = self.mask_ratio
             options["decoder_num_heads"] = self.autoencoder.decoder_blocks[0].attn.num_heads
+        if self.classes:
+            options["global_pool"] = self.mean_pooled
         if self.class_record:
             options["classes"] = self.class_record
         image = {**self.meta.get("image", {}), "mean": self.mean, "std": self.std}

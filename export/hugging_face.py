@@ -51,7 +51,9 @@ class HuggingFace(Format):
     def sizes(self) -> dict[str, Any]:
         """Arguments that ViTConfig and ViTMAEConfig share."""
         source = self.source
+        value_range = source.meta.get("image", {}).get("value_range")
         return {
+            **({"value_range": value_range} if value_range else {}),  # for this project's scripts
             "hidden_size": source.model.embed_dim,
             "num_hidden_layers": len(source.model.blocks),
             "num_attention_heads": source.heads,

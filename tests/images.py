@@ -88,3 +88,25 @@ def write_png_16(values):
     chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     parts = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def write_shards(pattern, split="train", per_shard=5, label="names", files=None):
+    """WebDataset shards of a split of `members`, in its order: KEY.jpg with the class's name or number in KEY.cls, or
+    with the number in KEY.json. `pattern` is the path of a shard with {} for its number."""
+    files = members() if files is None else files
+    chosen = sorted((name.split("/")[1:], data) for name, data in files.items() if name.startswith(f"{split}/"))
+    classes = sorted({name[0] for name, _ in chosen})
+    for number in range(-(-len(chosen) // per_shard)):
+        shard = {}
+        for index in range(number * per_shard, min(len(chosen), (number + 1) * per_shard)):
+            (name, *_), data = chosen[index]
+            shard[f"{index:06d}.jpg"] = data
+            position = classes.index(name)
+            if label == "json":
+                shard[f"{index:06d}.json"] = b'{"label": %d, "width": 48, "caption": "a cls"}' % position
+            elif label:
+                shard[f"{index:06d}.cls"] = name.encode() if label == "names" else b"%d\n" % position
+        path = type(pattern)(str(pattern).replace("{}", f"{number:04d}"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tar(path, dict(reversed(shard.items())))  # write_tar reverses them again
+    return pattern.parent

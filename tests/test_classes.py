@@ -85,7 +85,7 @@ def test_list_files_that_number_their_folders_differently_are_matched_by_name(tm
 
 def test_numbers_and_folders_without_a_proof_are_an_error(tmp_path):
     files = {**members(("val",)), "train/0.jpg": IMAGE, "train/1.jpg": IMAGE, "train.txt": b"0.jpg 0\n1.jpg 1\n"}
-    with pytest.raises(ValueError, match="the numbers of a list file, the images have class folders: labels cannot be"):
+    with pytest.raises(ValueError, match="numbers without names, the images have class names: labels cannot be"):
         splits(write_tree(tmp_path / "d", files))
     names, numbers = source_of(["a"], [0]), source_of([], [0], numbered=True)
     for model, data in ((names, numbers), (numbers, names)):
@@ -136,5 +136,6 @@ def test_a_model_without_class_names_needs_images_of_all_its_classes():
     assert label_as(None, 5, numbers, "the file") is numbers
     with pytest.raises(ValueError, match="the file has 5 outputs but no class names, and the images have 3 classes"):
         label_as(None, 5, images, "the file")
-    with pytest.raises(ValueError, match="2 outputs, the images have labels up to 2"):
-        label_as(None, 2, numbers, "the file")
+    for record in (None, class_record(numbers)):
+        with pytest.raises(ValueError, match="2 outputs, the images have labels up to 2"):
+            label_as(record, 2, numbers, "the file")

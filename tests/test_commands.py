@@ -15,7 +15,7 @@ from test_documents import DOCUMENTS, commands, program
 import models_vit
 
 OWN = [path for path in DOCUMENTS if path.name not in ("export.md", "visualize.md")]
-SCRIPTS = ("main_pretrain", "main_finetune", "main_linprobe", "main_knn", "main_segment")
+SCRIPTS = ("main_pretrain", "main_finetune", "main_linprobe", "main_knn", "main_segment", "predict")
 COMMANDS = [
     (path, script.removesuffix(".py"), options)
     for path in OWN
@@ -33,6 +33,7 @@ SMALLER = {
     "main_finetune": f"--model vit_micro_patch16 {SMALL} {STEPS}",
     "main_linprobe": f"--model vit_micro_patch16 {SMALL} {STEPS}",
     "main_knn": f"--model vit_micro_patch16 --nb_knn 3 {SMALL}",
+    "predict": "--num_workers 0 --device cpu",
     "main_segment": f"--model vit_micro_patch16 --crop 32 --stride 21 --global_batch 2 {SMALL} "
     "--steps 1 --output_dir {out}",
 }
@@ -43,6 +44,7 @@ def files(tmp_path_factory):
     """Data sets for classification and segmentation, an encoder, and a classifier of the three classes."""
     folder = tmp_path_factory.mktemp("files")
     write_tree(folder / "data", members(per_class=2))
+    write_tree(folder / "unsplit", {name[len("train/") :]: data for name, data in members(("train",)).items()})
     write_tree(folder / "segmentation", ade_files(train=4, val=2))
     for name, classes in (("encoder", 0), ("classifier", 3)):
         model = models_vit.vit_micro_patch16(img_size=32, patch_size=8, num_classes=classes, global_pool=classes > 0)
@@ -53,12 +55,22 @@ def files(tmp_path_factory):
 def smaller(script, options, files, out):
     """The options of a command with what makes it small added, and its placeholders filled in."""
     added = SMALLER[script].format(out=out).split()
+    if script == "predict":
+        checkpoint = files / ("encoder.pth" if "CKPT" in options else "classifier.pth")
+        return [*options, *added, "--checkpoint", str(checkpoint), "--data_path", str(files / "data/val")]
     if "--data_path" in options:
-        added += ["--data_path", str(files / ("segmentation" if script == "main_segment" else "data"))]
+        kind = "unsplit" if "--val_fraction" in options else "data"
+        added += ["--data_path", str(files / ("segmentation" if script == "main_segment" else kind))]
     else:
         added += ["--shapes_train", "4"]
+    if "--knn_data_path" in options:
+        added += ["--knn_data_path", str(files / "data")]
+    if "--knn_interval" in options:
+        added += ["--knn_k", "3"]
     if "--finetune" in options:
         added += ["--finetune", str(files / ("classifier.pth" if "--eval" in options else "encoder.pth"))]
+    if "--val_fraction" in options:
+        added += ["--val_fraction", "0.25"]
     if "--token_size" in options:
         added += ["--token_size", "4"]
     if "--accum_iter" in options:
@@ -73,9 +85,12 @@ def smaller(script, options, files, out):
     COMMANDS,
     ids=[f"{path.stem}-{script}-{number}" for number, (path, script, _) in enumerate(COMMANDS)],
 )
-def test_documented_command_runs(path, script, options, files, tmp_path):
+def test_documented_command_runs(path, script, options, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     log = run(script, *smaller(script, options, files, tmp_path))
-    if script == "main_knn":
+    if script == "predict":
+        assert "wrote" in log
+    elif script == "main_knn":
         assert "3-NN  top-1" in log
     elif script == "main_segment":
         assert "mIoU" in log

@@ -142,6 +142,37 @@ def test_tiff_values_are_scaled_by_their_range(kind, of_data, by_default, channe
         np.testing.assert_array_equal(image, expected if channels == 3 else np.repeat(expected[..., None], 3, axis=2))
 
 
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["uint16", "int16", "int32", "uint32", "float32"])
+def test_compressed_tiff_values_have_their_byte_order(kind, byte_order):
+    """libtiff, which decompresses them for Pillow, returns the bytes in the order of the machine."""
+    tifffile = pytest.importorskip("tifffile")
+    values = stored(kind, 0 if kind[0] == "u" else -1000, 3000, 1)
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, byteorder=byte_order, compression="zlib")
+    low = int(values.min())
+    image = decode_rgb(file.getvalue(), (low, 3000))[..., 0].astype(int)
+    np.testing.assert_allclose(image, scaled(values, low, 3000), atol=1)
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int16", "int32", "float32"])
+def test_a_negative_is_inverted_as_with_8_bits(kind, byte_order):
+    """TIFF's WhiteIsZero, common for X-rays."""
+    if kind in ("int16", "int32") or (kind, byte_order) == ("uint16", ">"):
+        pytest.importorskip("tifffile")
+    values = np.asarray(picture(mode="L")).astype(kind)
+    image = decode_rgb(write_tiff(values, byte_order, photometric=0))
+    np.testing.assert_array_equal(image[..., 0], 255 - np.asarray(picture(mode="L")))
+
+
+def test_alpha_next_to_16_bit_grey_is_dropped():
+    pytest.importorskip("tifffile")
+    values = stored("uint16", 0, 65535, 3)[..., :2]
+    image = decode_rgb(write_tiff(values, extra=(2,)))
+    np.testing.assert_array_equal(image, np.broadcast_to(scaled(values[..., :1], 0, 65535), (40, 48, 3)))
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_16_bit_png_values_are_scaled_by_their_range(channels):
     """Grey and RGB, with and without alpha; Pillow itself drops the low bytes of all but grey."""

@@ -91,7 +91,7 @@ def parse(script, options, world_size, monkeypatch):
     """Parse the options with the script's parser, and resolve them where the script does."""
     module = module_of(script.removesuffix(".py"))
     args = module.get_args_parser().parse_args(options)
-    if script.startswith("main_"):
+    if script.startswith(("main_", "predict")):
         monkeypatch.setattr(module, "read_meta", lambda path: {}, raising=False)  # CKPT stands for any checkpoint
         module.resolve_options(args, World(0, world_size, 0, world_size))
 

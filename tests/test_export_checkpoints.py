@@ -13,7 +13,6 @@ from exports import (
     encoder_of,
     from_card,
     images,
-    parse,
     photograph,
     pretrained,
     rejected,
@@ -22,10 +21,11 @@ from programs import PRETRAIN, checkpoint, run
 from safetensors.torch import load_file, save_file
 
 import models_hpm
+import models_load
 import models_vit
 from export import __main__ as export
 from util.weights.hugging_face import to_hugging_face
-from util.weights.load import load_into, load_pretrained
+from util.weights.load import load_into, load_pretrained, read_meta
 
 __all__ = ["classifiers", "pretrained"]  # fixtures
 
@@ -44,7 +44,7 @@ def test_a_linear_probe_becomes_a_classifier(tmp_path, pretrained, classifiers, 
     load_into(encoder, load_pretrained(pretrained), ["fc_norm."] if pooling else [], unused)
     probe = models_vit.LinearProbe(encoder, heads, 10).eval()
     load_into(probe, load_pretrained(source), ["encoder."])
-    best = export.best_head(export.resolve_options(parse("--checkpoint", source, "--format", "timm")))
+    best = models_load.best_head(source, read_meta(source))
     for chosen, more in [(best, []), (heads, ["--head", heads])]:
         path = tmp_path / f"{chosen}{len(more)}.pth"
         run("export", "--checkpoint", source, "--format", "timm", "--output", path, *more)

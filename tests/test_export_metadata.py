@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from exports import FILES, MEAN, STD, classifiers, evaluation_pixels, photograph, pretrained
+from images import members, write_tree
 from PIL import Image
 from programs import PRETRAIN, run
 
@@ -104,6 +105,63 @@ def test_foreign_folders_and_files(tmp_path):
     (tmp_path / "vit/config.json").write_text("{")
     with pytest.raises(ValueError, match=r"vit/config.json is not valid JSON"):
         read_meta(folder)
+
+
+PROCESSORS = {  # what they do to a value v: (v * rescale_factor - mean) / std
+    "plain": ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, 0.5, 0.25),
+    "rescaled to -1..1": ({"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [0.5] * 3}, 0.5, 0.25),
+    "not rescaled": ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [63.75] * 3}, 0.5, 0.25),
+    "not normalised": ({"do_normalize": False, "image_mean": [9.0] * 3, "image_std": [9.0] * 3}, 0.0, 1.0),
+    "neither": ({"do_normalize": False, "do_rescale": False}, 0.0, 1 / 255),
+}
+
+
+@pytest.mark.parametrize(("processor", "mean", "std"), PROCESSORS.values(), ids=PROCESSORS)
+def test_pixels_of_a_foreign_image_processor(tmp_path, processor, mean, std):
+    config = {"model_type": "vit", "hidden_size": 768, "image_size": [224, 224], "patch_size": 16}
+    crop = {"do_center_crop": True, "size": {"shortest_edge": 256}}
+    found = read_meta(empty_folder(tmp_path / "vit", config, processor | crop))
+    assert found["image"] == {"mean": pytest.approx([mean] * 3), "std": pytest.approx([std] * 3)}
+    assert found["options"] == {"input_size": 224, "patch_size": 16, "crop_pct": 0.875}
+
+
+def test_folders_that_timm_saved(tmp_path):
+    """As for the Hugging Face hub, by timm itself; k-NN and evaluation need no options."""
+    timm = pytest.importorskip("timm")
+    from timm.models import save_for_hf
+
+    sizes = {"img_size": 16, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 3, "global_pool": "token"}
+    model = timm.create_model("vit_base_patch16_224", **sizes)
+    given = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 16, 16], "crop_pct": 0.75}
+    model.pretrained_cfg |= given
+    config = {"label_names": ["cat", "cat-2", "dog"]}
+    save_for_hf(model, tmp_path / "hub", config, model_args={"img_size": 16}, safe_serialization=True)
+    found = read_meta(tmp_path / "hub")
+    assert (found["model"], found["image"]) == ("vit_micro_patch16", {"mean": [0.5] * 3, "std": [0.25] * 3})
+    assert found["options"] == {
+        **{"input_size": 16, "patch_size": 16, "crop_pct": 0.75, "global_pool": False},
+        "classes": {"names": ["cat", "cat-2", "dog"], "numbered": False},
+    }
+    data = write_tree(tmp_path / "d", members(("val",), classes=("dog",)))
+    log = run("main_finetune", "--eval", "--resume", tmp_path / "hub", "--data_path", data, "--num_workers", 0)
+    assert "mean 0.5 0.5 0.5 (checkpoint)" in log
+    assert "3 classes, class token" in log
+
+
+@pytest.mark.parametrize("name", ["timm", "safetensors", "hf_vit"])
+def test_a_classifier_is_evaluated_without_options(tmp_path, classifiers, name):
+    """Its pooling and value range are kept, too."""
+    if name.startswith("hf"):
+        pytest.importorskip("transformers")
+    state = torch.load(classifiers["token"], weights_only=True)
+    state["image"]["value_range"] = [0, 4095]
+    torch.save(state, tmp_path / "token.pth")
+    metrics = {}
+    for path in (tmp_path / "token.pth", export(name, tmp_path / "token.pth", tmp_path)):
+        log = run("main_finetune", "--eval", "--resume", path, "--shapes_val", 8, "--num_workers", 0)
+        assert "value_range 0 4095 (checkpoint)" in log
+        metrics[path] = log.splitlines()[-1]
+    assert len(set(metrics.values())) == 1, metrics
 
 
 def empty_folder(path, config=None, processor=None):

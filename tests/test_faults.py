@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from programs import PRETRAIN, ROOT, checkpoint, command, descendants, launch, run
+from programs import PRETRAIN, ROOT, checkpoint, command, descendants, run
 
 from util.run import checkpoint as module
 from util.run import folder
@@ -156,11 +156,3 @@ def test_a_dead_data_worker_ends_the_run(tmp_path):
     done = failing(tmp_path, kill, processes=1)
     assert done.returncode == 1
     assert re.search(r"RuntimeError: DataLoader worker \(pid\D+\d+\) ", done.stderr), done.stderr
-
-
-def test_a_world_of_another_size_than_the_options_need_is_rejected(tmp_path):
-    options = [*PRETRAIN, "--output_dir", tmp_path / "run", "--global_batch", "8"]
-    done = launch("main_pretrain", *options, processes=2, check=False)
-    assert done.returncode == 1
-    assert "--global_batch 8 is not a multiple of --batch_size 8 x 2 processes" in done.stderr
-    assert not (tmp_path / "run").exists()

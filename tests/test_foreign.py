@@ -221,5 +221,7 @@ def test_other_architectures_are_not_blamed_on_the_model_option():
     weights = tiny().state_dict() | {"blocks.0.ls1.gamma": torch.ones(16)}
     with pytest.raises(ValueError, match=r"unexpected: blocks.0.ls1.gamma\): they are of another architecture"):
         load_into(tiny(), weights)
+    with pytest.raises(ValueError, match="are the heads of a linear probe: evaluate them with main_linprobe.py --eval"):
+        load_into(tiny(), {"heads.0.weight": torch.ones(5, 16), "heads.0.bias": torch.ones(5)})
     with pytest.raises(ValueError, match="distilled DeiT"):
         load_into(tiny(), tiny().state_dict() | {"dist_token": torch.ones(1, 1, 16), "pos_embed": torch.ones(1, 6, 16)})

@@ -10,12 +10,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["util", "util/run", "util/data", "util/weights", "export", "visualize"]
 FILES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))])
-SCRIPTS = [path for path in FILES if path.name.startswith("main_") or path.name in ("__main__.py", "status.py")]
+SCRIPTS = [
+    path for path in FILES if path.name.startswith(("main_", "predict")) or path.name in ("__main__.py", "status.py")
+]
 BELOW = [path for path in FILES if path not in SCRIPTS]
 
 # What a module may import: modules of lower layers, and of its own but for the leaves, without a cycle.
 LAYERS = {"util.data": 1, "util.weights": 1, "util.run": 2, "util": 0, "models": 3, "engine": 4}
-LAYERS |= {"visualize": 5, "export": 5, "main": 6, "benchmarks": 7}
+LAYERS |= {"visualize": 5, "export": 5, "main": 6, "predict": 6, "hubconf": 6, "benchmarks": 7}
 
 
 def module(path):

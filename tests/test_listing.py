@@ -11,6 +11,7 @@ import pytest
 from images import encode, members, picture, write_tar, write_tree
 
 from util.data import files as files_module
+from util.data import listing
 from util.data.decode import UnreadableImage
 from util.data.files import printable
 from util.data.sources import build_source, find_images
@@ -110,6 +111,50 @@ def test_the_packed_folder_itself_is_no_hidden_folder(tmp_path, log):
         tar.add(tree, ".")
     assert len(find_images(str(tmp_path / "a.tar"), "train")) == 12
     assert "skipped" not in log.text
+
+
+def test_hard_links_in_an_archive_are_files_as_in_a_folder(tmp_path, log):
+    """tar stores the second name of a file as a link to the first."""
+    tree = write_tree(tmp_path / "d")
+    names_of_links = ("dog/again.jpg", "cat/again.jpg", "cat/again.txt", "cat/@eaDir/again.jpg")
+    for name in names_of_links:
+        (tree / "train" / name).parent.mkdir(exist_ok=True)
+        os.link(tree / "train/cat/0.jpg", tree / "train" / name)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("cat/0.jpg", *names_of_links, "dog/1.jpg", "cat-2/1.jpg"):
+            tar.add(tree / "train" / name, f"./train/{name}")
+        assert sum(member.islnk() for member in tar) == 4
+    source = find_images(str(tmp_path / "a.tar"), "train")
+    assert names(source) == ["cat/0.jpg", "cat/again.jpg", "cat-2/1.jpg", "dog/1.jpg", "dog/again.jpg"]
+    assert source.read(1) == source.read(4) == members()["train/cat/0.jpg"]
+    assert source.labels.tolist() == [0, 0, 1, 2, 2]
+    assert "skipped 1 files without an image extension, 1 hidden and tool folders" in log.text
+
+
+def test_links_that_lead_nowhere_are_named_as_such(tmp_path, log):
+    """A link to a class folder on storage that is not mounted; one into a folder of somebody else is an error."""
+    tree = write_tree(tmp_path / "d")
+    (tree / "train/fox").symlink_to(tmp_path / "not mounted")
+    assert find_images(str(tree), "train").classes == ["cat", "cat-2", "dog"]
+    assert "skipped 1 broken links" in log.text
+
+    class Denied:
+        path = str(tree / "train/fox")
+
+        def is_dir(self):
+            raise PermissionError(13, "Permission denied", self.path)
+
+    with pytest.raises(ValueError, match="train/fox cannot be read: Permission denied"):
+        listing._is_folder(Denied())
+
+
+def test_an_error_says_what_was_skipped(tmp_path, log):
+    absolute = write_tar(tmp_path / "a.tar", members(), prefix="/")
+    hidden = write_tree(tmp_path / "d", {"train/.x/1.jpg": IMAGE, "train/cat/.1.jpg": IMAGE})
+    for path, skipped in ((absolute, "24 links, devices and names that point outside"), (hidden, "1 hidden files")):
+        with pytest.raises(ValueError, match="no images"):
+            find_images(str(path), "train")
+        assert skipped in log.text
 
 
 def test_images_outside_class_folders_are_counted(tmp_path, log):

@@ -108,20 +108,15 @@ def test_max_steps_at_the_end_of_an_epoch_has_nothing_left(tmp_path):
     assert "Run already complete (epoch 1/2, step 0)" in pretrain(tmp_path / "run", "--max_steps", 6)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_started_again_it_ends_with_the_same_weights(tmp_path, processes):
-    """Killed with no warning once the first checkpoint is there; the second epoch is then repeated."""
+def test_killed_and_started_again_it_ends_with_the_same_weights(tmp_path):
+    """Two ranks, killed with no warning once the first checkpoint is there; the second epoch is then repeated."""
     options = [*PRETRAIN, "--epochs", 3, "--shapes_train", 96]
-    ranks("main_pretrain", *options, "--output_dir", tmp_path / "whole", processes=processes)
+    ranks("main_pretrain", *options, "--output_dir", tmp_path / "whole")
     killed = tmp_path / "killed"
-    start_and_kill(
-        "main_pretrain",
-        *[*options, "--output_dir", killed],
-        processes=processes,
-        when=(killed / "checkpoint-last.pth").exists,
-    )
+    when = (killed / "checkpoint-last.pth").exists
+    start_and_kill("main_pretrain", *options, "--output_dir", killed, processes=2, when=when)
     assert checkpoint(killed)["epoch"] < 3
-    ranks("main_pretrain", *options, "--output_dir", killed, processes=processes)
+    ranks("main_pretrain", *options, "--output_dir", killed)
     assert_same_training(tmp_path / "whole", killed)
 
 
@@ -209,6 +204,19 @@ def test_initial_weights(tmp_path):
     assert "newly initialised  mask_token (1), decoder_pos_embed (1)" in log
     c = checkpoint(tmp_path / "c")["state_dict"]
     assert torch.equal(a["blocks.5.mlp.fc2.weight"], c["blocks.5.mlp.fc2.weight"])
+
+
+def test_pixels_are_normalised_as_for_the_initial_weights(tmp_path):
+    """Unless an option says otherwise; a resumed run keeps what it had, without the options and without that file."""
+    own = ["--mean", 0.3, 0.4, 0.5, "--value_range", 0, 4095]
+    pretrain(tmp_path / "a", "--max_steps", 1, *own)
+    first = tmp_path / "a/checkpoint-last.pth"
+    log = pretrain(tmp_path / "b", "--max_steps", 3, "--load_from", first, "--std", 0.2, 0.2, 0.2)
+    assert "mean 0.3 0.4 0.5 (checkpoint), std 0.2 0.2 0.2 (option), value_range 0 4095 (checkpoint)" in log
+    first.unlink()
+    log = pretrain(tmp_path / "b", "--load_from", first)
+    assert "mean 0.3 0.4 0.5 (checkpoint), std 0.2 0.2 0.2 (checkpoint), value_range 0 4095 (checkpoint)" in log
+    assert checkpoint(tmp_path / "b")["image"]["mean"] == [0.3, 0.4, 0.5]
 
 
 def test_start_epoch(tmp_path):

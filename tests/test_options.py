@@ -11,6 +11,7 @@ import main_knn
 import main_linprobe
 import main_pretrain
 from export import __main__ as export
+from models_teacher import KINDS
 from util import masking
 from util.run import checkpoint, distributed, loop, options, splits
 from util.run import resolve as resolving
@@ -58,6 +59,8 @@ def test_every_declared_option_is_read(script):
         read |= set(read_from_a_mapping(loop)) | set(read_from_a_mapping(checkpoint))
     for module in (resolving, splits):
         read |= {n.attr for n in ast.walk(ast.parse(Path(module.__file__).read_text())) if is_given(n)}
+    if script is main_pretrain:
+        read |= {f"{network}_path" for network in KINDS}
     declared = {action.dest for action in script.get_args_parser()._actions} - {"help"}
     ignored = set(script.get_args_parser().ignored)
     assert declared - read <= ignored

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from images import encode, members, picture, write_tar, write_tree
+from images import encode, members, picture, write_png_16, write_tar, write_tree
 from PIL import Image
 from programs import PRETRAIN, assert_same_training, checkpoint, ranks, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -123,6 +123,25 @@ def test_which_images(tmp_path, caplog):
     assert "damaged/val/cat/0.jpg" in caplog.text
     assert shown(write_tree(tmp_path / "all_damaged", {name: data[:100] for name, data in train.items()})) is None
     assert "No panels: none of the images can be read" in caplog.text
+
+
+def test_a_val_split_is_shown_with_the_value_range_and_the_pixel_limit_of_the_run(tmp_path, drawn):
+    values = np.random.default_rng(0).integers(0, 4096, (16, 16)).astype(np.uint16)
+    files = {
+        f"{split}/a/{i}.png": write_png_16(values) for split, count in (("train", 8), ("val", 2)) for i in range(count)
+    }
+    options = ["--vis_interval", 1, "--epochs", 1, "--data_path", write_tree(tmp_path / "data", files)]
+    pretrain(tmp_path / "run", *options, "--value_range", 0, 4095)
+    (panel, _) = drawn[-1]
+    assert len(panel.rows) == 2
+    assert 120 < np.asarray(panel.rows[0][0]).mean() < 136  # by default it would be 8
+
+    large = {name: encode(picture(size=(32, 32)), "PNG") for name in files if name.startswith("val")}
+    log = pretrain(
+        tmp_path / "limited", *options[:-1], write_tree(tmp_path / "large", files | large), "--max_image_pixels", 300
+    )
+    assert "32 x 32 pixels exceed the limit of 300" in log
+    assert "falling back to training images" in log
 
 
 def test_unreadable_images_are_replaced_by_the_next_ones(tmp_path, caplog):

@@ -7,7 +7,9 @@ import torch
 from images import write_tar
 
 from benchmarks import ranking, study, study_report
+from benchmarks.subset import subset
 from models_hpm import mae_vit_micro_patch16
+from util.masking import MaskSampler
 
 
 def row(variant, seed, knn, **more):
@@ -37,6 +39,22 @@ def test_errors_are_means_over_the_masks_that_hide_a_patch():
     many, _ = ranking.masked_errors(model, imgs, 32, 0.75)
     assert (many > 0).all()
     assert 0.5 < many.mean() / errors[mask].mean() < 2
+
+
+def test_correlation_of_the_scores_that_choose_the_masks():
+    """Over all patches, or over those hidden from the teacher: a teacher that scores by its own loss ranks it well."""
+    model = mae_vit_micro_patch16(img_size=16, patch_size=4, decoder_depth=1, learning_loss=False).eval()
+    model.score_by = "loss"
+    imgs = torch.randn(4, 3, 16, 16) * torch.linspace(0.2, 2, 16)[:, None]  # harder from top to bottom
+    errors, expected = ranking.masked_errors(model, imgs, 16, 0.75)
+    assert expected is None
+    hidden = MaskSampler((4, 4), 0.75, 10, teacher_keep=0.25)
+    assert ranking.teacher_correlation(model, imgs, errors, hidden, 4) > 0.9
+    assert ranking.teacher_correlation(model, imgs, -errors, hidden, 4) < -0.9
+
+    model = mae_vit_micro_patch16(img_size=16, patch_size=4, decoder_depth=1).eval()
+    scores = model.predict_loss(imgs).detach()
+    assert ranking.teacher_correlation(model, imgs, scores, MaskSampler((4, 4), 0.75, 10), 4) == pytest.approx(1)
 
 
 def test_reading_at_mask_tokens():
@@ -91,18 +109,18 @@ def test_a_run_is_done_if_a_line_of_the_same_budget_says_so(tmp_path, monkeypatc
 
 def test_a_subset_has_as_many_images_of_each_class(tmp_path):
     whole = write_tar(tmp_path / "whole.tar")
-    part = study.subset(str(whole), {"train": 3, "val": None}, tmp_path / "work")
+    part = subset(str(whole), {"train": 3, "val": None}, tmp_path / "work")
     files = study.find_images(part, "train")
     assert sorted(set(files.labels)) == [0, 1, 2]
     assert len(files) == 3
     with pytest.raises(ValueError, match="--train_images 9999"):
-        study.subset(str(whole), {"train": 9999, "val": None}, tmp_path / "work")
+        subset(str(whole), {"train": 9999, "val": None}, tmp_path / "work")
 
 
 def test_limits():
     rows = [row("mae_norm", 0, 50.0, val_images=2500), row("mae_norm", 1, 44.0, val_images=2500, data_wait=0.1)]
     assert study_report.limits(rows) == (
-        "Waiting for data: 5.0 to 10.0 % of a run's pre-training. Standard error of an accuracy from 2500 images: "
+        "Waiting for data: 5.0 to 10.0 % of a run's pre-training. Standard error of an accuracy on 2500 images: "
         "0.99 to 1.00."
     )
 

@@ -4,9 +4,20 @@ import numpy as np
 import pytest
 import torch
 from images import picture
+from programs import run
 from torchvision import transforms as tv
 
-from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, AugmentedCrop, CenterCrop, RandomCrop, ToModelInput
+import main_linprobe
+from util.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AugmentedCrop,
+    CenterCrop,
+    RandomCrop,
+    ToModelInput,
+    one_draw_box,
+)
+from util.run.resolve import resolve_crop
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (64, 64), (97, 106)])
@@ -26,6 +37,48 @@ def test_random_crop_matches_torchvision_to_two_levels(size):
         difference = (ours.int() - expected.int()).abs()
         assert difference.max() <= 2
         assert difference.float().mean() < 0.035  # levels; measured on full-size photographs against Pillow 13
+
+
+def mean_area(height, width, draws=200):
+    """Mean share of the image that MAE's crop for probes covers at scale (0.08, 1), by integration."""
+    area, ratio = np.meshgrid(np.linspace(0.08, 1, draws), np.exp(np.linspace(np.log(3 / 4), np.log(4 / 3), draws)))
+    sides = np.sqrt(area / ratio * width / height), np.sqrt(area * ratio * height / width)
+    return (np.minimum(sides[0], 1) * np.minimum(sides[1], 1)).mean()
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 333), (200, 200), (100, 800)])
+def test_the_probes_crop_is_drawn_once_and_clamped(size):
+    """Its mean area is larger than that of torchvision's crop, which is drawn again until it fits."""
+    boxes = np.array([one_draw_box(*size, [0.08, 1.0]) for _ in range(4000)])
+    top, left, height, width = boxes.T
+    assert (height * width / np.prod(size)).mean() == pytest.approx(mean_area(*size), abs=0.012)
+    for start, side, whole in ((top, height, size[0]), (left, width, size[1])):
+        assert (start >= 0).all()
+        assert (start + side <= whole).all()
+        free = side < whole
+        assert (start[free] / (whole - side[free])).mean() == pytest.approx(0.5, abs=0.05)
+    if size == (375, 500):
+        assert mean_area(*size) == pytest.approx(0.51, abs=0.02)
+
+
+def test_the_probe_trains_on_that_crop(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("util.data.transforms.one_draw_box", lambda *given: drawn.append(given) or one_draw_box(*given))
+    options = ["--model", "vit_micro_patch16", "--input_size", 16, "--patch_size", 4, "--max_steps", 1]
+    options += ["--shapes_train", 4, "--shapes_val", 4, "--batch_size", 4, "--num_workers", 0, "--epochs", 1]
+    run("main_linprobe", *options, "--output_dir", tmp_path)
+    assert drawn == [(64, 64, [0.08, 1.0])] * 4
+
+
+@pytest.mark.parametrize(("size", "share"), [(224, 0.875), (256, 1.0), (384, 1.0)])
+def test_evaluation_above_224_pixels_sees_the_whole_shorter_side(size, share):
+    """Up to there 7/8 of it, as in MAE."""
+    args = main_linprobe.get_args_parser().parse_args(["--input_size", str(size)])
+    resolve_crop(args, {})
+    side = 1024
+    rows = np.repeat(np.arange(side, dtype=np.float32)[:, None] / side * 255, 1500, axis=1).astype(np.uint8)
+    seen = CenterCrop(size, args.crop_pct)(np.repeat(rows[..., None], 3, axis=2)).float()
+    assert (seen.max() - seen.min()).item() / 255 == pytest.approx(share, abs=0.015)
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (32, 32), (20, 300)])

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+TEMPERATURE = 0.07  # of the votes, DINO's
+
 
 def nearest(train_features: Tensor, queries: Tensor, k: int, chunk: int = 65536) -> tuple[Tensor, Tensor]:
     """The k most similar of (N, E) for each of (Q, E), best first -> similarity (Q, K), index (Q, K).

@@ -38,6 +38,13 @@ def absolute_loss(loss_pred: torch.Tensor, loss_target: torch.Tensor) -> torch.T
     return F.mse_loss(pred, (target - mean) / (variance + 1e-6).sqrt())
 
 
+# Objectives of the loss predictor, by their name in --predictor_loss: float32 predicted and true loss (B, M) -> scalar.
+PREDICTOR_LOSSES = {
+    "relative": relative_loss,
+    "absolute": absolute_loss,
+}
+
+
 def feature_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """2 - 2 cos between predicted and target features, per patch: (B, M, D), (B, M, D) -> (B, M).
 

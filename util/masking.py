@@ -3,8 +3,8 @@
 Shapes: B batch, L patches, V visible, M masked, E width. A mask is bool (B, L), True = masked, M of them in every row.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,36 @@ def num_hardest(num_masked: int, epoch: int, total_epochs: int, alpha_0: float =
     return int(num_masked * (alpha_0 + progress * (alpha_T - alpha_0)))
 
 
-STRATEGIES = ("easy_to_hard", "hard_to_easy", "constant", "hardest", "easiest", "random")
+class Strategy(NamedTuple):
+    """How scores choose masked patches; the rest of the mask is random.
+
+    Attributes:
+        start, end: share of the masked patches chosen by score in the first and the last epoch, or the name of the
+            option that holds it.
+        priority: scores (B, L), generator -> (B, L): the patches of highest priority are chosen. None for the scores.
+        chosen: which patches these are, for captions.
+    """
+
+    start: Any
+    end: Any
+    priority: Callable[[torch.Tensor, torch.Generator | None], torch.Tensor] | None = None
+    chosen: str = "hardest"
+
+
+def lowest_first(scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Priority of `easiest`: (B, L) -> (B, L)."""
+    return -scores
+
+
+# By their name in --mask_strategy.
+STRATEGIES = {
+    "easy_to_hard": Strategy("alpha_0", "alpha_T"),
+    "hard_to_easy": Strategy("alpha_T", "alpha_0"),
+    "constant": Strategy("alpha_T", "alpha_T"),
+    "hardest": Strategy(1.0, 1.0),
+    "easiest": Strategy("alpha_0", "alpha_T", priority=lowest_first, chosen="easiest"),
+    "random": Strategy(0.0, 0.0),
+}
 
 
 def hard_mask(
@@ -119,7 +148,7 @@ class MaskSampler:
     Args:
         grid_size: (h, w), in patches.
         epochs: of the whole run.
-        strategy: one of `STRATEGIES`.
+        strategy: a name in `STRATEGIES`.
         alphas: (alpha_0, alpha_T).
         pattern: a name in `PATTERNS`, which replaces the strategy; None for none.
         teacher_keep: fraction of the patches that the teacher sees; it scores the others. 1 is HPM's, which sees and
@@ -143,17 +172,9 @@ class MaskSampler:
         self.grid_size, self.epochs, self.strategy, self.pattern = grid_size, epochs, strategy, pattern
         self.num_patches = grid_size[0] * grid_size[1]
         self.num_masked = count_masked(self.num_patches, mask_ratio)
-        alpha_0, alpha_T = alphas
-        start, end = {  # fraction of the masked patches chosen by predicted loss, in the first and the last epoch
-            "easy_to_hard": (alpha_0, alpha_T),
-            "hard_to_easy": (alpha_T, alpha_0),
-            "constant": (alpha_T, alpha_T),
-            "hardest": (1.0, 1.0),
-            "easiest": (alpha_0, alpha_T),  # chooses the patches of lowest predicted loss
-            "random": (0.0, 0.0),
-        }[strategy]
-        if pattern is not None:
-            start = end = 0.0
+        value: dict[Any, float] = {"alpha_0": alphas[0], "alpha_T": alphas[1]}
+        start, end, *_ = STRATEGIES[strategy if pattern is None else "random"]
+        start, end = value.get(start, start), value.get(end, end)
         self._hardest = [num_hardest(self.num_masked, epoch, epochs, start, end) for epoch in range(epochs)]
         if not 0 < self.num_masked < self.num_patches:
             raise ValueError(
@@ -206,6 +227,7 @@ class MaskSampler:
         if count == 0:
             return random_mask(batch_size, self.num_patches, self.num_masked, generator, device)
         assert scores is not None, "no scores to choose the hardest patches by"
-        if self.strategy == "easiest":
-            scores = torch.where(scores.isneginf(), scores, -scores)
+        priority = STRATEGIES[self.strategy].priority
+        if priority is not None:
+            scores = torch.where(scores.isneginf(), scores, priority(scores, generator))
         return hard_mask(scores, self.num_masked, count, generator)

@@ -10,7 +10,6 @@ start and at the end of training, the reconstruction, and the true error. docs/v
 import argparse
 import copy
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,21 +18,23 @@ from PIL import Image
 from torch import Tensor
 
 from models_hpm import MODELS, MaskedAutoencoderViT, build_for
+from models_teacher import TARGETS
 from util.data import transforms
 from util.data.decode import MAX_PIXELS
-from util.data.sources import SeveralFiles, ShapesSource, Source, find_images
+from util.data.files import SeveralFiles
+from util.data.sources import ShapesSource, Source, find_images, limited
 from util.masking import MaskSampler
 from util.pos_embed import interpolate_pos_embed
 from util.run import distributed, options
 from util.run.folder import write_atomic
 from util.run.logger import log, setup_logging
+from util.targets import PIXEL_TARGETS
 from util.weights.load import load_into, load_pretrained, read_meta
 from util.weights.meta import classifier_name
 from visualize import draw
 from visualize.panel import PATCH_STATS, panel, read_crops
 
 SCRIPT = "main_pretrain"  # which writes the checkpoints
-TARGETS = ["pixel", "norm_pixel", "ema", "dino", "clip"]
 PICTURES, PLOTS = (".png", ".jpg", ".jpeg", ".webp"), (".png", ".svg", ".pdf")
 
 # Assumed for a file without metadata, unless an option says otherwise.
@@ -165,11 +166,12 @@ def build_model(args: argparse.Namespace, weights: dict[str, Tensor]) -> MaskedA
     Raises:
         ValueError: there is no decoder in the weights, or they do not fit the model.
     """
-    settings = {"img_size": args.input_size, "norm_pix_loss": args.target == "norm_pixel", "relative": args.relative}
+    settings = {"img_size": args.input_size, "relative": args.relative}
+    settings["predictor_loss"] = args.trained.get("predictor_loss")  # of checkpoints since there are others
     if args.trained.get("decoder_num_heads"):  # cannot be inferred from tensor shapes
         settings["decoder_num_heads"] = args.trained["decoder_num_heads"]
-    if args.target in ("pixel", "norm_pixel"):
-        settings["target_dim"] = None
+    if args.target in PIXEL_TARGETS:
+        settings |= {"pixel_target": args.target, "target_dim": None}
     elif args.target and "decoder_pred.weight" in weights:  # features can be as wide as a patch of pixels
         settings["target_dim"] = len(weights["decoder_pred.weight"])
     model = build_for(args.model, weights, **settings)
@@ -195,7 +197,7 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
         except ValueError as error:
             raise ValueError(str(error).replace("--data_path", "--images")) from error
         limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
-        source = SeveralFiles([replace(part, **limits) for part in parts])
+        source = SeveralFiles([limited(part, **limits) for part in parts])
         named = len(source) == len(args.images)  # one per path: no folder or archive of several
     if named and args.num_images is None:
         return read_crops(source, range(len(source)), range(len(source)), args.input_size, strict=True)
@@ -256,6 +258,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError("plots require matplotlib: pip install matplotlib") from error
             runs = curves.name_runs(args.runs)
             figure = curves.plot(runs)
+            if table := curves.compare_accuracy(runs):
+                log.info("Top-1 accuracy in %%:\n%s", table)
             if table := curves.compare_options(runs):
                 log.info("Options that differ:\n%s", table)
             savers = [partial(figure.savefig, format=suffix.removeprefix("."), dpi=130)]

@@ -36,8 +36,25 @@ def compare_options(folders: dict[str, str]) -> str:
         values = [str(given.get(name, "-")) for given in options.values()]
         if len(set(values)) > 1:
             rows.append([name, *values])
-    if len(rows) == 1:
-        return ""
+    return _table(rows) if len(rows) > 1 else ""
+
+
+def compare_accuracy(folders: dict[str, str]) -> str:
+    """A table of the last and the best top-1 accuracy in percent of each run, and after how many epochs; "" if no run
+    has one."""
+    (names,) = (names for title, names in CURVES.items() if title.startswith("top-1"))
+    rows = [["run", "last", "epochs", "best", "epochs"]]
+    for run, folder in folders.items():
+        values = points(read_log(folder), names)
+        if values:
+            last, best = max(values), max(values, key=lambda epoch: values[epoch])
+            rows.append([run, f"{values[last]:.2f}", str(last), f"{values[best]:.2f}", str(best)])
+        else:
+            rows.append([run, *"----"])
+    return _table(rows) if any(row[1] != "-" for row in rows[1:]) else ""
+
+
+def _table(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

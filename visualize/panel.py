@@ -13,9 +13,10 @@ from torch import Tensor
 
 from models_hpm import MaskedAutoencoderViT
 from util.data.datasets import ImageDataset
-from util.data.sources import Source, build_source, compressed_archive
+from util.data.places import compressed_archive
+from util.data.sources import Source, build_source
 from util.data.transforms import CenterCrop, ToModelInput
-from util.masking import MaskSampler
+from util.masking import STRATEGIES, MaskSampler
 from util.rng import generator
 from util.run.logger import log
 from visualize.draw import SCALES, Panel, Scale, draw_grid, heat_map, hide, to_image
@@ -30,12 +31,19 @@ PATCH_STATS = {
 
 
 def pick_panel_images(
-    data_path: str | list[str] | None, train: Source, size: int, cache_dir: str | None = None, **settings: Any
+    data_path: str | list[str] | None,
+    train: Source,
+    size: int,
+    cache_dir: str | None = None,
+    held_out: Source | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, list[str]] | None:
-    """`pick_images` of the val split if there is one that can be read without decompressing another archive, else of
-    the training images; None if they are unreadable, because pictures must not stop the training. `settings` are those
-    of `build_source`."""
+    """`pick_images` of the images that are held out, else of the val split if there is one that can be read without
+    decompressing another archive, else of the training images; None if they are unreadable, because pictures must not
+    stop the training. `settings` are those of `build_source`."""
     try:
+        if held_out is not None:
+            return pick_images(held_out, size)
         for path in [data_path] if isinstance(data_path, str) else data_path or []:
             packed = compressed_archive(Path(path), "val")
             if packed not in (None, compressed_archive(Path(path), "train")):
@@ -200,8 +208,7 @@ def mask_note(masks: MaskSampler, epoch: int) -> str:
     selected = masks.num_hardest(epoch)
     if selected == 0:
         return f"{masks.num_masked} of {masks.num_patches}, at random"
-    kind = "easiest" if masks.strategy == "easiest" else "hardest"
-    return f"{masks.num_masked} of {masks.num_patches}, {selected} of them the {kind}"
+    return f"{masks.num_masked} of {masks.num_patches}, {selected} of them the {STRATEGIES[masks.strategy].chosen}"
 
 
 def heat_maps(

@@ -72,7 +72,7 @@ def reconstruct_and_score(
         pairs = [(p[None], t[None]) for p, t in zip(out["loss_pred"], patch_loss, strict=True)]  # (1, M)
         result["loss_learn"] = torch.stack([model.forward_learning_loss(*pair) for pair in pairs])
         result["rank_acc"] = torch.stack([rank_accuracy(*pair) for pair in pairs])
-    if model.target_dim is None:
+    if model.target_dim is None and (model.target_transform is None or model.norm_pix_loss):
         result["reconstruction"] = reconstruct(model, imgs, mask, out["pred"], patch_stats)
     return result
 

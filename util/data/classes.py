@@ -1,7 +1,7 @@
-"""Class identity: labels are matched by name, or by number where list files give numbers.
+"""Class identity: labels are matched by name, or by number where the data set gives numbers (list files, .cls files).
 
-A record of classes is {"names": names of the model's outputs, "numbered": whether they are numbers of a list file}; it
-is kept in checkpoints.
+A record of classes is {"names": names of the model's outputs, "numbered": whether the data set gives numbers}; it is
+kept in checkpoints.
 """
 
 import copy
@@ -62,10 +62,11 @@ def match_classes(record: dict[str, Any], source: L, owner: str = "the model") -
             return source
         if not names and not theirs:
             return source
-        kinds = ("class folders", "the numbers of a list file")
+        kinds = ("class names", "numbers without names")
         ours, others = kinds if names else kinds[::-1]
         raise ValueError(
-            f"{owner} has classes from {ours}, the images have {others}: labels cannot be matched; use the same layout"
+            f"{owner} has {ours}, the images have {others}: labels cannot be matched; use class folders, or names as "
+            "labels, or the same numbers for both"
         )
     number = {name: label for label, name in enumerate(names) if name}
     unknown = sorted(name for name in theirs if name and name not in number)
@@ -92,17 +93,18 @@ def label_as(record: dict[str, Any] | None, num_classes: int, source: L, owner: 
         ValueError: classes or labels that the model does not have.
     """
     record = record or imagenet_record(num_classes, source)
-    if record is not None:
-        return match_classes(record, source, owner)
     named = sum(bool(name) for name in source.classes)
-    if named not in (0, num_classes):
+    if record is not None:
+        source = match_classes(record, source, owner)
+    elif named not in (0, num_classes):
         raise ValueError(
             f"{owner} has {num_classes} outputs but no class names, and the images have {named} classes: which of "
             "the outputs they are is unknown; evaluate on images of all its classes"
         )
     if int(source.labels.max()) >= num_classes:
         raise ValueError(f"{owner} has {num_classes} outputs, the images have labels up to {int(source.labels.max())}")
-    log.info("classes   %s stores no class names: labels are compared by position", owner)
+    if record is None:
+        log.info("classes   %s stores no class names: labels are compared by position", owner)
     return source
 
 
@@ -125,7 +127,7 @@ def count_classes(train: Labelled, val: Labelled, nb_classes: int | None) -> int
     needed = max(int(train.labels.max()) + 1, len(train.classes))
     if getattr(train, "numbered", False) and train.labels.min() == 1 and (nb_classes or 0) < needed:
         raise ValueError(
-            f"the training labels are numbers from 1 to {needed - 1}, expected from 0: subtract 1 in both list files, "
+            f"the training labels are numbers from 1 to {needed - 1}, expected from 0: subtract 1 in both splits, "
             f"or give --nb_classes {needed} for an unused output 0"
         )
     if nb_classes is not None and nb_classes < needed:
@@ -133,7 +135,7 @@ def count_classes(train: Labelled, val: Labelled, nb_classes: int | None) -> int
     outputs = nb_classes or needed
     if val.labels.max() >= outputs:
         raise ValueError(
-            f"val has label {val.labels.max()}, but the training labels end at {train.labels.max()}: the list files "
+            f"val has label {val.labels.max()}, but the training labels end at {train.labels.max()}: both splits "
             "must use the same numbers"
         )
     if outputs > needed:

@@ -52,6 +52,9 @@ def decode_rgb(data: bytes, value_range: ValueRange | None = None, max_image_pix
     values = read_values(data, max_image_pixels)
     if values.dtype != np.uint8:
         values = to_8_bits(values, value_range)
+        layout = tiff.read_layout(data)
+        if layout is not None and layout.white_is_zero:
+            values = 255 - values
     return values if values.ndim == 3 else np.repeat(values[:, :, None], 3, axis=2)
 
 
@@ -107,7 +110,10 @@ def _read_with_pillow(data: bytes, max_image_pixels: int) -> np.ndarray:
         _check_size(image.width, image.height, max_image_pixels)
         if image.mode == "F" or image.mode.startswith("I"):
             *_, parameters = image.tile[0]
-            values = np.asarray(image)
+            if layout is not None and layout.is_compressed and "B" in parameters[0]:  # libtiff swaps the bytes itself
+                values = _decode_as(data, parameters[0].replace("B", "N"))
+            else:
+                values = np.asarray(image)
             if image.format == "PPM" and parameters[-1] not in ("B", 65535):  # its own maximum, scaled by Pillow
                 values = to_8_bits(values, (0, 65535))
             return values.view(np.uint32) if layout is not None and layout.sample_type == (1, 32) else values
@@ -124,12 +130,12 @@ def _read_16_bits(data: bytes, raw_mode: str) -> np.ndarray:
     Pillow decodes the low bytes if the raw mode names the other byte order.
     """
     if raw_mode.startswith("LA"):  # grey and alpha: read as four channels of 8 bits
-        high, low, *_ = np.moveaxis(_decode_as(data, "RGBA"), -1, 0)
+        high, low, *_ = np.moveaxis(_decode_as(data, "RGBA").astype(np.uint16), -1, 0)
         return high << 8 | low
     channels, order = raw_mode.split(";16")
     order = sys.byteorder[0].upper() if order == "N" else order
     other = {"B": "L", "L": "B"}[order]
-    high, low = (_decode_as(data, f"{channels.upper()};16{which}") for which in (order, other))
+    high, low = (_decode_as(data, f"{channels.upper()};16{which}").astype(np.uint16) for which in (order, other))
     return (high << 8 | low)[:, :, :3]
 
 
@@ -140,7 +146,7 @@ def _decode_as(data: bytes, raw_mode: str) -> np.ndarray:
             parameters = raw_mode if isinstance(tile[3], str) else (raw_mode, *tile[3][1:])
             tiles.append(tile._replace(args=parameters) if hasattr(tile, "_replace") else (*tile[:3], parameters))
         image.tile = tiles  # plain tuples before Pillow 11
-        return np.asarray(image).astype(np.uint16)
+        return np.asarray(image)
 
 
 def _check_size(width: int, height: int, max_image_pixels: int) -> None:

@@ -1,8 +1,12 @@
 """Image files of a split: names, labels and bytes."""
 
 import os
+import resource
 import time
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +25,7 @@ class ImageFiles:
         labels: (N,) int64.
         classes: name of each label; empty if only numbers are known, "" for a label without images.
         extents: (N, 2) int64, offset and size in the archive; None for a folder.
-        numbered: labels are the numbers of a list file.
+        numbered: labels are numbers that the data set gives, as in a list file.
         value_range, max_image_pixels: as in `decode_rgb`.
     """
 
@@ -67,12 +71,12 @@ class ImageFiles:
                 return file.read()
         offset, size = (int(number) for number in self.extents[index])
         try:
-            data = os.pread(_descriptor(self.root), size, offset)
+            archive = _open_archive(self.root)
+            data = os.pread(archive.descriptor, size, offset)
             if len(data) < size:
                 raise OSError(f"{self.root} has become shorter")
         except OSError:
-            if self.root in _descriptors:
-                os.close(_descriptors.pop(self.root))
+            _descriptors.pop(self.root, None)
             raise
         return data
 
@@ -80,14 +84,70 @@ class ImageFiles:
         return decode_rgb(self.read(index), self.value_range, self.max_image_pixels)
 
 
-_descriptors: dict[str, int] = {}
+class SeveralFiles:
+    """Several sources of files one after the other: paths without labels, or the shards of a data set.
+
+    Args:
+        labels, classes, numbered: as in `ImageFiles`, of all parts together; by default there are no labels.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] = (),
+        numbered: bool = False,
+    ) -> None:
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+        self.labels = np.zeros(self.starts[-1], dtype=np.int64) if labels is None else labels
+        self.classes = list(classes)
+        self.numbered = numbered
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _find(self, index: int) -> tuple[Any, int]:
+        part = bisect_right(self.starts, index) - 1
+        return self.parts[part], index - self.starts[part]
+
+    def read(self, index: int) -> bytes:
+        part, index = self._find(index)
+        return part.read(index)
+
+    def load(self, index: int) -> np.ndarray:
+        part, index = self._find(index)
+        return part.load(index)
+
+    def name(self, index: int) -> str:
+        part, index = self._find(index)
+        return part.name(index)
 
 
-def _descriptor(path: str) -> int:
-    """Descriptor of an archive, opened on first use. Forked workers may share it, since `pread` moves no position."""
-    if path not in _descriptors:
-        _descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    return _descriptors[path]
+class _OpenArchive:
+    """An open file. It is closed with the last reference, so that no thread loses a file that it is reading."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+_descriptors: dict[str, _OpenArchive] = {}  # the least recently used one first
+
+
+def _open_archive(path: str) -> _OpenArchive:
+    """An archive, opened on first use. Forked workers may share it, since `pread` moves no position.
+
+    A quarter of the files that a process may have open (often 1,024) are archives; a data set can have more shards.
+    """
+    archive = _descriptors.pop(path, None) or _OpenArchive(path)
+    _descriptors[path] = archive
+    if len(_descriptors) > max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
+        _descriptors.pop(next(iter(_descriptors)), None)
+    return archive
 
 
 def printable(name: str) -> str:

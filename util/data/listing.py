@@ -6,7 +6,7 @@ import os
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -31,12 +31,14 @@ class Listing:
         root: the folder or the archive.
         images: path relative to the root -> offset and size in the archive; None in a folder.
         folders: paths of folders, as far as they are known.
+        labels: in an archive, path of a .cls or .json file -> the label that it holds (shards.py).
         skipped: number of skipped files and folders, by reason.
     """
 
     root: str
     images: dict[str, tuple[int, int] | None] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
+    labels: dict[str, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
 
     def log_skipped(self) -> None:
@@ -57,8 +59,7 @@ def why_skipped(name: str) -> str | None:
 
 
 def is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+    return not name.startswith("/") and ".." not in name.split("/")
 
 
 def contents(folder: Path) -> str:
@@ -96,7 +97,7 @@ def list_folder(root: Path) -> Listing:
                 listing.folders.add(name)
                 waiting.append(f"{name}/")
             elif reason := why_skipped(entry.name):
-                listing.skipped[reason] += 1
+                listing.skipped["broken links" if not os.path.exists(entry.path) else reason] += 1
             else:
                 listing.images[name] = None
     return listing
@@ -105,6 +106,8 @@ def list_folder(root: Path) -> Listing:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
+    except PermissionError as error:  # a link into a folder of somebody else
+        raise ValueError(f"{printable(entry.path)} cannot be read: {error.strerror}") from error
     except OSError:  # a link to itself
         return False
 
@@ -138,6 +141,12 @@ def to_files(listing: Listing, labels_needed: bool = True, name: str = "") -> Im
         images = {path: extent for path, extent in images.items() if "/" in path}
         classes = sorted({path.split("/")[0] for path in images})
         outside = len(listing.images) - len(images)
+        if outside and images:
+            listing.skipped["images outside class folders"] += outside
+    if listing.labels:  # of another use
+        listing.skipped["files without an image extension"] += len(listing.labels)
+    listing.log_skipped()
+    if labels_needed:
         empty = sorted({path.split("/")[0] for path in listing.folders} - set(classes))
         if empty and (classes or not outside):
             raise ValueError(
@@ -150,11 +159,8 @@ def to_files(listing: Listing, labels_needed: bool = True, name: str = "") -> Im
                 f"{printable(listing.root)} has no class folders: looked for {name}/CLASS/*.jpg, found {found}; move "
                 f"the images into one folder per class, or list them in {name}.txt next to it (RELATIVE/PATH LABEL)"
             )
-        if outside:
-            listing.skipped["images outside class folders"] += outside
     elif not images:
         raise ValueError(f"{printable(listing.root)} contains no images ({', '.join(IMAGE_SUFFIXES)})")
-    listing.log_skipped()
     names = sorted(images, key=by_parts)
     number = {folder: label for label, folder in enumerate(classes)}
     labels = [number[path.split("/")[0]] if labels_needed else 0 for path in names]
@@ -193,12 +199,17 @@ def from_list_file(root: Path, list_file: Path, labels_needed: bool = True) -> I
         raise ValueError(f"{list_file} lists no images; expected one 'RELATIVE/PATH LABEL' per line")
     if not (root / names[0]).is_file():
         raise ValueError(f"{list_file} lists {names[0]!r}, but {printable(str(root / names[0]))} does not exist")
-    pairs = {(name.split("/")[0] if "/" in name else "", label) for name, label in zip(names, labels, strict=True)}
+    numbers = np.array(labels, dtype=np.int64)
+    return ImageFiles(str(root), pack(names), numbers, names_of_numbers(names, labels), numbered=True)
+
+
+def names_of_numbers(paths: list[str], labels: list[int]) -> list[str]:
+    """Names of the classes 0, 1, ...: the first folder of the images of each; [] unless they correspond one to one."""
+    pairs = {(path.split("/")[0] if "/" in path else "", label) for path, label in zip(paths, labels, strict=True)}
     folders = {label: folder for folder, label in pairs}
-    classes = []
-    if len(pairs) == len(folders) == len({folder for folder, _ in pairs}) and "" not in folders.values():
-        classes = class_names([folders.get(label, "") for label in range(max(labels) + 1)])
-    return ImageFiles(str(root), pack(names), np.array(labels, dtype=np.int64), classes, numbered=True)
+    if not len(pairs) == len(folders) == len({folder for folder, _ in pairs}) or "" in folders.values():
+        return []
+    return class_names([folders.get(label, "") for label in range(max(labels) + 1)])
 
 
 def _read_text(path: Path) -> str:

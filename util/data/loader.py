@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import resource_tracker
 
 import torch
@@ -149,7 +149,8 @@ class _Loader(DataLoader):
     """A DataLoader whose workers ignore foreign signals, and that says what helps if /dev/shm is too small."""
 
     def __iter__(self) -> Iterator:
-        with _sigterm_blocked((self.multiprocessing_context or multiprocessing).get_start_method()):
+        method = (self.multiprocessing_context or multiprocessing).get_start_method()
+        with _sigterm_blocked(method) if self.num_workers else nullcontext():
             batches = super().__iter__()
         try:
             yield from batches

@@ -1,25 +1,31 @@
-"""Where images come from: folders, list files, tar archives read in place, or Shapes.
+"""Where images come from: folders, list files, tar archives read in place, shards, Hugging Face data sets, or Shapes.
 
 Errors about a path or layout name what was looked for, what was found, and the fix.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard, cast
 
 import numpy as np
 
 from util.data import shapes
 from util.data.archives import ARCHIVE_SUFFIXES, below_split, decompressed, list_archive
+from util.data.arrow import ArrowImages, is_arrow, open_arrow
 from util.data.classes import class_record, match_classes
-from util.data.decode import MAX_PIXELS, UnreadableImage, ValueRange, read_values, to_8_bits
-from util.data.files import ImageFiles, pack
-from util.data.listing import contents, from_list_file, list_folder, overlaps, to_files, why_skipped
+from util.data.decode import MAX_PIXELS, UnreadableImage, ValueRange, default_range, read_values, to_8_bits
+from util.data.files import ImageFiles, SeveralFiles, pack
+from util.data.held_out import Subset, split_off
+from util.data.listing import from_list_file, list_folder, overlaps, to_files, why_skipped
+from util.data.places import COMPRESSED, find_place, has_split
+from util.data.shards import is_webdataset, list_shards, read_samples
+from util.data.split_names import SHARD_SUFFIXES, is_numbered, warn_of_gaps
 
-OnRankZero = Callable[[Callable[[], ImageFiles]], ImageFiles]
+Files = ImageFiles | SeveralFiles | ArrowImages
+OnRankZero = Callable[[Callable[[], Any]], Any]
 
 
 class Source(Protocol):
@@ -58,104 +64,99 @@ class ShapesSource:
         return f"Shapes {self.split} {index}"
 
 
-# -------------------------------------------------------------------------------------------------------------- files
-
-
-class SeveralFiles:
-    """Several `ImageFiles` one after the other, without labels."""
-
-    classes: list[str] = []  # noqa: RUF012
-
-    def __init__(self, parts: list[ImageFiles]) -> None:
-        self.parts = parts
-        self.starts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
-        self.labels = np.zeros(self.starts[-1], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def _find(self, index: int) -> tuple[ImageFiles, int]:
-        part = bisect_right(self.starts, index) - 1
-        return self.parts[part], index - self.starts[part]
-
-    def read(self, index: int) -> bytes:
-        part, index = self._find(index)
-        return part.read(index)
-
-    def load(self, index: int) -> np.ndarray:
-        part, index = self._find(index)
-        return part.load(index)
-
-    def name(self, index: int) -> str:
-        part, index = self._find(index)
-        return part.name(index)
-
-
-def locate(path: Path, split: str) -> Path | None:
-    """Where a folder has a split: SPLIT.txt (a list file), SPLIT/, SPLIT.tar, SPLIT.tar.gz or SPLIT.tgz.
-
-    Raises:
-        ValueError: it has several, of which one may be out of date.
-    """
-    found = [path / split] if (path / split).is_dir() else []
-    found += [path / f"{split}{suffix}" for suffix in ARCHIVE_SUFFIXES if (path / f"{split}{suffix}").is_file()]
-    if len(found) > 1:
-        names = " and ".join(place.name for place in found)
-        raise ValueError(f"{path} contains both {names}, which may differ: move one of them elsewhere")
-    list_file = path / f"{split}.txt"
-    if list_file.is_file():
-        return list_file
-    return found[0] if found else None
-
-
-def compressed_archive(path: Path, split: str | None) -> Path | None:
-    """The archive that must be decompressed to read a split, or None."""
-    place = path if path.is_file() or split is None else locate(path, split)
-    return place if place is not None and place.name.endswith((".tar.gz", ".tgz")) else None
-
-
 def find_images(
-    data_path: str, split: str | None, cache_dir: str | None = None, *, labels_needed: bool = True
-) -> ImageFiles:
+    data_path: str | list[str],
+    split: str | None,
+    cache_dir: str | None = None,
+    *,
+    labels_needed: bool = True,
+    whole: bool = False,
+) -> Files:
     """List the images of a split; with `split` None, every image under the path (for pictures and benchmarks).
 
     Args:
         data_path: a folder with `SPLIT/CLASS/*.jpg`, or with `SPLIT.txt` (official list files), or with `SPLIT.tar`;
-            or a .tar archive that holds `SPLIT/CLASS/*.jpg`. `.tar.gz` is decompressed once into the cache.
+            or a .tar archive that holds `SPLIT/CLASS/*.jpg`. `.tar.gz` is decompressed once into the cache. Or
+            WebDataset shards or a Hugging Face data set (docs/data.md).
         cache_dir: default ~/.cache/hpm.
-        labels_needed: without it, images need no class folders; where there is no "train" split, every image under
-            the path belongs to it.
+        labels_needed: without it, images need no class folders.
+        whole: without labels, or if a part is held out: where there is no "train" split, every image under the path
+            belongs to it.
 
     Raises:
         ValueError: no such images.
     """
-    path = Path(data_path)
-    if not path.exists():
-        raise ValueError(f"--data_path {data_path} does not exist: give a folder or a .tar archive of images")
     labels_needed = labels_needed and split is not None
-    place: Path | None = path
-    if path.is_file() and not labels_needed and why_skipped(path.name) is None:
-        return ImageFiles(str(path.parent), pack([path.name]), np.zeros(1, dtype=np.int64), [])
-    if path.is_dir() and split is not None:
-        place = locate(path, split)
-        if place is None and split == "train" and not labels_needed:
-            place = path
-    if place is None:
-        raise ValueError(
-            f"--data_path {data_path}: looked for {split}/CLASS/*.jpg, {split}.txt or {split}.tar, "
-            f"found {contents(path)}; give the folder that holds {split}/"
-        )
-    if place.is_dir():
-        return to_files(list_folder(place), labels_needed, split or "")
-    if place != path and place.suffix == ".txt":
-        return from_list_file(path / place.stem, place, labels_needed)
-    if not place.name.endswith(ARCHIVE_SUFFIXES):
-        raise ValueError(f"{place} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})")
-    plain = place if place.name.endswith(".tar") else decompressed(place, cache_dir)
-    listing = list_archive(plain)
+    whole = whole or not labels_needed
+    return _read_place(find_place(data_path, split, whole), data_path, split, cache_dir, labels_needed, whole)
+
+
+def _read_place(
+    place: list[Path],
+    data_path: str | list[str],
+    split: str | None,
+    cache_dir: str | None,
+    labels_needed: bool,
+    whole: bool,
+) -> Files:
+    first = place[0]
+    if split is not None and is_arrow(place):
+        warn_of_gaps(place)
+        return open_arrow(place, cache_dir, labels_needed)
+    if len(place) > 1:
+        warn_of_gaps(place)
+        listings = list_shards(place, cache_dir)
+        if split is not None:
+            listings = [below_split(listing, split, whole) for listing in listings]
+        return read_samples(listings, labels_needed)
+    if first.is_dir():
+        return to_files(list_folder(first), labels_needed, split or "")
+    given = first == Path(data_path) if isinstance(data_path, str) else False
+    if given and not labels_needed and why_skipped(first.name) is None:
+        return ImageFiles(str(first.parent), pack([first.name]), np.zeros(1, dtype=np.int64), [])
+    if not given and first.suffix == ".txt":
+        return from_list_file(first.with_suffix(""), first, labels_needed)
+    if not first.name.endswith(ARCHIVE_SUFFIXES):
+        raise ValueError(f"{first} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})")
+    plain = first if first.suffix == ".tar" else decompressed(first, cache_dir)
+    listing = list_archive(plain, cache_dir)
     if split is not None:
-        listing = below_split(listing, split, labels_needed)
+        listing = below_split(listing, split, whole)
+    unlabelled = labels_needed and is_numbered(first) and not any("/" in name for name in listing.images)
+    if unlabelled or is_webdataset(listing):
+        return read_samples([listing], labels_needed)
     return to_files(listing, labels_needed, split or "")
+
+
+def _data_sets(data_path: str | list[str], labels_needed: bool) -> Sequence[str | list[str]]:
+    """The paths, each a data set; or one list of shards, which a shell may have made of a pattern.
+
+    Raises:
+        ValueError: several, and labels are needed.
+    """
+    if isinstance(data_path, str):
+        return [data_path]
+    shards = all(Path(path).suffix in SHARD_SUFFIXES for path in data_path)
+    if shards and (labels_needed or all(is_numbered(Path(path)) for path in data_path)):
+        return [data_path]
+    if labels_needed:
+        raise ValueError(f"--data_path: {len(data_path)} paths were given, but labels can only come from one")
+    return data_path
+
+
+def limited(files: Files, **limits: Any) -> Files:
+    """The same images with another `value_range` and `max_image_pixels`."""
+    if not isinstance(files, SeveralFiles):
+        return replace(files, **limits)
+    changed = copy.copy(files)
+    changed.parts = [limited(part, **limits) for part in files.parts]
+    return changed
+
+
+def _roots(files: Files) -> list[str]:
+    if isinstance(files, SeveralFiles):
+        return [root for part in files.parts for root in _roots(part)]
+    return [files.path(0) if is_one_file(files) else files.root]
 
 
 def build_source(
@@ -163,6 +164,7 @@ def build_source(
     split: str | None,
     *,
     labels_needed: bool = True,
+    whole: bool = False,
     value_range: ValueRange | None = None,
     max_image_pixels: int = MAX_PIXELS,
     shapes_count: int | None = None,
@@ -172,8 +174,9 @@ def build_source(
     """The images of a split ("train" or "val"); Shapes if `data_path` is None.
 
     Args:
-        data_path: a path, or without `labels_needed` also several, whose images follow each other.
-        labels_needed: as in `find_images`; pre-training needs none.
+        data_path: a path or pattern; several if they are shards, or without `labels_needed` any, whose images follow
+            each other.
+        labels_needed, whole: as in `find_images`; pre-training needs no labels.
         value_range, max_image_pixels: as in `decode_rgb`.
         on_rank_zero: lists on rank 0 and broadcasts the result (util.run.distributed.from_rank_zero).
 
@@ -184,22 +187,30 @@ def build_source(
         raise ValueError(f"--value_range {value_range[0]:g} {value_range[1]:g}: LOW must be below HIGH")
     if data_path is None:
         return ShapesSource(split or "train", shapes_count)
-    paths = [data_path] if isinstance(data_path, str) else data_path
-    if labels_needed and len(paths) > 1:
-        raise ValueError(f"--data_path: {len(paths)} paths were given, but labels can only come from one")
-    parts: list[ImageFiles] = []
-    for path in paths:
-        packed = compressed_archive(Path(path), split)
-        if packed is not None:  # into the cache of every node, and outside any collective: it can outlast their timeout
-            plain = decompressed(packed, cache_dir)
-        find = partial(find_images, path, split, cache_dir, labels_needed=labels_needed)
-        files = replace(on_rank_zero(find), value_range=value_range, max_image_pixels=max_image_pixels)
-        parts.append(files if packed is None else replace(files, root=str(plain)))
+    labels_needed = labels_needed and split is not None
+    whole = whole or not labels_needed
+    parts: list[Files] = []
+    for path in _data_sets(data_path, labels_needed):
+        is_file = isinstance(path, str) and Path(path).is_file()
+        place = find_place(path, split, whole) if is_file else on_rank_zero(partial(find_place, path, split, whole))
+        read = partial(_read_place, place, path, split, cache_dir, labels_needed, whole)
+        # Caches are those of each node, and filled outside any collective: it can outlast their timeout.
+        if split is not None and is_arrow(place):
+            parts.append(limited(read(), value_range=value_range, max_image_pixels=max_image_pixels))
+            continue
+        plain = decompressed(place[0], cache_dir) if place[0].name.endswith(COMPRESSED) else None
+        files = limited(on_rank_zero(read), value_range=value_range, max_image_pixels=max_image_pixels)
+        parts.append(files if plain is None else replace(cast(ImageFiles, files), root=str(plain)))
     for number, part in enumerate(parts):
-        for other in parts[:number]:
-            if overlaps(part.root, other.root):
-                raise ValueError(f"--data_path: {other.root} and {part.root} overlap, so images would be used twice")
+        for root in _roots(part):
+            for other in (other for earlier in parts[:number] for other in _roots(earlier)):
+                if overlaps(root, other):
+                    raise ValueError(f"--data_path: {other} and {root} overlap, so images would be used twice")
     return parts[0] if len(parts) == 1 else SeveralFiles(parts)
+
+
+def is_one_file(files: Files) -> TypeGuard[ImageFiles]:
+    return isinstance(files, ImageFiles) and len(files) == 1 and files.extents is None
 
 
 def build_splits(
@@ -208,6 +219,7 @@ def build_splits(
     cache_dir: str | None,
     on_rank_zero: OnRankZero,
     *,
+    val_fraction: float | None = None,
     value_range: ValueRange | None = None,
     max_image_pixels: int = MAX_PIXELS,
 ) -> tuple[Source, Source]:
@@ -216,43 +228,79 @@ def build_splits(
     Raises:
         ValueError: no such images, or classes of val that train lacks.
     """
+    settings: dict[str, Any] = {"value_range": value_range, "max_image_pixels": max_image_pixels}
+    settings |= {"cache_dir": cache_dir, "on_rank_zero": on_rank_zero}
+    if val_fraction is not None:
+        return hold_out(data_path, val_fraction, **settings)
     train, val = (
-        build_source(
-            data_path,
-            split,
-            value_range=value_range,
-            max_image_pixels=max_image_pixels,
-            shapes_count=count,
-            cache_dir=cache_dir,
-            on_rank_zero=on_rank_zero,
-        )
+        build_source(data_path, split, shapes_count=count, **settings)
         for split, count in zip(("train", "val"), shapes_counts, strict=True)
     )
     return train, match_classes(class_record(train), val, "the train split")
 
 
+def hold_out(
+    data_path: str | list[str] | None,
+    val_fraction: float,
+    *,
+    labels_needed: bool = True,
+    cache_dir: str | None = None,
+    on_rank_zero: OnRankZero = lambda find: find(),
+    **settings: Any,
+) -> tuple[Subset, Subset]:
+    """The training images without a fraction of each class, and that fraction (`split_off`).
+
+    Raises:
+        ValueError: the data set has a val split, or no such images.
+    """
+    named = f"--val_fraction {val_fraction:g}"
+    if data_path is None:
+        raise ValueError(f"{named}, but Shapes has a val split: omit the option, or give --data_path")
+    settings |= {"cache_dir": cache_dir, "on_rank_zero": on_rank_zero}
+    source = build_source(data_path, "train", labels_needed=labels_needed, whole=True, **settings)
+    for path in _data_sets(data_path, labels_needed):
+        if on_rank_zero(partial(has_split, path, "val", cache_dir)):
+            raise ValueError(f"{named}, but --data_path {path} has a val split: omit the option, or move val elsewhere")
+    return split_off(source, val_fraction)
+
+
 def check_value_range(source: Source, value_range: ValueRange | None = None, samples: int = 8) -> str | None:
-    """A warning if scaling to 8 bits would lose most of the 256 levels of some images, read as a sample."""
-    if not isinstance(source, ImageFiles | SeveralFiles):
+    """A warning if scaling to 8 bits would lose most of the 256 levels of some images, read as a sample; for default
+    ranges also if they differ between the images, or if many values lie below 0."""
+    if not hasattr(source, "read"):  # Shapes
         return None
-    stored, levels = [], set()
+    images, levels = [], set()
     for index in np.unique(np.linspace(0, len(source) - 1, samples).astype(int)).tolist():
         try:
             values = read_values(source.read(index))
         except UnreadableImage:
             continue  # reported when it is used
         if values.dtype != np.uint8:
-            stored.append(values[np.isfinite(values)].ravel())
+            images.append(values)
             levels |= set(np.unique(to_8_bits(values, value_range)).tolist())
-    if not stored:
+    stored = np.concatenate([np.empty(0), *(values[np.isfinite(values)] for values in images)])
+    if not len(stored):
         return None
-    different = np.unique(np.concatenate(stored))
-    enough = 3 if value_range is not None else min(256, len(different)) / 2  # a range may be meant to clip
-    if len(levels) >= min(enough, len(different)):
-        return None
+    different, below = np.unique(stored), (stored < 0).mean()
+    ranges = sorted({f"0..{default_range(values)[1]}" for values in images})
     kept = "the default range" if value_range is None else f"--value_range {value_range[0]:g} {value_range[1]:g}"
+    enough = 3 if value_range is not None else min(256, len(different)) / 2  # a range may be meant to clip
+    if len(levels) < min(enough, len(different)):
+        problem = f"{kept} keeps {len(levels)} of 256 levels"
+    elif value_range is None and below > 0.01:
+        problem = f"{kept} starts at 0, and {below:.0%} of the values are below"
+    elif value_range is None and scaled_differently(images):
+        problem = f"{kept} differs between images ({', '.join(ranges)}), and so does their contrast"
+    else:
+        return None
     return (
         f"images of more than 8 bits, with values from {different[0]:g} to {different[-1]:g} in a sample of "
-        f"{len(stored)}: {kept} keeps {len(levels)} of 256 levels; give the range of the data as --value_range LOW "
-        "HIGH (for 12 bits, 0 4095)"
+        f"{len(images)}: {problem}; give the range of the data as --value_range LOW HIGH (for 12 bits, 0 4095)"
     )
+
+
+def scaled_differently(images: list[np.ndarray]) -> bool:
+    """Whether the default range of some image is another than the widest, by more than 8 of 256 levels."""
+    widest = max(map(default_range, images))
+    pairs = ((to_8_bits(values).astype(int), to_8_bits(values, widest)) for values in images)
+    return any((own - same).max(initial=0) > 8 for own, same in pairs)

@@ -19,7 +19,7 @@ _COLOUR_CHANNELS = {2: 3, 5: 4, 6: 3, 8: 3}
 
 # (sample format, bits) that Pillow reads correctly with one channel; format 1 is unsigned, 2 signed, 3 float.
 _PILLOW_TYPES = {(1, 12), (1, 16), (2, 16), (2, 32), (3, 32)}
-
+_WHITE_IS_ZERO_TYPES = {(1, 16), (3, 32)}  # of a negative
 
 _EXPECTED = "greyscale or RGB, with or without alpha"
 
@@ -29,13 +29,16 @@ class Unsupported(ValueError):
 
 
 class Layout(NamedTuple):
-    """Attributes: sample_type: (sample format, bits); channels: with alpha; fits_pillow: Pillow reads it correctly."""
+    """Attributes: sample_type: (sample format, bits); channels: with alpha; fits_pillow: Pillow reads it correctly;
+    is_compressed: libtiff decodes it; white_is_zero: it is stored as a negative."""
 
     width: int
     height: int
     channels: int
     sample_type: tuple[int, int]
     fits_pillow: bool
+    is_compressed: bool
+    white_is_zero: bool
 
 
 def read_layout(data: bytes) -> Layout | None:
@@ -58,12 +61,15 @@ def read_layout(data: bytes) -> Layout | None:
         raise Unsupported(f"{channels} bands are not supported: expected {_EXPECTED}")
     sample_type = (max(tags.get(339, (1,))), max(tags.get(258, (1,))))
     planar = channels > 1 and tags.get(284, 1) == 2
+    white_is_zero, is_little = tags.get(262, 1) == 0, data[:2] == b"II"
     fits = sample_type[0] in (1, 4) and sample_type[1] <= 8
-    if channels == 1:
-        fits = fits or sample_type in _PILLOW_TYPES or (sample_type == (1, 32) and data[:2] == b"II")
+    if channels == 1 and white_is_zero:
+        fits = fits or (sample_type in _WHITE_IS_ZERO_TYPES and (is_little or sample_type[0] == 3))
+    elif channels == 1:
+        fits = fits or sample_type in _PILLOW_TYPES or (sample_type == (1, 32) and is_little)
     else:
-        fits = fits or (sample_type == (1, 16) and not planar)
-    return Layout(tags[256], tags[257], channels, sample_type, fits)
+        fits = fits or (sample_type == (1, 16) and channels > 2 and not planar)
+    return Layout(tags[256], tags[257], channels, sample_type, fits, tags.get(259, 1) != 1, white_is_zero)
 
 
 def _pages(data: bytes) -> Iterator[ImageFileDirectory_v2]:

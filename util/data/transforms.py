@@ -16,6 +16,8 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter, RandomResizedCrop, v2
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from util.data.decode import ValueRange, to_8_bits
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -68,6 +70,37 @@ class CenterCrop:
 
     def __call__(self, image: np.ndarray) -> Tensor:
         return self.crop(self.resize(torch.from_numpy(image).permute(2, 0, 1))).contiguous()
+
+
+class EvaluationTransform:
+    """A PIL image, or (H, W, 3) uint8 -> (3, S, S) float32: what evaluation feeds to a model.
+
+    Pillow itself reduces images of several 16-bit channels to 8 bits; `decode_rgb` reads them as evaluation does.
+
+    Attributes:
+        crop, to_model_input: its two steps.
+        value_range: as in `decode_rgb`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        crop_pct: float = 0.875,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        value_range: ValueRange | None = None,
+    ) -> None:
+        self.crop, self.mean, self.std, self.value_range = CenterCrop(size, crop_pct), mean, std, value_range
+        self.to_model_input = ToModelInput(mean, std, torch.device("cpu"), flip=False)
+
+    def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
+        if isinstance(image, Image.Image):
+            if image.mode == "F" or image.mode.startswith("I"):
+                values = to_8_bits(np.asarray(image), self.value_range)
+                image = np.repeat(values[:, :, None], 3, axis=2)
+            else:
+                image = np.array(image.convert("RGB"))
+        return self.to_model_input(self.crop(image)[None])[0]
 
 
 class AugmentedCrop:

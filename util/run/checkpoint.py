@@ -176,19 +176,16 @@ class Run:
         Raises:
             ValueError: the run started from other weights.
         """
-
-        def check() -> str:
-            if self.state is None:
-                return compute() if path else ""
-            recorded = self.state["options"].get("initial")
-            if recorded is not None and path and Path(path).exists() and compute() != recorded:
-                raise ValueError(
-                    f"{self.path} started from other weights than {path}: omit --finetune or --load_from to resume it, "
-                    "or choose another --output_dir for a new run"
-                )
-            return recorded or ""
-
-        return from_rank_zero(check)
+        if self.state is None:
+            return from_rank_zero(compute) if path else ""
+        recorded = self.state["options"].get("initial")
+        given = recorded is not None and path
+        if given and from_rank_zero(lambda: Path(path).exists() and compute() != recorded):
+            raise ValueError(
+                f"{self.path} started from other weights than {path}: omit --finetune or --load_from to resume it, "
+                "or choose another --output_dir for a new run"
+            )
+        return recorded or ""
 
     def close(self) -> None:
         """Release the folder; the end of the process does it as well."""
@@ -197,7 +194,7 @@ class Run:
 
 
 # What the checkpoint's options hold that is no option: derived from the data and from torchrun.
-DERIVED = ("steps_per_epoch", "processes", "encoder", "initial", "classes", "origins")
+DERIVED = ("steps_per_epoch", "processes", "encoder", "initial", "classes", "origins", "val_split")
 
 
 def check_resumable(
@@ -215,6 +212,11 @@ def check_resumable(
                 f"{path} was trained with --{name} {before.get(name)}, now it is {options.get(name)}: a run cannot "
                 "change that; give the old value, or another --output_dir for a new run"
             )
+    if before.get("val_split") != options.get("val_split"):
+        raise ValueError(
+            f"{path} was trained with other images held out (--val_fraction {options.get('val_fraction'):g}): the data "
+            "have changed; give those it was trained on, or another --output_dir for a new run"
+        )
     steps, steps_before = options.get("steps_per_epoch"), before.get("steps_per_epoch")
     if state["step"] and steps != steps_before:
         raise ValueError(

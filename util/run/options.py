@@ -115,6 +115,15 @@ MINUTES = number(float, above=0, high=60 * 24 * 365)
 SEED = number(int, low=0, high=2**63 - 1)
 
 
+class OneOrMore(argparse.Action):
+    """One value, or a list of several."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 def add_switch(group: argparse._ActionsContainer, name: str, default: bool | None, help: str) -> None:
     """A boolean that can be switched on and off: --NAME, --no-NAME."""
     group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=help)
@@ -122,22 +131,36 @@ def add_switch(group: argparse._ActionsContainer, name: str, default: bool | Non
 
 DATA_LAYOUT = (
     "folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with train.txt and val.txt (lines of PATH LABEL), or with "
-    "train.tar and val.tar; or one .tar or .tar.gz of such a tree (default: Shapes, images that the program draws "
-    "itself, which need no file)"
+    "train.tar and val.tar; or one .tar or .tar.gz of such a tree; or WebDataset shards (a folder with train-000.tar, "
+    "..., or a pattern as 'imagenet-{train-{000..123},val-{00..07}}.tar'); or a Hugging Face data set (a saved folder, "
+    "or parquet files) (default: Shapes, images that the program draws itself, which need no file)"
 )
 
 
+IMAGES = "image files, folders and archives of images, with or without labels (default: Shapes)"
 UNLABELLED = ". Labels are not needed: any folder or archive of images will do, and there may be several paths"
 
 
 def add_data_options(
-    parser: OptionParser, *, num_workers: int, splits: tuple[str, ...] = ("train", "val"), layout: str = DATA_LAYOUT
+    parser: OptionParser,
+    *,
+    num_workers: int,
+    splits: tuple[str, ...] = ("train", "val"),
+    layout: str = DATA_LAYOUT,
 ) -> None:
     group = parser.add_argument_group("data")
     if splits == ("train",):
-        group.add_argument("--data_path", nargs="+", help=layout + UNLABELLED)
+        group.add_argument("--data_path", nargs="+", action=OneOrMore, help=layout + UNLABELLED)
+    elif splits:
+        group.add_argument("--data_path", nargs="+", action=OneOrMore, help=layout)
     else:
         group.add_argument("--data_path", help=layout)
+    if "train" in splits:
+        group.add_argument(
+            "--val_fraction",
+            type=number(float, above=0, below=1),
+            help="hold out this fraction of the training images of each class as the val split, for data without one",
+        )
     for split, count, use in (("train", 2000, "training"), ("val", 500, "validation")):
         if split in splits:
             help = f"number of {use} images without --data_path"
@@ -153,7 +176,11 @@ def add_data_options(
     group.add_argument(
         "--max_image_pixels", type=COUNT, default=MAX_PIXELS, help="larger images are unreadable (decompression bombs)"
     )
-    group.add_argument("--cache_dir", help="folder where a .tar.gz is decompressed once (default: ~/.cache/hpm)")
+    group.add_argument(
+        "--cache_dir",
+        help="folder of decompressed .tar.gz archives, converted parquet files and listings of archives (default: "
+        "~/.cache/hpm)",
+    )
     group.add_argument(
         "--mean", type=number(float), nargs=3, help="channel means in 0..1 (default: the checkpoint's, or ImageNet's)"
     )
@@ -278,6 +305,6 @@ def add_crop_option(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_pooling_options(group: argparse._ActionsContainer, default: bool) -> None:
+def add_pooling_options(group: argparse._ActionsContainer, default: bool | None) -> None:
     add_switch(group, "global_pool", default, "use the mean of the patch tokens")
     group.add_argument("--cls_token", dest="global_pool", action="store_false", help="use the class token")

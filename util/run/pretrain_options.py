@@ -1,9 +1,11 @@
 """Command-line options of main_pretrain.py: model, target, loss predictor, masks, EMA teacher, optimizer."""
 
+from collections.abc import Mapping
+
+from util.losses import PREDICTOR_LOSSES
 from util.masking import STRATEGIES
 from util.run.options import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, OptionParser, add_switch, number
 
-TARGETS = ["pixel", "norm_pixel", "ema", "dino", "clip"]
 PANELS = 20  # per run: enough to see masks move, about 40 MB of TensorBoard events at 224 pixels
 
 # Options that must not change on resume: weights, target and schedule depend on them.
@@ -20,10 +22,19 @@ FIXED = [
     "target",
     "epochs",
     "global_batch",
+    "val_fraction",
 ]
 
 
-def add_pretraining_options(parser: OptionParser, models: list[str]) -> None:
+def add_pretraining_options(
+    parser: OptionParser, models: list[str], targets: list[str], networks: Mapping[str, str]
+) -> None:
+    """Add them.
+
+    Args:
+        models, targets: choices of --model and --target.
+        networks: targets that are features of a frozen network -> what --NETWORK_path may name.
+    """
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--vis_interval",
@@ -53,22 +64,25 @@ def add_pretraining_options(parser: OptionParser, models: list[str]) -> None:
     group = parser.add_argument_group("target and loss predictor")
     group.add_argument(
         "--target",
-        choices=TARGETS,
+        choices=targets,
         help="reconstruction target: raw pixels (HPM's default), pixels normalised per patch (better for MAE), or "
         "features of the EMA teacher, DINO or CLIP",
     )
     add_switch(group, "norm_pix_loss", False, "official name of --target norm_pixel")
+    features = ["none", "ema", *networks]
     group.add_argument(
-        "--learn_feature_loss", choices=["none", *TARGETS[2:]], default="none", help="official name of feature targets"
+        "--learn_feature_loss", choices=features, default="none", help="official name of feature targets"
     )
-    group.add_argument(
-        "--dino_path", default="none", help="DINO's backbone or full checkpoint, or timm's weights (none: download)"
-    )
-    group.add_argument(
-        "--clip_path", default="none", help="a CLIP state dict, or timm's weights in a file (none: download)"
-    )
+    for network, file in networks.items():
+        group.add_argument(f"--{network}_path", default="none", help=f"{file} (none: download)")
     add_switch(group, "learning_loss", True, "train the loss predictor; without it, this is MAE")
-    add_switch(group, "relative", True, "the predictor ranks patches; without it, it predicts their loss")
+    group.add_argument(
+        "--predictor_loss",
+        choices=list(PREDICTOR_LOSSES),
+        help="what the predictor learns: to rank the patches of an image by their loss (relative, default), or the "
+        "value of their loss (absolute)",
+    )
+    add_switch(group, "relative", None, "official name of --predictor_loss relative; --no-relative is absolute")
     group.add_argument("--predictor_depth", type=COUNT, help="blocks of the predictor (default: the decoder's)")
 
     group = parser.add_argument_group("masks")
@@ -117,6 +131,18 @@ def add_pretraining_options(parser: OptionParser, models: list[str]) -> None:
         default="predictor",
         help="score of a patch: its predicted loss, or the teacher's reconstruction loss, of patches hidden from it",
     )
+
+    group = parser.add_argument_group("k-NN during training")
+    group.add_argument(
+        "--knn_interval",
+        type=COUNT_OR_ZERO,
+        default=0,
+        help="epochs between two evaluations of the encoder as main_knn.py's, logged as knn_acc1 and knn_acc5; 0 "
+        "disables them",
+    )
+    group.add_argument("--knn_data_path", help="labelled images with train and val (default: --data_path)")
+    group.add_argument("--knn_k", type=COUNT, help="number of neighbours (default: 20)")
+    add_switch(group, "knn_global_pool", None, "use the mean of the patch tokens (default: the class token)")
 
     group = parser.add_argument_group("optimizer (AdamW, betas 0.9 and 0.95)")
     group.add_argument("--lr", type=NOT_NEGATIVE, help="learning rate (default: --blr x global batch size / 256)")

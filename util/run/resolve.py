@@ -3,10 +3,12 @@
 import argparse
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from util.data.files import summarize
 from util.run.distributed import World
 from util.run.options import OptionParser
 from util.weights.meta import defaults_of, settings_of
@@ -24,9 +26,19 @@ def fill_in(given: argparse.Namespace, defaults: dict[str, Any]) -> None:
 def resolve_settings(given: argparse.Namespace, meta: dict[str, Any]) -> None:
     """Model, sizes and image statistics that were not given, in place: from a checkpoint's metadata (`read_meta`), else
     ViT-B at 224 pixels on ImageNet. `origins` then tells which: "option", "checkpoint" or "default"."""
+    _resolve(given, meta, {"value_range": None, **defaults_of(meta)})
+
+
+def resolve_pixels(given: argparse.Namespace, meta: dict[str, Any]) -> None:
+    """`resolve_settings` for mean, std and value range alone: pre-training chooses its own model and sizes."""
+    defaults = {"value_range": None, **defaults_of(meta)}
+    _resolve(given, meta, {name: defaults[name] for name in ("mean", "std", "value_range")})
+
+
+def _resolve(given: argparse.Namespace, meta: dict[str, Any], defaults: dict[str, Any]) -> None:
     found = settings_of(meta)
     given.origins = {}
-    for name, value in {"value_range": None, **defaults_of(meta)}.items():
+    for name, value in defaults.items():
         if getattr(given, name, None) is not None:
             given.origins[name] = "option"
             continue
@@ -52,10 +64,13 @@ def resolve_crop(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
         recorded: options of the checkpoint that is evaluated or resumed; {} without one.
     """
     if given.crop_pct is None:
-        same = recorded.get("input_size") == given.input_size
-        given.crop_pct = recorded.get("crop_pct") if same else None
-    if given.crop_pct is None:
-        given.crop_pct = 224 / 256 if given.input_size <= 224 else 1.0
+        given.crop_pct = evaluation_crop(given.input_size, recorded)
+
+
+def evaluation_crop(input_size: int, recorded: dict[str, Any]) -> float:
+    """The default of --crop_pct: the recorded one if it was for images of this size, else MAE's."""
+    same = recorded.get("input_size") == input_size
+    return (recorded.get("crop_pct") if same else None) or (224 / 256 if input_size <= 224 else 1.0)
 
 
 def resolve_workers(given: argparse.Namespace, world: World, official: int) -> None:
@@ -94,6 +109,105 @@ def resolve_training(given: argparse.Namespace, world: World, *, warmup_epochs: 
     if given.start_epoch >= given.epochs:
         raise ValueError(f"--start_epoch {given.start_epoch} leaves nothing of --epochs {given.epochs}")
     resolve_workers(given, world, num_workers)
+
+
+def resolve_method(given: argparse.Namespace, networks: Iterable[str]) -> None:
+    """The reconstruction target, the objective of the predictor, both from their official names too, and the mask
+    strategy, in place.
+
+    Args:
+        networks: targets that are features of a frozen network, whose file --NETWORK_path names.
+
+    Raises:
+        ValueError: two targets, objectives or mask options at once, a path that belongs to another target, or a
+            strategy that needs a loss predictor without one.
+    """
+    named = {"--target": given.target}
+    if given.norm_pix_loss:
+        named["--norm_pix_loss"] = "norm_pixel"
+    if given.learn_feature_loss != "none":
+        named["--learn_feature_loss"] = given.learn_feature_loss
+    named = {option: target for option, target in named.items() if target is not None}
+    if len(set(named.values())) > 1:
+        raise ValueError(f"{' and '.join(named)} name different targets ({', '.join(named.values())}): give one")
+    given.target = next(iter(named.values()), "pixel")
+    given.teacher_path = ""
+    for network in networks:
+        path = getattr(given, f"{network}_path")
+        if path != "none" and given.target != network:
+            raise ValueError(f"--{network}_path is for --target {network}, the target is {given.target}")
+        if path != "none":
+            given.teacher_path = path
+
+    if given.predictor_loss is not None and not given.learning_loss:
+        raise ValueError("--predictor_loss is for the loss predictor: omit it, or omit --no-learning_loss")
+    official = {None: None, True: "relative", False: "absolute"}[given.relative]
+    if official and given.predictor_loss not in (None, official):
+        name = "--relative" if given.relative else "--no-relative"
+        raise ValueError(f"{name} and --predictor_loss {given.predictor_loss} name different losses: give one")
+    given.predictor_loss = given.predictor_loss or official or "relative"
+    given.relative = given.predictor_loss == "relative"
+
+    for name in ("knn_data_path", "knn_k", "knn_global_pool"):
+        if getattr(given, name) is not None and not given.knn_interval:
+            raise ValueError(f"--{name} is for k-NN during training: give --knn_interval N, or omit it")
+    if given.knn_interval:
+        fill_in(given, {"knn_k": 20, "knn_global_pool": False})
+
+    if given.mask_block and given.mask_regular:
+        raise ValueError("--mask_block and --mask_regular are two mask patterns: give one")
+    pattern = given.mask_block or given.mask_regular
+    if pattern and given.mask_strategy not in (None, "random"):
+        name = "--mask_block" if given.mask_block else "--mask_regular"
+        raise ValueError(f"{name} and --mask_strategy {given.mask_strategy} both choose the masks: give one")
+    by_loss = given.score_by == "loss"
+    if given.mask_strategy is None:
+        given.mask_strategy = "easy_to_hard" if (given.learning_loss or by_loss) and not pattern else "random"
+    if given.mask_strategy != "random" and not (given.learning_loss or by_loss):
+        raise ValueError(
+            f"--mask_strategy {given.mask_strategy} needs the loss predictor: omit --no-learning_loss, or give "
+            "--score_by loss"
+        )
+    resolve_teacher(given, by_loss)
+
+
+def resolve_teacher(given: argparse.Namespace, by_loss: bool) -> None:
+    """What the EMA teacher sees, in place.
+
+    Raises:
+        ValueError: options of the predictor or the teacher that do not go with the target or the masks.
+    """
+    if given.predictor_depth is not None and not given.learning_loss:
+        raise ValueError("--predictor_depth is for the loss predictor: omit it, or omit --no-learning_loss")
+    if given.mask_strategy == "random" and (by_loss or given.teacher_keep not in (None, 1.0)):
+        name = "--score_by loss" if by_loss else "--teacher_keep"
+        raise ValueError(f"{name} is for masks chosen by score, and the masks are random: omit it")
+    if by_loss and given.teacher_keep == 1:
+        raise ValueError("--score_by loss needs patches hidden from the teacher: give --teacher_keep below 1")
+    if given.teacher_keep is None:
+        given.teacher_keep = 1 - given.mask_ratio if by_loss else 1.0
+    if given.teacher_keep < 1 and given.target == "ema":
+        name = "--score_by loss" if by_loss else "--teacher_keep"
+        raise ValueError(f"--target ema needs the teacher's features of the whole image: omit {name}")
+
+
+def resolve_val_fraction(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
+    """--val_fraction of an evaluation, in place: the recorded one if none is given.
+
+    Args:
+        recorded: options of the checkpoint that is evaluated or resumed; {} without one.
+    """
+    given.val_split = recorded.get("val_split")
+    given.origins["val_fraction"] = "option"
+    if given.eval and given.val_fraction is None:
+        given.val_fraction, given.origins["val_fraction"] = recorded.get("val_fraction"), "checkpoint"
+
+
+def data_name(given: argparse.Namespace) -> str:
+    """--data_path for the log."""
+    if given.data_path is None:
+        return "Shapes, images drawn by the program (no --data_path was given)"
+    return given.data_path if isinstance(given.data_path, str) else summarize(given.data_path)
 
 
 def describe(parser: OptionParser, given: argparse.Namespace) -> None:

@@ -1,11 +1,21 @@
-"""The images of a classifier, with labels that mean its outputs."""
+"""The images of a script: a classifier's, with labels that mean its outputs; pre-training's; batches of evaluation."""
 
 import argparse
 import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from util.data.classes import class_record, count_classes, label_as, match_classes
-from util.data.sources import Source, build_source, build_splits, check_value_range
-from util.run.distributed import from_rank_zero
+from util.data.datasets import ImageDataset
+from util.data.held_out import Subset, fingerprint
+from util.data.loader import ShardSampler, build_loader
+from util.data.places import has_split
+from util.data.shapes import DEFAULT_SIZES
+from util.data.sources import Source, build_source, build_splits, check_value_range, hold_out
+from util.run.distributed import World, from_rank_zero
 
 log = logging.getLogger("hpm")
 
@@ -13,8 +23,9 @@ log = logging.getLogger("hpm")
 def read_splits(given: argparse.Namespace, num_outputs: int | None, owner: str) -> tuple[Source | None, Source]:
     """Training and validation images; with `--eval` there are only the latter. All ranks call it together.
 
-    Resolves `nb_classes` and `classes` in place. `classes` (`class_record`) are those of the classifier that is resumed
-    or evaluated, to which labels are matched by name, or None for a new one.
+    Resolves `nb_classes`, `classes` and `val_split` in place. `classes` (`class_record`) are those of the classifier
+    that is resumed or evaluated, to which labels are matched by name, or None for a new one; `val_split` is the
+    fingerprint of the images that its training held out.
 
     Args:
         num_outputs: of the classifier that is evaluated; None if it does not say.
@@ -23,22 +34,115 @@ def read_splits(given: argparse.Namespace, num_outputs: int | None, owner: str) 
     Raises:
         ValueError: no such images, or classes that the classifier does not have.
     """
-    settings = {
+    settings, trained = _settings(given), given.val_split
+    train: Source | None
+    if given.eval:
+        val = _read_val(given, settings)
+        given.nb_classes = given.nb_classes or num_outputs or int(val.labels.max()) + 1
+        train, val = None, label_as(given.classes, given.nb_classes, val, owner)
+    else:
+        counts = (given.shapes_train, given.shapes_val)
+        train, val = build_splits(given.data_path, counts, val_fraction=given.val_fraction, **settings)
+        if given.classes is not None:
+            train, val = (match_classes(given.classes, source, "the run") for source in (train, val))
+        given.classes = given.classes or class_record(train)
+        given.nb_classes = count_classes(train, val, given.nb_classes)
+    record_val_split(given, val)
+    if given.eval and trained is not None and given.val_split not in (None, trained):
+        log.warning("--val_fraction holds out other images than in training: some of them may have been trained on")
+    _warn_of_range(given, train or val)
+    return train, val
+
+
+def read_pretraining(given: argparse.Namespace) -> tuple[Source, Source | None]:
+    """Training images, and with --val_fraction those that are held out. All ranks call it together.
+
+    Resolves `val_split` in place.
+
+    Raises:
+        ValueError: no such images.
+    """
+    settings: dict[str, Any] = {"labels_needed": False, **_settings(given)}
+    train: Source
+    val: Source | None = None
+    if given.val_fraction is not None:
+        train, val = hold_out(given.data_path, given.val_fraction, **settings)
+    else:
+        train = build_source(given.data_path, "train", shapes_count=given.shapes_train, **settings)
+    record_val_split(given, val)
+    _warn_of_range(given, train)
+    return train, val
+
+
+def record_val_split(given: argparse.Namespace, val: Source | None) -> None:
+    """Resolve `val_split`, in place: what --val_fraction holds out."""
+    given.val_split = None
+    if isinstance(val, Subset):
+        given.val_split = fingerprint(val)
+        log.info("held out  %s images (--val_fraction %g)", f"{len(val):,}", given.val_fraction)
+
+
+def _settings(given: argparse.Namespace) -> dict[str, Any]:
+    return {
         "cache_dir": given.cache_dir,
         "value_range": given.value_range,
         "max_image_pixels": given.max_image_pixels,
         "on_rank_zero": from_rank_zero,
     }
-    if given.eval:
-        val = build_source(given.data_path, "val", shapes_count=given.shapes_val, **settings)
-        given.nb_classes = given.nb_classes or num_outputs or int(val.labels.max()) + 1
-        train, val = None, label_as(given.classes, given.nb_classes, val, owner)
-    else:
-        train, val = build_splits(given.data_path, (given.shapes_train, given.shapes_val), **settings)
-        if given.classes is not None:
-            train, val = (match_classes(given.classes, source, "the run") for source in (train, val))
-        given.classes = given.classes or class_record(train)
-        given.nb_classes = count_classes(train, val, given.nb_classes)
-    if warning := from_rank_zero(lambda: check_value_range(train or val, given.value_range)):
+
+
+def _read_val(given: argparse.Namespace, settings: dict[str, Any]) -> Source:
+    """The val split; a --val_fraction that comes from the checkpoint is for data that have none."""
+    if given.val_fraction is not None and given.origins["val_fraction"] == "checkpoint":
+        path, cache_dir = given.data_path, given.cache_dir
+        if path is None or from_rank_zero(lambda: has_split(path, "val", cache_dir)):
+            given.val_fraction = None
+    if given.val_fraction is not None:
+        return hold_out(given.data_path, given.val_fraction, **settings)[1]
+    return build_source(given.data_path, "val", shapes_count=given.shapes_val, **settings)
+
+
+def _warn_of_range(given: argparse.Namespace, source: Source) -> None:
+    if warning := from_rank_zero(lambda: check_value_range(source, given.value_range)):
         log.warning("%s", warning)
-    return train, val
+
+
+def read_knn_splits(given: argparse.Namespace) -> dict[str, Source]:
+    """The labelled images of --knn_interval, "train" and "test" (the val split). All ranks call it together.
+
+    Raises:
+        ValueError: there are none, or fewer than --knn_k.
+    """
+    counts = (given.shapes_train, DEFAULT_SIZES["val"])
+    path, val_fraction = given.knn_data_path, None
+    if path is None:  # the images of the run
+        path, val_fraction = given.data_path, given.val_fraction
+    try:
+        train, val = build_splits(path, counts, val_fraction=val_fraction, **_settings(given))
+        count_classes(train, val, None)
+    except ValueError as error:
+        raise ValueError(f"--knn_interval needs labelled images, give them as --knn_data_path: {error}") from error
+    if given.knn_k > len(train):
+        raise ValueError(f"--knn_k {given.knn_k} of {len(train):,} training images: choose fewer neighbours")
+    log.info(
+        "k-NN      every %d epochs: %s training images, %s queries",
+        given.knn_interval,
+        f"{len(train):,}",
+        f"{len(val):,}",
+    )
+    return {"train": train, "test": val}
+
+
+def evaluation_loader(
+    source: Source,
+    crop: Callable[[Any], Tensor],
+    world: World,
+    *,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    dataset: type[ImageDataset] = ImageDataset,
+) -> DataLoader:
+    """Batches of this rank's part of the images, each image once over all ranks."""
+    sampler = ShardSampler(len(source), batch_size, world.rank, world.size)
+    return build_loader(dataset(source, crop), sampler, num_workers, pin_memory)

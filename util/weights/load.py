@@ -163,6 +163,8 @@ def _hint(weights: dict[str, Tensor], own: dict[str, Tensor], missing: list[str]
         return f"give --nb_classes {len(weights[mismatched[0]])}"
     if same_width and mismatched == ["patch_embed.proj.weight"]:
         return f"give --patch_size {weights['patch_embed.proj.weight'].shape[-1]}"
+    if "heads.0.weight" in weights and "cls_token" not in weights:
+        return "they are the heads of a linear probe: evaluate them with main_linprobe.py --eval"
     parts = {name.split(".")[0] for name in missing}
     if not mismatched and parts == {"norm"} and "fc_norm.weight" in weights:
         return "they were fine-tuned with the mean of the patch tokens, so give --global_pool"

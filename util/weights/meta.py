@@ -1,6 +1,7 @@
 """What a checkpoint's metadata and tensor names say about its model."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,25 +55,64 @@ def meta_of_header(header: dict[str, str]) -> dict[str, Any]:
 
 
 def meta_of_folder(folder: Path) -> dict[str, Any]:
-    """Sizes, decoder, mean, std and crop in the configuration files of a Hugging Face folder; {} without them."""
+    """Sizes, decoder, mean, std, crop and classes in the configuration files of a folder that transformers or timm
+    saved; {} without them."""
     config, processor = (_read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
+    if isinstance(config.get("pretrained_cfg"), dict):
+        return _meta_of_timm(config)
     known = {"model_type", "image_size", "patch_size"} <= config.keys()
     if not known or config.get("hidden_size") not in MODEL_OF_WIDTH:
         return {}
-    options = {"input_size": config["image_size"], "patch_size": config["patch_size"]}
+    options: dict[str, Any] = {"input_size": _side(config["image_size"]), "patch_size": _side(config["patch_size"])}
     if config["model_type"] == "vit_mae":
         options["target"] = "norm_pixel" if config.get("norm_pix_loss") else "pixel"
         options["decoder_num_heads"] = config.get("decoder_num_attention_heads", 16)
         options["mask_ratio"] = config.get("mask_ratio", 0.75)
+    elif "ViTForImageClassification" in config.get("architectures", []):
+        options["global_pool"] = False
     if "classes" in config:
         options["classes"] = config["classes"]
-    image = {}
-    if processor.get("do_normalize", True) and {"image_mean", "image_std"} <= processor.keys():
-        image = {"mean": processor["image_mean"], "std": processor["image_std"]}
+    image = _pixels_of(processor)
+    if config.get("value_range"):
+        image["value_range"] = config["value_range"]
     edge = processor.get("size", {})
     if processor.get("do_center_crop") and isinstance(edge, dict) and "shortest_edge" in edge:
-        options["crop_pct"] = config["image_size"] / edge["shortest_edge"]
+        options["crop_pct"] = min(1.0, options["input_size"] / edge["shortest_edge"])
     return {"model": MODEL_OF_WIDTH[config["hidden_size"]], "options": options, "image": image}
+
+
+def _pixels_of(processor: dict[str, Any]) -> dict[str, Any]:
+    """Mean and std for values in 0..1 that do what a Hugging Face image processor does to values in 0..255."""
+    scale = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255
+    if not processor.get("do_normalize", True):
+        return {"mean": [0.0] * 3, "std": [1 / scale] * 3}
+    if not {"image_mean", "image_std"} <= processor.keys():
+        return {}
+    return {name: [x / scale for x in processor[f"image_{name}"]] for name in ("mean", "std")}
+
+
+def _meta_of_timm(config: dict[str, Any]) -> dict[str, Any]:
+    """`config.json` of a folder that timm saved for the Hugging Face hub; {} for a network that is no ViT of ours."""
+    given, patch = config["pretrained_cfg"], re.search(r"_patch(\d+)", config.get("architecture", ""))
+    if patch is None or config.get("num_features") not in MODEL_OF_WIDTH:
+        return {}
+    size = config.get("model_args", {}).get("img_size") or given.get("input_size", [3, 224, 224])[-1]
+    options: dict[str, Any] = {"input_size": _side(size), "patch_size": int(patch[1])}
+    if "crop_pct" in given:
+        options["crop_pct"] = given["crop_pct"]
+    if config.get("num_classes"):
+        options["global_pool"] = config.get("global_pool") == "avg"
+    if isinstance(names := config.get("label_names"), list):
+        options["classes"] = {"names": names, "numbered": False}
+    image = {name: list(given[name]) for name in ("mean", "std") if name in given}
+    return {"model": MODEL_OF_WIDTH[config["num_features"]], "options": options, "image": image}
+
+
+def _side(size: int | list[int]) -> int:
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) > 1:
+        raise ValueError(f"config.json gives a size of {size}: only squares are supported")
+    return sides.pop()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,252 @@
+"""Predict the classes of images: images in, a CSV file out.
+
+    python predict.py --checkpoint output_dir/finetune/checkpoint-best.pth --data_path photos/
+    python predict.py --checkpoint output_dir/finetune/checkpoint-best.pth --data_path a.jpg more.tar --features a.npz
+
+Images need no labels: any folder, archive or file, several too. One process. FINETUNE.md describes the output.
+"""
+
+import argparse
+import copy
+import logging
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+import models_load
+import models_vit
+from util.data.datasets import ImageDataset, Sample
+from util.data.decode import REASONS, UnreadableImage
+from util.data.sources import Source, build_source
+from util.data.transforms import ToModelInput
+from util.run import distributed, options, resolve
+from util.run.amp import Amp
+from util.run.classwise import write_csv
+from util.run.folder import write_atomic
+from util.run.logger import track
+from util.run.splits import evaluation_loader
+from util.weights.meta import settings_of
+
+log = logging.getLogger("hpm")
+
+TOP = 5
+PIXELS = ("mean", "std", "value_range")
+NAMED = 20  # unreadable images named in the log; the CSV names all
+
+
+def get_args_parser() -> options.OptionParser:
+    parser = options.OptionParser((__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a classifier: a checkpoint of main_finetune.py or main_linprobe.py, MAE's, timm's, a .safetensors file "
+        "or a Hugging Face folder; with --features and no --output, any encoder",
+    )
+    parser.add_argument("--output", help="CSV file to write (default: predictions.csv)")
+    parser.add_argument(
+        "--features", help="also store the features, the input of the classifier: .npz (features, files) or .npy"
+    )
+    parser.add_argument("--split", help="train or val, if the folder or archive has splits (default: all images)")
+    parser.add_argument(
+        "--class_names", help="names of the classes, one per line, or imagenet (default: those in the checkpoint)"
+    )
+    parser.add_argument("--batch_size", type=options.COUNT, default=64, help="images per forward pass")
+    options.add_data_options(parser, num_workers=10, splits=("val",), layout=options.IMAGES)
+    options.add_device_options(parser)
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("--which", choices=["student", "ema"], default="student", help="weights of an HPM checkpoint")
+    group.add_argument("--input_size", type=options.COUNT, help="image size in pixels (default: the checkpoint's)")
+    options.add_crop_option(group)
+    group.add_argument(
+        "--model", choices=list(models_vit.MODELS), metavar="MODEL", help="size (default: by width and depth)"
+    )
+    options.add_pooling_options(group, default=None)
+    group.add_argument("--encoder", help="of a linear probe: the file it was trained on (default: its recorded path)")
+    group.add_argument(
+        "--head", type=options.COUNT, help="of a linear probe: number of the head, from 1 (default: best)"
+    )
+    return parser
+
+
+def resolve_options(args: argparse.Namespace, world: distributed.World) -> argparse.Namespace:
+    """Fill in what follows from other options, and reject impossible settings.
+
+    Raises:
+        ValueError: options that contradict each other, or outputs that cannot be written.
+    """
+    args = copy.copy(args)
+    if world.size > 1:
+        raise ValueError(f"predict.py runs in one process, not {world.size}: start it with python, without torchrun")
+    args.paths, args.origins = {}, {}
+    if args.data_path is None and args.split not in (None, "train", "val"):
+        raise ValueError(f"--split {args.split}: Shapes have train and val")
+    for name, path, suffixes in (
+        ("output", args.output or "predictions.csv", (".csv",)),
+        ("features", args.features, (".npz", ".npy")),
+    ):
+        if path is None:
+            continue
+        args.paths[name] = Path(path)
+        if Path(path).suffix not in suffixes or Path(path).is_dir():
+            raise ValueError(f"--{name} {path}: expected the name of a file, {' or '.join(suffixes)}")
+    resolve.resolve_workers(args, world, 10)
+    return args
+
+
+class MarkUnreadable(ImageDataset):
+    """`ImageDataset` in which an unreadable image is a black one with the reason, instead of an error."""
+
+    def __getitem__(self, key: Any) -> Sample:
+        try:
+            return super().__getitem__(key)
+        except UnreadableImage as error:
+            black = self.transform(np.zeros((8, 8, 3), dtype=np.uint8))
+            return Sample(black, 0, key, bad=key, reason=REASONS.index(error.reason))
+
+
+def open_checkpoint(args: argparse.Namespace) -> tuple[models_vit.VisionTransformer, Any, list[str]]:
+    """The model, its transform and the names of its classes; [] for an encoder without classes.
+
+    Raises:
+        ValueError: no such weights, or no classifier and no --features to store.
+    """
+    settings = {name: getattr(args, name) for name in ("input_size", "crop_pct", "model", *PIXELS)}
+    weights, meta = models_load.read_weights(args.checkpoint, args.which, args.encoder, args.head)
+    for name in PIXELS:
+        found = "default" if settings_of(meta).get(name) is None else "checkpoint"
+        args.origins[name] = "option" if getattr(args, name) else found
+    if "head.weight" not in weights and args.features and not args.output and not args.class_names:
+        model, transform = models_load.encoder_of(
+            args.checkpoint, weights, meta, global_pool=args.global_pool, **settings
+        )
+        return model, transform, []
+    if args.global_pool is not None:
+        raise ValueError("--global_pool and --cls_token are for encoders, a classifier has its own pooling: omit them")
+    model, transform, names = models_load.classifier_of(args.checkpoint, weights, meta, **settings)
+    if args.class_names:
+        names = read_names(args.class_names, model.num_classes)
+    if not names:
+        log.info("classes   %s stores no names: predictions are numbers (--class_names)", args.checkpoint)
+    return model, transform, names or [str(k) for k in range(model.num_classes)]
+
+
+def read_names(path: str, num_classes: int) -> list[str]:
+    """Names of the classes: lines of a file, or WordNet id and description of ImageNet's classes.
+
+    Raises:
+        ValueError: no such file, or another number of names than classes.
+    """
+    if path == "imagenet":
+        info = ImageNetInfo("imagenet-1k")
+        names = [f"{name} {info.label_name_to_description(name)}" for name in info.label_names()]
+    elif not Path(path).is_file():
+        raise ValueError(f"--class_names {path}: no such file; give a file with one name per line, or imagenet")
+    else:
+        names = Path(path).read_text(encoding="utf-8", errors="backslashreplace").splitlines()
+    if len(names) != num_classes:
+        raise ValueError(f"--class_names {path} has {len(names):,} names, the checkpoint {num_classes:,} classes")
+    return names
+
+
+@torch.no_grad()
+def predict(
+    model: models_vit.VisionTransformer, batches: Any, amp: Amp, to_model_input: ToModelInput, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features (N, E), probabilities and classes of the best five (N, 5), and why an image is unreadable (N,), -1 if it
+    is not. Rows of unreadable images are NaN."""
+    top = min(TOP, model.num_classes)
+    features = torch.full((count, model.num_features), torch.nan)
+    shares, classes = torch.full((count, top), torch.nan), torch.zeros(count, top, dtype=torch.long)
+    reasons = torch.full((count,), -1)
+    for images, _, index, _, reason in batches:
+        with amp.autocast():
+            pooled = model.pooled_features(to_model_input(images))  # (B, E)
+            logits = model.head(pooled).float()  # (B, K)
+        good, kept = reason < 0, index[reason < 0]
+        reasons[index] = reason
+        features[kept] = pooled.float().cpu()[good]
+        if top:
+            best = logits.softmax(dim=-1).topk(top, dim=-1)
+            shares[kept], classes[kept] = best.values.cpu()[good], best.indices.cpu()[good]
+    return features, shares, classes, reasons
+
+
+def report_unreadable(source: Source, reasons: Tensor) -> None:
+    """Name the images that have no prediction, the first ones, and count them by reason."""
+    bad = (reasons >= 0).nonzero().flatten().tolist()
+    for index in bad[:NAMED]:
+        log.warning("unreadable (%s): %s", REASONS[reasons[index]], source.name(index))
+    if bad:
+        counts = {reason: int((reasons == k).sum()) for k, reason in enumerate(REASONS)}
+        text = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
+        log.warning("%s of %s images are unreadable (%s): no predictions", f"{len(bad):,}", f"{len(source):,}", text)
+
+
+def write_features(path: Path, features: Tensor, files: list[str]) -> None:
+    """.npy: (N, E) float32; .npz: the same as `features`, and the names of the images as `files`."""
+    if path.suffix == ".npy":
+        write_atomic(path, partial(np.save, arr=features.numpy()))
+    else:
+        write_atomic(path, partial(np.savez, features=features.numpy(), files=np.array(files)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    with options.user_mistakes():
+        world = distributed.read_environment()
+        args = resolve_options(get_args_parser().parse_args(argv), world)
+        device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
+        model, transform, names = open_checkpoint(args)
+        source = build_source(
+            args.data_path,
+            args.split or ("val" if args.data_path is None else None),
+            labels_needed=False,
+            value_range=transform.value_range,
+            max_image_pixels=args.max_image_pixels,
+            shapes_count=args.shapes_val,
+            cache_dir=args.cache_dir,
+        )
+        if not names:
+            del args.paths["output"]
+        for path in args.paths.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()  # raises before the work if nothing can be written there
+
+    log.info("data      %s: %s images", resolve.data_name(args), f"{len(source):,}")
+    log.info("model     %s, %d classes, %d pixels", args.checkpoint, len(names), model.patch_embed.img_size[0])
+    args.device, args.precision = device.type, amp.name
+    args.mean, args.std, args.value_range = transform.mean, transform.std, transform.value_range
+    resolve.describe(get_args_parser(), args)
+    model = model.to(device)
+    amp.choose_attention(model)
+    if args.compile:
+        model.pooled_features = torch.compile(model.pooled_features)
+    settings = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    pin_memory = args.pin_mem and device.type == "cuda"
+    loader = evaluation_loader(source, transform.crop, world, pin_memory=pin_memory, dataset=MarkUnreadable, **settings)
+    to_model_input = ToModelInput(transform.mean, transform.std, device, flip=False)
+    batches = track(loader, len(source), "predictions")
+    features, shares, classes, reasons = predict(model, batches, amp, to_model_input, len(source))
+
+    report_unreadable(source, reasons)
+    files = [source.name(index) for index in range(len(source))]
+    if "features" in args.paths:
+        write_features(args.paths["features"], features, files)
+    if "output" in args.paths:
+        ranks = range(1, shares.shape[1] + 1)
+        rows: list[list[str]] = [["file", *(f"{what}{k}" for k in ranks for what in ("class", "prob")), "unreadable"]]
+        for file, row, best, reason in zip(files, shares.tolist(), classes.tolist(), reasons.tolist(), strict=True):
+            pairs = [(names[k], f"{share:.6f}") if reason < 0 else ("", "") for k, share in zip(best, row, strict=True)]
+            rows.append([file, *(value for pair in pairs for value in pair), "" if reason < 0 else REASONS[reason]])
+        write_csv(args.paths["output"], rows)
+    for path in args.paths.values():
+        log.info("wrote     %s", path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Names of splits, and the numbered files of one: train-000000.tar, val-00000-of-00004.parquet."""
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from util.data.files import summarize
+
+log = logging.getLogger("hpm")
+
+SHARD_SUFFIXES = (".tar", ".parquet")
+
+_ALIASES = {"val": ("val", "validation", "valid")}
+_NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?")  # the Hugging Face Hub appends hashes
+_MOST = 1_000_000  # names from a pattern
+
+
+class NoSuchSplit(ValueError):
+    """The data set has no such split."""
+
+
+def names_of(split: str) -> tuple[str, ...]:
+    """The names that the folders and files of a split can have."""
+    return _ALIASES.get(split, (split,))
+
+
+def is_named(path: Path, split: str) -> bool:
+    """Whether the name of a file, or if that names no split its folder's, has the name of a split as a word."""
+
+    def has(name: str, wanted: str) -> bool:
+        return any(word in names_of(wanted) for word in re.split(r"[^a-z]+", name.lower()))
+
+    if any(has(path.stem, other) for other in ("train", "val", "test", split)):
+        return has(path.stem, split)
+    return path.parent.name in names_of(split)
+
+
+def of_split(files: list[Path], split: str, whole: bool) -> list[Path]:
+    """The shards of a split, by their names; with `whole`, shards whose names say nothing are the "train" split.
+
+    Raises:
+        NoSuchSplit: none.
+        ValueError: names that say nothing or two splits, or a file that is there twice.
+    """
+    splits = {file: [name for name in {"train", "val", "test", split} if is_named(file, name)] for file in files}
+    if len(splits) < len(files):
+        twice = next(file for number, file in enumerate(files) if file in files[:number])
+        raise ValueError(f"--data_path names {twice} twice, so its images would be used twice")
+    named = [file for file in files if splits[file]]
+    if not named and whole and split == "train":
+        return files
+    wrong = [str(file) for file in files if len(splits[file]) != 1]
+    if wrong and named:
+        raise ValueError(f"which split is {summarize(wrong)}? A name must contain either train or val")
+    chosen = [file for file in files if split in splits[file]]
+    if not chosen:
+        names = summarize([file.name for file in files])
+        raise NoSuchSplit(f"--data_path: none of {names} has {split} in its name, as in {split}-000000.tar")
+    return chosen
+
+
+def is_numbered(file: Path) -> bool:
+    return file.suffix in SHARD_SUFFIXES and _NUMBERED.fullmatch(file.stem) is not None
+
+
+def numbered_sets(files: Iterable[Path]) -> list[list[Path]]:
+    """Numbered files, grouped by what surrounds the number, in the order of the numbers.
+
+    Raises:
+        ValueError: two files with the same number.
+    """
+    sets: dict[tuple[str, str, str], dict[int, Path]] = {}
+    for file in sorted(files):
+        if (match := _NUMBERED.fullmatch(file.stem)) and file.suffix in SHARD_SUFFIXES:
+            prefix, number, total = match.groups()
+            group = sets.setdefault((prefix, total or "", file.suffix), {})
+            if int(number) in group:
+                other = group[int(number)].name
+                raise ValueError(f"{file.parent} contains both {other} and {file.name}: move one of them elsewhere")
+            group[int(number)] = file
+    return [[group[number] for number in sorted(group)] for group in sets.values()]
+
+
+def warn_of_gaps(files: list[Path]) -> None:
+    """Warn of missing numbers among numbered files."""
+    found = [(int(match[2]), match[3]) for file in files if (match := _NUMBERED.fullmatch(file.stem))]
+    if len(found) < 2:
+        return
+    numbers, total = [number for number, _ in found], found[0][1]
+    first, end = (0, int(total)) if total else (min(1, *numbers), max(numbers))
+    missing = [str(number) for number in sorted(set(range(first, end)) - set(numbers))]
+    if missing:
+        log.warning("%s and %d others: numbers %s are missing", files[0], len(files) - 1, summarize(missing))
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern stands for, as in a shell: a{b,c} and a{000..123}, also nested.
+
+    Raises:
+        ValueError: a brace that is not closed, or too many names.
+    """
+    start = pattern.find("{")
+    if start < 0:
+        return [pattern]
+    depth, cuts, end = 0, [start], None
+    for place, character in enumerate(pattern[start:], start):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            end = place
+            break
+        if character == "," and depth == 1:
+            cuts.append(place)
+    if end is None:
+        raise ValueError(f"--data_path {pattern}: a brace is not closed")
+    parts = [pattern[a + 1 : b] for a, b in zip(cuts, [*cuts[1:], end], strict=True)]
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)", parts[0]) if len(parts) == 1 else None:
+        first, last = (int(number) for number in match.groups())
+        width = max(map(len, match.groups())) if any(re.match("0.", number) for number in match.groups()) else 0
+        if abs(last - first) >= _MOST:
+            raise ValueError(f"--data_path {pattern} stands for more than {_MOST:,} names")
+        step = 1 if last >= first else -1
+        choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    elif len(parts) == 1:
+        raise ValueError(f"--data_path {pattern}: expected {{000..123}} or {{a,b}}, found {{{parts[0]}}}")
+    else:
+        choices = [choice for part in parts for choice in expand_braces(part)]
+    ends = expand_braces(pattern[end + 1 :])
+    if len(choices) * len(ends) > _MOST:
+        raise ValueError(f"--data_path {pattern} stands for more than {_MOST:,} names")
+    return [pattern[:start] + choice + rest for choice in choices for rest in ends]
