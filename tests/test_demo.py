@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 
 import pytest
 import torch
@@ -78,3 +79,20 @@ def test_notebook_runs(small, shipped, monkeypatch):
     namespace["plt"].close("all")
     assert len(shown) == 6
     assert all(result.isfinite().all() for result in namespace["result"].values())
+
+
+def test_lines_of_the_readme(monkeypatch):
+    """They load the shipped checkpoint and give features."""
+    monkeypatch.chdir(ROOT)
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    namespace = {}
+    exec(lines, namespace)
+    assert namespace["features"].shape == (1, 128)
+
+
+def test_what_the_demo_runs_is_documented_as_such():
+    """scripts/demo.sh and results.md give the same settings."""
+    script, text = (ROOT / "scripts" / "demo.sh").read_text(), (ROOT / "docs" / "results.md").read_text()
+    for option in ("--ema_decay 0.95", "--teacher_keep 0.25", "--epochs 8", "--batch_size 32"):
+        assert option in script
+        assert option in text

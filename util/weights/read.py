@@ -106,7 +106,7 @@ def check_archive(path: Path) -> None:
 
 
 def strip_wrappers(state_dict: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Strip the prefixes that DDP and torch.compile add to names; keep tensors only, those of half precision as fp32."""
+    """Strip the prefixes that DDP and torch.compile add to names. Only tensors are kept, half precision as fp32."""
     stripped = {}
     for name, value in state_dict.items():
         while name.startswith(_WRAPPERS):
