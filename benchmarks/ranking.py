@@ -1,4 +1,8 @@
-"""Rank correlation of predicted and true patch losses, for benchmarks/study.py.
+"""Rank correlation of predicted and true patch losses: does the teacher know which patches are hard?
+
+    python -m benchmarks.ranking --checkpoint output_dir/checkpoint-last.pth --data_path /imagenet
+
+Without --data_path it uses Shapes. benchmarks/study.py measures every run with it.
 
 Shapes: B batch, C channels, H, W image, L patches, M masked, E encoder width, F decoder width.
 """
@@ -17,8 +21,10 @@ from util import masking
 from util.data.datasets import ImageDataset
 from util.data.sources import build_source
 from util.data.transforms import CenterCrop, ToModelInput
-from util.rng import generator
-from util.run import checkpoint
+from util.rng import generator, seed_all
+from util.run import checkpoint, distributed, options
+from util.run.logger import log, setup_logging
+from util.weights.load import read_meta
 
 
 @torch.no_grad()
@@ -85,8 +91,11 @@ def teacher_correlation(
     return float(torch.stack(found).mean())
 
 
-def rank_correlations(args: argparse.Namespace, path: Path, device: torch.device) -> dict[str, float]:
-    """Rank correlation of predicted and true patch losses, mean over validation images.
+def rank_correlations(
+    args: argparse.Namespace, path: Path, device: torch.device, trained: bool = True
+) -> dict[str, float]:
+    """Rank correlation of predicted and true patch losses, mean over validation images. With `trained` False, those of
+    the freshly initialised model that the run started from.
 
     With a predictor: `masked`, predicted by the student from the visible patches, as it was trained to; `student` and
     `teacher`, by the student and by the EMA teacher from the whole image; `mask_tokens`, by the teacher from the whole
@@ -103,15 +112,18 @@ def rank_correlations(args: argparse.Namespace, path: Path, device: torch.device
     images = torch.stack([dataset[i].image for i in picked])
     imgs = ToModelInput(image["mean"], image["std"], device, flip=False)(images)
     settings = argparse.Namespace(**content["options"])
+    seed_all(settings.seed)
     model = main_pretrain.build_model(settings).to(device).eval()
-    model.load_state_dict(content["state_dict"])
+    if trained:
+        model.load_state_dict(content["state_dict"])
     found = {}
     errors, expected = masked_errors(model, imgs, args.rank_masks, settings.mask_ratio)
     if expected is not None:
         found["masked"] = float(spearman(expected, errors).mean())
         with torch.no_grad():
             found["student"] = float(spearman(model.predict_loss(imgs), errors).mean())
-    model.load_state_dict(content["ema_state_dict"])
+    if trained:
+        model.load_state_dict(content["ema_state_dict"])
     sampler = masking.MaskSampler.from_options(content["options"], model.patch_embed.grid_size)
     if model.learning_loss:
         with torch.no_grad():
@@ -120,3 +132,37 @@ def rank_correlations(args: argparse.Namespace, path: Path, device: torch.device
     if sampler.num_hidden:
         found["hidden"] = teacher_correlation(model, imgs, errors, sampler, args.rank_masks)
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def get_args_parser() -> options.OptionParser:
+    parser = options.OptionParser((__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--checkpoint", required=True, help="checkpoint of a run of main_pretrain.py with an EMA teacher"
+    )
+    parser.add_argument("--data_path", help="as in main_pretrain.py, with a val split (default: Shapes)")
+    parser.add_argument("--rank_images", type=options.COUNT, default=100, help="number of validation images")
+    parser.add_argument("--rank_masks", type=options.COUNT, default=16, help="random masks per image")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where available)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> tuple[float, float]:
+    """Returns: the correlation of the scores that choose the masks with the true errors, before and after training."""
+    setup_logging(enabled=True)
+    with options.user_mistakes():
+        args = get_args_parser().parse_args(argv)
+        path, device = Path(args.checkpoint), distributed.pick_device(args.device, distributed.World(0, 1, 0, 1))
+        meta = read_meta(path)
+        if meta.get("script") != main_pretrain.SCRIPT:
+            raise ValueError(f"{path} is not a checkpoint of main_pretrain.py")
+        args.input_size = meta["options"]["input_size"]
+        found = [rank_correlations(args, path, device, trained) for trained in (False, True)]
+        before, after = (values.get("hidden", values.get("teacher")) for values in found)
+        if before is None or after is None:
+            raise ValueError(f"{path} has no EMA teacher that ranks patches: its run had neither predictor nor scores")
+    log.info("Spearman of the teacher's ranking with the true error: untrained %.3f, trained %.3f", before, after)
+    return before, after
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from util.run.distributed import World
 
-DOCUMENTS = sorted(path for folder in (".", "docs", "recipes") for path in (ROOT / folder).glob("*.md"))
+DOCUMENTS = sorted(path for folder in (".", "docs", "recipes", "demo") for path in (ROOT / folder).glob("*.md"))
 TEXTS = [*DOCUMENTS, ROOT / "requirements.txt", *(ROOT / "scripts").glob("*.sh"), *(ROOT / "recipes").glob("*.sh")]
 
 # Official names and commands that the documents mention as such.

@@ -1,4 +1,8 @@
-"""Shapes: a data set of ten classes of coloured shapes on textured backgrounds, drawn by the program.
+"""Shapes: a data set of ten classes of shapes, drawn by the program.
+
+The class is the shape alone: colours, size, place, tilt and the texture of the background are drawn independently of
+it, and all classes cover the same area, so the pixels of an image say little about its class. Plain background is easy
+to reconstruct; outlines and texture are hard.
 
 An image is a function of (seed, split, index) alone, with the same bits on every machine: pixels come from additions,
 multiplications, divisions and square roots of IEEE doubles. Sines are avoided (a rotation is a rational point of the
@@ -55,6 +59,7 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.sort(_edge_distances(x, y, _PENTAGRAM), axis=0)[3]  # the second largest
 
 
+# Signed distances, negative inside, of shapes about as large as the unit circle.
 _DISTANCE = {
     "arrow": _arrow,
     "circle": _circle,
@@ -66,6 +71,20 @@ _DISTANCE = {
     "square": lambda x, y: _box(x, y, 0.8, 0.8),
     "star": _star,
     "triangle": lambda x, y: _polygon(x, y, _TRIANGLE),
+}
+
+# Their areas, to draw all of them equally large.
+_AREA = {
+    "arrow": 1.59,
+    "circle": 3.14,
+    "crescent": 1.53,
+    "cross": 2.21,
+    "diamond": 1.1,
+    "half": 1.57,
+    "ring": 2.01,
+    "square": 2.56,
+    "star": 1.13,
+    "triangle": 1.3,
 }
 
 
@@ -84,87 +103,61 @@ class _Draw:
     def array(self, *shape: int) -> np.ndarray:
         return self._stream.random(shape)
 
-    def rotation(self) -> tuple[float, float]:
-        """(cosine, sine) of a random angle, close to uniform, as a rational point of the circle."""
-        t = self.uniform(-1.0, 1.0)
-        t = t * (1.2071 - 0.2071 * t * t)  # makes the angle nearly uniform
-        cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
-        return (-cosine, -sine) if self.choice(2) else (cosine, sine)
+    def rotation(self, most: float = 1.0) -> tuple[float, float]:
+        """(cosine, sine) of a random angle between -a and a, where tan(a / 2) is `most`, as a rational point of the
+        circle; 1 for a right angle."""
+        t = self.uniform(-most, most)
+        return (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+
+    def contrasting(self, colour: np.ndarray) -> np.ndarray:
+        """Of four random colours, the one farthest from `colour`."""
+        colours = self.array(4, 3)
+        return colours[np.square(colours - colour).sum(axis=1).argmax()]
 
 
 def draw_shape(seed: int, split: str, index: int, size: int = 64) -> tuple[np.ndarray, int]:
     """Image `index` of a split: (size, size, 3) uint8 and its label, an index into `CLASSES`."""
     draw = _Draw(seed, SPLITS[split], index)
     label = index % len(CLASSES)
-    centres = (np.arange(size) + 0.5) / size * 2 - 1
-    x, y = np.meshgrid(centres, -centres)  # y points up
+    centres = (np.arange(size) + 0.5) / size * 2 - 1  # of the pixels, from left to right; y points up
     pixel = 2 / size
 
-    image, ground = _ground(draw, x, y)
-    for _ in range(draw.choice(4)):  # clutter: small specks, squares and bars
-        width, height = draw.uniform(0.03, 0.12), draw.uniform(0.03, 0.3)
-        distance = _box(*_place(draw, x, y, reach=1.0, scale=1.0), width, height)
-        image = _paint(image, distance / pixel, draw.array(3), draw.uniform(0.5, 1.0))
+    ground = draw.array(3)
+    image = np.empty((size, size, 3))
+    image[:] = ground
+    if draw.uniform(0, 1) < 0.5:
+        _paint_texture(draw, image, centres, ground)
 
-    scale = draw.uniform(0.45, 0.8)
-    local_x, local_y = _place(draw, x, y, reach=0.95 - scale, scale=scale)
-    distance = _DISTANCE[CLASSES[label]](local_x, local_y) * (scale / pixel)
-    colour = _contrasting(draw, ground)
-    shading = 1 + draw.uniform(-0.35, 0.35) * local_x[:, :, None]
-    image = _paint(image, distance, colour * shading, 1.0)
-    noise = (draw.array(size, size, 1) - 0.5) * draw.uniform(0.0, 0.08)
-    return ((image + noise).clip(0, 1) * 255 + 0.5).astype(np.uint8), label
+    name = CLASSES[label]
+    colour = draw.contrasting(ground)
+    scale = draw.uniform(0.4, 0.7) * np.sqrt(1.6 / _AREA[name])
+    x0, y0 = draw.uniform(-0.6, 0.6), draw.uniform(-0.6, 0.6)  # the border may cut a part off
+    cosine, sine = draw.rotation(0.2)  # up to 23 degrees either way
+    x, y = np.meshgrid((centres - x0) / scale, (-centres - y0) / scale)
+    distance = _DISTANCE[name](x * cosine + y * sine, y * cosine - x * sine) * (scale / pixel)
+    image += (colour - image) * _cover(distance)
+    return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8), label
 
 
-def _place(draw: _Draw, x: np.ndarray, y: np.ndarray, reach: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates in the frame of a shape at a random position and angle."""
-    x0, y0 = draw.uniform(-reach, reach), draw.uniform(-reach, reach)
+def _cover(distance: np.ndarray) -> np.ndarray:
+    """Opacity of a shape from distances in pixels, with a soft edge of one pixel: (H, W) -> (H, W, 1)."""
+    return (0.5 - distance).clip(0, 1)[:, :, None]
+
+
+def _paint_texture(draw: _Draw, image: np.ndarray, centres: np.ndarray, ground: np.ndarray) -> None:
+    """Stripes or checks over a part of the background, in place, behind a straight line."""
+    x, y = np.meshgrid(centres, -centres)
     cosine, sine = draw.rotation()
-    x, y = (x - x0) / scale, (y - y0) / scale
-    return x * cosine + y * sine, y * cosine - x * sine
-
-
-def _paint(image: np.ndarray, distance: np.ndarray, colour: np.ndarray, opacity: float) -> np.ndarray:
-    """Paint a colour where `distance` (in pixels) is negative, with a soft edge of one pixel."""
-    cover = ((0.5 - distance).clip(0, 1) * opacity)[:, :, None]
-    return image * (1 - cover) + colour * cover
-
-
-def _contrasting(draw: _Draw, ground: np.ndarray) -> np.ndarray:
-    """Of eight random colours, the one farthest from the background colour."""
-    colours = draw.array(8, 3)
-    return colours[np.square(colours - ground).sum(axis=1).argmax()]
-
-
-def _ground(draw: _Draw, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Background (size, size, 3) of stripes, checks or smooth noise under a gradient, and its mean colour."""
-    first, second = draw.array(3), draw.array(3)
-    second = first + (second - first) * 0.6
-    cosine, sine = draw.rotation()
-    u, v = x * cosine + y * sine, y * cosine - x * sine
-    period = draw.uniform(0.25, 0.8)
-    kind = draw.choice(3)
-    if kind == 0:
-        mix = _wave(u / period)
-    elif kind == 1:
-        mix = 0.5 + 2 * (_wave(u / period) - 0.5) * (_wave(v / period) - 0.5)
-    else:
-        mix = _smooth_noise(draw, len(x), 4 + draw.choice(5))
-    gradient = 1 + draw.uniform(-0.3, 0.3) * u
-    return (first + (second - first) * mix[:, :, None]) * gradient[:, :, None], (first + second) / 2
+    side = 1 - 2 * draw.choice(2)
+    u, v = (x * cosine + y * sine) * side, y * cosine - x * sine
+    period = draw.uniform(0.15, 0.35)
+    mix = _wave(u / period)
+    if draw.choice(2):
+        mix = 0.5 + 2 * (mix - 0.5) * (_wave(v / period) - 0.5)
+    second = (draw.contrasting(ground) - ground) * 0.35
+    image += second * (mix[:, :, None] * _cover((draw.uniform(0.0, 0.6) - u) * (len(centres) / 2)))
 
 
 def _wave(phase: np.ndarray) -> np.ndarray:
     """Triangle wave of period 1 with clipped peaks, in [0, 1]."""
     return ((np.abs(phase - np.floor(phase) - 0.5) - 0.25) * 4 + 0.5).clip(0, 1)
-
-
-def _smooth_noise(draw: _Draw, size: int, cells: int) -> np.ndarray:
-    """Value noise (size, size): random values at the corners of `cells` x `cells` cells, smoothly interpolated."""
-    corners = draw.array(cells + 1, cells + 1)
-    place = (np.arange(size) + 0.5) / size * cells
-    cell = np.minimum(place.astype(int), cells - 1)
-    t = place - cell
-    t = t * t * (3 - 2 * t)
-    rows = corners[cell] * (1 - t)[:, None] + corners[cell + 1] * t[:, None]  # (size, cells + 1)
-    return rows[:, cell] * (1 - t) + rows[:, cell + 1] * t

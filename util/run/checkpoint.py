@@ -203,6 +203,8 @@ def check_resumable(
     """The options that changed since the checkpoint; for the arguments and errors see `Run.check`."""
     if state["script"] != script:
         raise ValueError(f"{path} is of a run of {state['script']}, not of {script}: choose another --output_dir")
+    if "optimizer" not in state:
+        raise ValueError(f"{path} holds weights only and cannot be resumed from: give it to --load_from or --finetune")
     before = state["options"]
     for name in fixed:
         if before.get(name) != options.get(name):

@@ -106,11 +106,11 @@ def check_archive(path: Path) -> None:
 
 
 def strip_wrappers(state_dict: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Strip the prefixes that DDP and torch.compile add to names; keep tensors only."""
+    """Strip the prefixes that DDP and torch.compile add to names. Only tensors are kept, half precision as fp32."""
     stripped = {}
     for name, value in state_dict.items():
         while name.startswith(_WRAPPERS):
             name = name.split(".", 1)[1]
         if isinstance(value, torch.Tensor):
-            stripped[name] = value
+            stripped[name] = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     return stripped
