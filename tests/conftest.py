@@ -1,5 +1,6 @@
 """Shared fixtures. Tests run on the CPU with one thread, so that two test processes do not get in each other's way."""
 
+import logging
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
@@ -24,3 +25,11 @@ def _repeatable():
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def log(caplog):
+    """What the scripts log, as caplog."""
+    logging.getLogger("hpm").propagate = True
+    caplog.set_level(logging.INFO, "hpm")
+    return caplog

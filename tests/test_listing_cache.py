@@ -1,7 +1,6 @@
 """Listings of archives are stored, used, and never outlive a change of the archive."""
 
 import io
-import logging
 import os
 import tarfile
 
@@ -28,13 +27,6 @@ def opened(monkeypatch):
 
     monkeypatch.setattr(archives.tarfile, "open", count)
     return paths
-
-
-@pytest.fixture
-def log(caplog):
-    logging.getLogger("hpm").propagate = True
-    caplog.set_level(logging.INFO, "hpm")
-    return caplog
 
 
 def stored(folder):

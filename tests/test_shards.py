@@ -1,7 +1,6 @@
 """WebDataset shards: the same images, labels, order and resume as the folder they were made from."""
 
 import io
-import logging
 import pickle
 import resource
 import tarfile
@@ -27,13 +26,6 @@ def content(source):
 
 def splits(path, **kwargs):
     return build_splits(path if isinstance(path, list) else str(path), (1, 1), None, lambda find: find(), **kwargs)
-
-
-@pytest.fixture
-def log(caplog):
-    logging.getLogger("hpm").propagate = True
-    caplog.set_level(logging.INFO, "hpm")
-    return caplog
 
 
 def layouts(tmp_path):
