@@ -111,7 +111,8 @@ def rank_correlations(
     image = content["image"]
     images = torch.stack([dataset[i].image for i in picked])
     imgs = ToModelInput(image["mean"], image["std"], device, flip=False)(images)
-    settings = argparse.Namespace(**content["options"])
+    defaults = vars(main_pretrain.get_args_parser().parse_args([]))  # of options that are newer than the checkpoint
+    settings = argparse.Namespace(**{**defaults, **content["options"]})
     seed_all(settings.seed)
     model = main_pretrain.build_model(settings).to(device).eval()
     if trained:
