@@ -27,6 +27,7 @@ def state(epoch=1, **kwargs):
             "script": "main_pretrain",
             "model": "m",
             "state_dict": {"w": torch.arange(4.0)},
+            "optimizer": {},
             "epoch": epoch,
             "step": 0,
         },

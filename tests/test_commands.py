@@ -121,6 +121,7 @@ def pictured(tmp_path_factory):
     run("main_pretrain", *training.split(), "--shapes_train", 4, "--output_dir", folder / runs[0])
     for name in runs[1:]:
         shutil.copytree(folder / runs[0], folder / name)
+    shutil.copy(ROOT / "demo/hpm_micro_tiny_imagenet.pth", folder / "demo")
     weights = torch.load(folder / "demo/checkpoint-last.pth", weights_only=True)["state_dict"]
     encoder_and_decoder = {name: tensor for name, tensor in weights.items() if "losspred" not in name}
     torch.save({"model": encoder_and_decoder}, folder / "MAE.pth")
@@ -130,6 +131,8 @@ def pictured(tmp_path_factory):
     images = members(per_class=1)
     write_tree(folder / "photos", {name.replace("/", "_"): data for name, data in images.items()})
     write_tree(folder, dict(zip(("a.jpg", "b.jpg"), images.values(), strict=False)))
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+    write_tree(folder / "photos/skimage/data", dict(zip(names, images.values(), strict=False)))
     write_tar(folder / "data.tar", images)
     write_tar(folder / "cifar10_images.tar.gz", images, "w:gz")
     return folder, sizes.split()

@@ -44,6 +44,12 @@ def steps_shown(process, count):
     return "".join(shown)
 
 
+def heed_signals():
+    """Tests that run in the background may ignore some, and what they start would, too."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def signalled(script, options, number, after, processes=1, whom=lambda process: -process.pid):
     """Start a script, send a signal once `after` steps are logged; its exit status and output.
 
@@ -51,7 +57,13 @@ def signalled(script, options, number, after, processes=1, whom=lambda process: 
     """
     words = command(script, options, processes)
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=heed_signals,
     )
     shown = steps_shown(process, after)
     os.kill(whom(process), number)
