@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pre-train MAE and HPM on drawn images (Shapes), compare their features with those of a random encoder and with raw
 # pixels, measure whether the teacher knows which patches are hard, and draw pictures. The last one shows photographs,
-# with a checkpoint of demo/. About three minutes on two CPU cores. Output: ./output_dir/demo, or the first argument.
+# with a checkpoint of demo/. Three and a half minutes on two CPU cores. Output: ./output_dir/demo, or the first argument.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
@@ -19,7 +19,7 @@ hpm="--predictor_depth 1 --teacher_keep 0.25 --ema_decay 0.95 --ema_decay_final 
 
 step() { echo; echo "== $*"; }
 knn() { # prints the log on standard error and the accuracy on standard output
-    $python main_knn.py --nb_knn 20 --global_pool --num_workers 0 --device cpu "$@" | tee /dev/stderr |
+    $python main_knn.py --nb_knn 20 --global_pool --num_workers 0 --device cpu "$@" | tee >(cat >&2) |
         sed -n 's/^20-NN  top-1 \([0-9.]*\).*/\1/p'
 }
 
@@ -43,7 +43,7 @@ step "3/5  k-NN on the features of both, and Spearman correlation of the teacher
 began=$SECONDS
 mae=$(knn --finetune "$out/mae/checkpoint-last.pth")
 mined=$(knn --finetune "$out/hpm/checkpoint-last.pth")
-ranking=$($python -m benchmarks.ranking --checkpoint "$out/hpm/checkpoint-last.pth" --device cpu | tee /dev/stderr)
+ranking=$($python -m benchmarks.ranking --checkpoint "$out/hpm/checkpoint-last.pth" --device cpu | tee >(cat >&2))
 read -r before after < <(sed -n 's/.*untrained \([-0-9.]*\), trained \([-0-9.]*\)$/\1 \2/p' <<< "$ranking")
 evaluation=$((SECONDS - began))
 
