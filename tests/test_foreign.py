@@ -12,7 +12,7 @@ from torch import nn
 import models_hpm
 import models_vit
 from util.weights.hugging_face import from_hugging_face, is_hugging_face, to_hugging_face
-from util.weights.load import load_into, load_pretrained
+from util.weights.load import load_into, load_pretrained, read_meta
 from util.weights.read import read_file
 
 
@@ -82,6 +82,28 @@ def test_a_flipped_byte_is_detected(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         read_file(path)
+
+
+def test_metadata_are_read_without_the_tensors_and_verified(tmp_path):
+    path = tmp_path / "a.pth"
+    options = {"epochs": 123456789}
+    content = {"format": "hpm", "script": "s", "model": "m", "epoch": 3, "step": 0, "options": options, "image": {}}
+    torch.save({**content, "w": torch.zeros(1000)}, path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        tensor = next(i for i in archive.infolist() if i.file_size == 4000)
+    places = {"tensor": tensor.header_offset + 2000, "options": whole.index((123456789).to_bytes(4, "little"))}
+    for name, place in places.items():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        if name == "tensor":
+            assert read_meta(path)["options"] == options
+        else:
+            with pytest.raises(ValueError, match="damaged"):
+                read_meta(path)
+        with pytest.raises(ValueError, match="damaged"):
+            read_file(path)
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert read_meta(tmp_path / "old.pth")["options"] == options
 
 
 def hugging_face(prefix="vit.", decoder="decoder.decoder_layers.0"):

@@ -78,7 +78,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         return meta_of_folder(path)
     if path.suffix == ".safetensors" and path.is_file():
         return meta_of_header(read_header(path)) or meta_of_folder(path.parent)
-    content = read_file(path)
+    content = read_file(path, tensors=False)
     if content.get("format") != FORMAT:
         return {}
     return {name: content[name] for name in ("script", "model", "epoch", "step", "options", "image")}

@@ -26,10 +26,13 @@ If you trust it, convert it once:
   torch.save(checkpoint["model"], "{stem}_weights.pth")  # or the key of the weights: see checkpoint.keys()"""
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path, tensors: bool = True) -> dict[str, Any]:
     """The content of a .pth, .pt, .bin or .safetensors file, or of a Hugging Face folder, on the CPU.
 
     Only tensors, plain containers and `argparse.Namespace` (in MAE's and DINO's files) are unpickled.
+
+    Args:
+        tensors: False for the rest of a large file in little time: tensors are then neither read nor verified.
 
     Raises:
         ValueError: no such file, a damaged one, or one that would run code (with the lines that convert it).
@@ -44,10 +47,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-    check_archive(path)
+    is_archive = check_archive(path, tensors)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive and not tensors)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:
@@ -84,25 +87,36 @@ def _weights_in_folder(folder: Path) -> Path:
     raise ValueError(f"{folder} is a folder without model.safetensors or pytorch_model.bin: give a checkpoint file")
 
 
-def check_archive(path: Path) -> None:
-    """Verify the checksums of a zip file (as torch.save writes); torch itself loads a flipped byte silently.
+def check_archive(path: Path, tensors: bool = True) -> bool:
+    """Verify the checksums of a zip file (as torch.save writes); torch itself loads a flipped byte silently. Returns
+    whether it is one.
+
+    Args:
+        tensors: False to verify all but the tensors.
 
     Raises:
         ValueError: the file is truncated or altered, or a TorchScript archive.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
-            return  # the format before torch 1.6 has no checksums
+            return False  # the format before torch 1.6 has no checksums
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            damaged = archive.testzip()
+            if tensors:
+                damaged = archive.testzip()
+            else:
+                damaged = None
+                for name in names:
+                    if name.endswith("/data.pkl"):
+                        archive.read(name)  # raises if it does not match its checksum
     except Exception as error:  # a damaged directory makes zipfile raise nearly any exception
         raise ValueError(f"{path} is truncated or damaged ({error})") from error
     if damaged is not None:
         raise ValueError(f"{path} is damaged: {damaged} does not match its checksum")
     if any(name.split("/", 1)[-1].startswith("code/") for name in names):
         raise ValueError(_CONVERT_TORCHSCRIPT.format(path=path, stem=path.stem))
+    return True
 
 
 def strip_wrappers(state_dict: dict[str, Any]) -> dict[str, torch.Tensor]:
