@@ -106,7 +106,7 @@ def macs_per_image(script: str, args: argparse.Namespace) -> float:
 
 
 def _count(model: nn.Module, train: bool, size: int = 224) -> float:
-    """Floating-point operations of a model on the meta device for one image. The fused attention is left out, since its
+    """Floating-point operations of a model on the meta device for one image. The fused attention is excluded, since its
     backward pass recomputes a product."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):

@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import torch
 
+import main_pretrain
 import models_hpm
 from benchmarks.report import ratio, table, with_range
 from benchmarks.trainer import ALONE, METHODS, PARTS, Case, Trainer, step_flops, synchronize
@@ -98,6 +99,7 @@ def get_args_parser() -> options.OptionParser:
     parser.add_argument("--repeats", type=options.COUNT, default=7, help="rounds, of which the median is taken")
     parser.add_argument("--steps", type=options.COUNT, default=1, help="consecutive steps per measurement")
     parser.add_argument("--product_side", type=options.COUNT, help="size of the matrices (default: 2048, 8192 on CUDA)")
+    options.add_switch(parser, "flops", False, "print multiply-accumulates per image, and measure nothing")
     options.add_switch(parser, "parts", False, "also print the share of each part of the step")
     options.add_switch(
         parser, "memory", False, "also print peak memory; on the CPU each case runs again in its own process"
@@ -132,6 +134,9 @@ def main(argv: list[str] | None = None) -> None:
         cases = [Case(*values) for values in itertools.product(*(getattr(args, name) for name in names))]
         size = ["--input_size", str(args.input_size)]
         size += ["--patch_size", str(args.patch_size)] if args.patch_size else []
+        if args.flops:
+            log.info("\n%s", operations(args.model, args.method, size))
+            return
         trainers = {case: Trainer(case, device, size) for case in cases}
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     log.info("%s, PyTorch %s", name, torch.__version__)
@@ -162,6 +167,19 @@ def main(argv: list[str] | None = None) -> None:
         rows = [[str(case), *part_shares(seconds[case])] for case in cases]
         log.info("\npercent of the step\n%s", table(["case", *PARTS], rows))
     compare(steps)
+
+
+def operations(models: list[str], methods: list[str], size: list[str]) -> str:
+    """A table of the multiply-accumulates of a step per image, and of their ratio to MAE's."""
+    rows = []
+    for model in models:
+        flops = {}
+        for method in dict.fromkeys(["mae", *methods]):
+            words = [*Case(model, method, "fp32", "no", 1).options(), *size, "--device", "cpu"]
+            given = main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(words), ALONE)
+            flops[method] = step_flops(given, 1)
+        rows += [[model, name, f"{flops[name] / 2e9:.1f} G", f"{flops[name] / flops['mae']:.2f}"] for name in methods]
+    return table(["model", "method", "multiply-accumulates", ": MAE"], rows)
 
 
 def compare(steps: dict[Case, list[float]]) -> None:

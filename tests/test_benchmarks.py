@@ -25,6 +25,15 @@ def test_operations_of_a_step_of_the_base_model():
     }
 
 
+def test_step_prints_operations_without_measuring(monkeypatch):
+    monkeypatch.setattr("benchmarks.step.Trainer", None)
+    size = ["--model", "mae_vit_micro_patch16", "--input_size", 32, "--patch_size", 8]
+    log = run("benchmarks.step", "--flops", "--method", "hpm", "predictor", *size)
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in log.splitlines() if line.startswith("| mae_")]
+    assert [row[0] for row in rows] == ["hpm", "predictor"]
+    assert 1 < float(rows[1][2]) < float(rows[0][2]) < 3
+
+
 def test_step_prints_its_tables():
     """Two methods, eager; the parts are those of the engine."""
     tiny = ["--model", "mae_vit_micro_patch16", "--input_size", "16", "--patch_size", "4", "--device", "cpu"]
