@@ -60,9 +60,7 @@ def train_one_epoch(
                 if feature_teacher is not None and not isinstance(feature_teacher, EMATeacher):
                     target = feature_teacher(images)  # (B, L, D)
                 if teacher is not None and (features_from_ema or masks.num_hardest(loop.epoch) > 0):
-                    hidden = None  # (B, L)
-                    if masks.num_hidden > 0:
-                        hidden = masks.draw_hidden(len(images), device=images.device)
+                    hidden = masks.draw_hidden(len(images), device=images.device)  # (B, L), or None
                     scores, tokens = teacher.score(images, hidden, masks.num_hidden, target)  # (B, L), (B, L, E)
                     target = tokens if features_from_ema else target
 

@@ -230,14 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         weights = load_pretrained(args.weights, args.which) if args.weights and not resumed else None
         outputs = len(weights["head.weight"]) if weights is not None and "head.weight" in weights else None
         train, val = read_splits(args, outputs, args.weights)
-        val_loader = evaluation_loader(
-            val,
-            transforms.CenterCrop(args.input_size, args.crop_pct),
-            world,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            pin_memory=pin_memory,
-        )
+        val_loader = evaluation_loader(args, val, transforms.CenterCrop(args.input_size, args.crop_pct), world)
         if run is not None and train is not None:
             args.initial = run.check_initial_weights(
                 args.weights, lambda: fingerprint(weights or load_pretrained(args.weights, args.which))

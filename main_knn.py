@@ -231,9 +231,7 @@ def extract_all(
         encode, width = build_encode(args, encoder.to(device), amp), encoder.embed_dim
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=False)
     crop = transforms.CenterCrop(args.input_size, args.crop_pct)
-    settings = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    settings["pin_memory"] = args.pin_mem and device.type == "cuda"
-    loaders = {split: evaluation_loader(source, crop, world, **settings) for split, source in sources.items()}
+    loaders = {split: evaluation_loader(args, source, crop, world) for split, source in sources.items()}
     labels = {split: torch.from_numpy(source.labels) for split, source in sources.items()}
     return extract_splits(encode, loaders, labels, amp, to_model_input, width, world.size)
 

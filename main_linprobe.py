@@ -193,14 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         encoder.compile(fullgraph=True)
     heads = nn.ModuleDict({"norm": probe.norm, "heads": probe.heads})
     names = [f" lr {lr:g}" for lr in args.lr] if len(args.lr) > 1 else [""]
-    val_loader = evaluation_loader(
-        val,
-        transforms.CenterCrop(args.input_size, args.crop_pct),
-        world,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        pin_memory=pin_memory,
-    )
+    val_loader = evaluation_loader(args, val, transforms.CenterCrop(args.input_size, args.crop_pct), world)
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=False)
     score = partial(evaluate, probe, val_loader, amp, to_model_input, heads=names)
     if trained is not None:

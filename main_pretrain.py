@@ -129,11 +129,9 @@ def score_knn(
     encoder, _ = models_load.build_encoder(weights, *shape, global_pool=args.knn_global_pool, path="the student")
     amp.choose_attention(encoder.to(device))
     crop = CenterCrop(args.input_size, resolve.evaluation_crop(args.input_size, {}))
-    pin_memory = args.pin_mem and device.type == "cuda"
-    settings = {"batch_size": args.batch_size, "num_workers": args.num_workers, "pin_memory": pin_memory}
     features = extract_splits(
         lambda images: F.normalize(encoder(images).float(), dim=-1),
-        {split: evaluation_loader(source, crop, world, **settings) for split, source in sources.items()},
+        {split: evaluation_loader(args, source, crop, world) for split, source in sources.items()},
         {split: torch.from_numpy(source.labels) for split, source in sources.items()},
         amp,
         ToModelInput(args.mean, args.std, device, flip=False),

@@ -240,9 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     amp.choose_attention(model)
     if args.compile:
         model.pooled_features = torch.compile(model.pooled_features)
-    settings = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    pin_memory = args.pin_mem and device.type == "cuda"
-    loader = evaluation_loader(source, transform.crop, world, pin_memory=pin_memory, dataset=MarkUnreadable, **settings)
+    loader = evaluation_loader(args, source, transform.crop, world, dataset=MarkUnreadable)
     to_model_input = ToModelInput(transform.mean, transform.std, device, flip=False)
     batches = track(loader, len(source), "predictions")
     features, shares, classes, reasons = predict(model, batches, amp, to_model_input, len(source))

@@ -1,12 +1,15 @@
 """Small image files and data sets, generated for tests."""
 
 import io
+import pickle
 import struct
 import tarfile
 import zlib
 
 import numpy as np
 from PIL import Image
+
+from util.data.sources import build_splits
 
 
 def picture(seed=0, size=(40, 48), mode="RGB"):
@@ -110,3 +113,23 @@ def write_shards(pattern, split="train", per_shard=5, label="names", files=None)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tar(path, dict(reversed(shard.items())))  # write_tar reverses them again
     return pattern.parent
+
+
+def splits(path, **kwargs):
+    """Both splits of --data_path, as the scripts read them."""
+    return build_splits(path if isinstance(path, list) else str(path), (1, 1), None, lambda find: find(), **kwargs)
+
+
+def content(source):
+    return [(source.load(i).tobytes(), int(source.labels[i])) for i in range(len(source))]
+
+
+def same_as_the_folder(tmp_path, layouts):
+    """Check that all layouts {name: --data_path} hold the images, labels and order of `members`, also where a worker
+    receives them pickled. Yields the name and the splits of each."""
+    expected = [content(source) for source in splits(write_tree(tmp_path / "tree"))]
+    for name, path in layouts.items():
+        sources = splits(path)
+        assert [content(source) for source in sources] == expected, name
+        assert [content(pickle.loads(pickle.dumps(source))) for source in sources] == expected, name
+        yield name, sources

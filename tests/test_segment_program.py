@@ -172,7 +172,7 @@ def test_evaluation_needs_no_training_images(tmp_path, trained):
     path = write_tar(tmp_path / "ade.tar", files)
     given = ["--data_path", path, "--num_workers", 0, "--finetune", folder / "checkpoint-last.pth"]
     log = run("main_segment", "--eval", *given, "--output_dir", tmp_path)
-    assert "1 classes occur in no label and are left out of the mean: road" in log
+    assert "1 classes occur in no label and are excluded from the mean: road" in log
     assert (tmp_path / "iou.tsv").read_text().splitlines()[-1] == "2\troad\t0\tabsent\tabsent"
 
 

@@ -23,10 +23,7 @@ class EMATeacher:
     def score(
         self, imgs: Tensor, hidden: Tensor | None = None, num_hidden: int = 0, target: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Teacher forward: (B, C, H, W) -> scores (B, L), patch tokens (B, L, E); see the model's `predict_loss`, and
-        `score_patches` where patches are hidden."""
-        if hidden is None:
-            return self.module.predict_loss(imgs, return_tokens=True)
+        """Teacher forward: (B, C, H, W) -> scores (B, L), patch tokens (B, L, E); see the model's `score_patches`."""
         return self.module.score_patches(imgs, hidden, num_hidden, target)
 
     def compile(self, fullgraph: bool) -> None:

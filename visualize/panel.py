@@ -189,7 +189,7 @@ def score_title(masks: MaskSampler, teacher: MaskedAutoencoderViT | None) -> tup
     title = "loss of the teacher" if by_loss else "predicted hardness"
     if masks.num_hidden == 0:
         return title, "all patches visible"
-    return title, f"of {masks.num_hidden} patches hidden from the teacher"
+    return title, f"of {masks.num_hidden} hidden patches"
 
 
 def mask_titles(masks: MaskSampler, epochs: Sequence[int]) -> dict[int, str]:

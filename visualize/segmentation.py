@@ -67,7 +67,7 @@ class Report:
         log.info("%s%s", title, line)
         if scores.absent:
             absent = ", ".join(self.names[index].split(",")[0] for index in scores.absent)
-            log.warning("%d classes occur in no label and are left out of the mean: %s", len(scores.absent), absent)
+            log.warning("%d classes occur in no label and are excluded from the mean: %s", len(scores.absent), absent)
         text = f"# {title}{line}\n{iou_table(scores, self.names)}"
 
         def write() -> None:

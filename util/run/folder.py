@@ -134,7 +134,7 @@ def events_folder(log_dir: str, name: str, run: Path) -> Path:
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl, one per completed epoch; a line that a crash cut off is left out. [] without the file."""
+    """The lines of log.jsonl, one per completed epoch; a line that a crash cut off is skipped. [] without the file."""
     lines = []
     with contextlib.suppress(FileNotFoundError):
         for line in (Path(folder) / LOG).read_text().splitlines():

@@ -134,15 +134,13 @@ def read_knn_splits(given: argparse.Namespace) -> dict[str, Source]:
 
 
 def evaluation_loader(
+    given: argparse.Namespace,
     source: Source,
     crop: Callable[[Any], Tensor],
     world: World,
-    *,
-    batch_size: int,
-    num_workers: int,
-    pin_memory: bool,
     dataset: type[ImageDataset] = ImageDataset,
 ) -> DataLoader:
     """Batches of this rank's part of the images, each image once over all ranks."""
-    sampler = ShardSampler(len(source), batch_size, world.rank, world.size)
-    return build_loader(dataset(source, crop), sampler, num_workers, pin_memory)
+    sampler = ShardSampler(len(source), given.batch_size, world.rank, world.size)
+    pin_memory = given.pin_mem and given.device == "cuda"
+    return build_loader(dataset(source, crop), sampler, given.num_workers, pin_memory)
