@@ -86,7 +86,7 @@ def evaluate(
 
     for (images, labels), _, index, *_ in batches:
         logits = slide(predict, to_model_input(images)[0], model.crop, stride, model.num_classes)  # (K, h, w)
-        prediction = resize(logits[None], labels.shape[1:])[0].argmax(dim=0)  # (H, W)
+        prediction = resize(logits[None], labels.shape[1:])[0].max(dim=0).indices  # (H, W); argmax is slow on the CPU
         matrix.update(prediction, labels[0].to(amp.device))
         if on_prediction is not None:
             on_prediction(int(index), prediction)

@@ -75,7 +75,7 @@ BUDGET = [
 ]
 
 # Those of the segmentation; lines without it, and those written before there was one, have None.
-SEGMENT = ["segment_data", "segment_size", "segment_steps"]
+SEGMENT = ["segment_data", "segment_size", "segment_steps", "segment_lr"]
 
 
 def get_args_parser() -> options.OptionParser:
@@ -135,6 +135,9 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--finetune_blr", type=options.POSITIVE, default=2e-3, help="base learning rate of fine-tuning")
     group.add_argument("--segment_size", type=options.COUNT, default=128, help="image size of the segmentation")
     group.add_argument("--segment_steps", type=options.COUNT, default=600, help="steps of its linear head")
+    group.add_argument(
+        "--segment_lr", type=options.POSITIVE, default=1e-2, help="learning rate of that head; 1e-3 is for long runs"
+    )
     group.add_argument(
         "--rank_images", type=options.COUNT, default=256, help="validation images of the rank correlation"
     )
@@ -266,11 +269,11 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
 
 def segment(args: argparse.Namespace, folder: Path, shared: list[Any]) -> dict[str, float]:
     """mIoU in percent of a frozen linear head and of the 10 nearest patches, on the encoder of a run."""
-    size, steps = args.segment_size, args.segment_steps
-    path = folder / f"segment-{Path(args.segment_path).name.split('.')[0]}-{size}-{steps}"
+    size, steps, lr = args.segment_size, args.segment_steps, args.segment_lr
+    path = folder / f"segment-{Path(args.segment_path).name.split('.')[0]}-{size}-{steps}-{lr:g}"
     given = [*shared, "--data_path", args.segment_path, "--finetune", folder / "pretrain" / LAST]
     given += ["--crop", size, "--input_size", size]
-    linear = ["--head", "linear", "--steps", steps, "--eval_interval", steps]
+    linear = ["--head", "linear", "--steps", steps, "--lr", lr, "--eval_interval", steps]
     main_segment.main([str(word) for word in [*given, *linear, "--output_dir", path]])
     knn = main_segment.main([str(word) for word in [*given, "--head", "knn", "--output_dir", path]])
     return {"segment_linear": read_log(path)[-1]["test_mIoU"], "segment_knn": knn["10-NN"]}

@@ -121,7 +121,8 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
         columns |= SEGMENTATION
         text.append(
             f"mIoU: {budget['segment_data']}, {budget['segment_size']} pixels, a frozen linear head trained for "
-            f"{budget['segment_steps']} steps, and the 10 nearest patches; scored at original size."
+            f"{budget['segment_steps']} steps (lr {budget['segment_lr']:g}), and the 10 nearest patches; scored at "
+            "original size."
         )
     rows = []
     for name, found in runs.items():

@@ -157,7 +157,7 @@ def test_segmentation_is_a_budget_and_two_columns_of_its_own(tmp_path, capsys):
     first, second = capsys.readouterr().out.split("\n\n\n")
     assert "mIoU" not in first
     assert "30.50 ± 0.00 |  23.25 ± 0.00" in " ".join(second.split()).replace(" | ", " |  ")
-    assert "msrc.tar, 128 pixels, a frozen linear head trained for 600 steps" in second
+    assert "msrc.tar, 128 pixels, a frozen linear head trained for 600 steps (lr 0.01)" in second
 
 
 def test_segmentation_of_a_run(tmp_path, monkeypatch):
@@ -172,5 +172,6 @@ def test_segmentation_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "read_log", lambda path: [{"test_mIoU": 30.0}])
     assert study.segment(args, tmp_path, ["--seed", 3]) == {"segment_linear": 30.0, "segment_knn": 23.0}
     assert [call["--head"] for call in calls] == ["linear", "knn"]
+    assert calls[0]["--lr"] == "0.01"
     assert all(call["--finetune"] == str(tmp_path / "pretrain/checkpoint-last.pth") for call in calls)
     assert all(call["--input_size"] == call["--crop"] == "128" for call in calls)
