@@ -59,8 +59,10 @@ def train_one_epoch(
             with torch.no_grad(), amp.autocast():
                 if feature_teacher is not None and not isinstance(feature_teacher, EMATeacher):
                     target = feature_teacher(images)  # (B, L, D)
-                if teacher is not None and (features_from_ema or masks.num_hardest(loop.epoch) > 0):
-                    hidden = masks.draw_hidden(len(images), device=images.device)  # (B, L), or None
+                if teacher is not None and (features_from_ema or masks.num_hardest[loop.epoch] > 0):
+                    hidden = None  # or (B, L)
+                    if masks.num_hidden > 0:
+                        hidden = masks.draw_hidden(len(images), device=images.device)
                     scores, tokens = teacher.score(images, hidden, masks.num_hidden, target)  # (B, L), (B, L, E)
                     target = tokens if features_from_ema else target
 

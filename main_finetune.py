@@ -53,7 +53,7 @@ def get_args_parser() -> options.OptionParser:
     options.add_crop_option(group)
     group.add_argument(
         "--drop_path",
-        type=options.number(float, low=0, below=1),
+        type=options.FRACTION_OR_ZERO,
         default=0.1,
         help="stochastic depth; MAE: 0.1 for base, 0.2 for large, 0.3 for huge",
     )
@@ -67,7 +67,7 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--min_lr", type=options.NOT_NEGATIVE, default=1e-6, help="final learning rate of the cosine")
     group.add_argument(
         "--layer_decay",
-        type=options.number(float, above=0, high=1),
+        type=options.FRACTION_OR_ONE,
         default=0.75,
         help="layer-wise lr decay: multiplier per block from head to patch embedding; HPM: 0.8; MAE: 0.65 for base, "
         "0.75 for large and huge",
@@ -80,7 +80,7 @@ def get_args_parser() -> options.OptionParser:
     group = parser.add_argument_group("augmentation")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's RandAugment or AutoAugment; '' disables it")
     group.add_argument("--color_jitter", type=options.NOT_NEGATIVE, help="colour jitter, used if --aa is empty")
-    group.add_argument("--smoothing", type=options.number(float, low=0, below=1), default=0.1, help="label smoothing")
+    group.add_argument("--smoothing", type=options.FRACTION_OR_ZERO, default=0.1, help="label smoothing")
     group.add_argument("--reprob", type=options.SHARE, default=0.25, help="probability of random erasing")
     group.add_argument("--remode", choices=["pixel", "rand", "const"], default="pixel", help="fill of random erasing")
     group.add_argument("--recount", type=options.COUNT, default=1, help="maximum number of erased boxes per image")
@@ -204,11 +204,10 @@ def describe(args: argparse.Namespace, train: Source | None, val: Source) -> Non
     """The start of the log: what will be trained, on what, and how."""
     pooling = "mean of patch tokens" if args.global_pool else "class token"
     count = "no" if train is None else f"{len(train):,}"
-    log.info("data      %s: %s training images, %s validation images", resolve.data_name(args), count, f"{len(val):,}")
     origin = args.origins
     log.info("model     %s (%s), %d classes, %s", args.model, origin["model"], args.nb_classes, pooling)
     log.info("image     %d pixels (%s) in patches of %d", args.input_size, origin["input_size"], args.patch_size)
-    resolve.describe(get_args_parser(), args)
+    resolve.describe(get_args_parser(), args, f"{count} training images, {len(val):,} validation images")
 
 
 @record
@@ -232,12 +231,14 @@ def main(argv: list[str] | None = None) -> None:
         train, val = read_splits(args, outputs, args.weights)
         val_loader = evaluation_loader(args, val, transforms.CenterCrop(args.input_size, args.crop_pct), world)
         if run is not None and train is not None:
-            args.initial = run.check_initial_weights(
-                args.weights, lambda: fingerprint(weights or load_pretrained(args.weights, args.which))
-            )
             sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
             args.steps_per_epoch = sampler.num_batches // args.accum_iter
-            run.check(vars(args), FIXED)
+            args.initial = run.check(
+                vars(args),
+                FIXED,
+                args.weights,
+                lambda: fingerprint(weights or load_pretrained(args.weights, args.which)),
+            )
 
     # Model
     rng.seed_all(args.seed)
@@ -262,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     # Optimizer, data, loop
     assert run is not None
     assert train is not None
-    student = distributed.wrap_ddp(model, device)
+    student = distributed.wrap_ddp(model, device) if world.size > 1 else model
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     augment, criterion = build_augmentation(args, device)

@@ -22,11 +22,11 @@ from engine_finetune import extract_splits, knn_accuracy
 from util import knn, rng
 from util.data import transforms
 from util.data.classes import count_classes
-from util.data.sources import Source, build_splits, check_value_range
+from util.data.sources import Source, build_splits
 from util.run import distributed, folder, options, resolve
 from util.run.amp import Amp
 from util.run.logger import log
-from util.run.splits import evaluation_loader, record_val_split
+from util.run.splits import evaluation_loader, record_val_split, warn_of_range
 from util.weights.load import load_pretrained, read_meta
 from util.weights.read import read_file
 
@@ -163,8 +163,7 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
                 value_range=args.value_range,
                 max_image_pixels=args.max_image_pixels,
             )
-            if warning := distributed.from_rank_zero(lambda: check_value_range(splits[0], args.value_range)):
-                log.warning("%s", warning)
+            warn_of_range(args, splits[0])
             record_val_split(args, splits[1])
             sources = dict(zip(SPLITS, splits, strict=True))
             args.nb_classes = count_classes(sources["train"], sources["test"], args.nb_classes)
@@ -192,8 +191,6 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
 
 def describe(args: argparse.Namespace, sources: dict[str, Source]) -> None:
     """The start of the log: which features of which images."""
-    counts = f"{len(sources['train']):,} training images, {len(sources['test']):,} queries"
-    log.info("data      %s: %s", resolve.data_name(args), counts)
     if args.features == "pixels":
         log.info(
             "features  pixels of the %d-pixel crop, averaged to at most %d x %d", args.input_size, THUMBNAIL, THUMBNAIL
@@ -201,7 +198,8 @@ def describe(args: argparse.Namespace, sources: dict[str, Source]) -> None:
     else:
         token = "mean of patch tokens" if args.global_pool else "class token"
         log.info("features  %s, %s, %d pixels in patches of %d", args.model, token, args.input_size, args.patch_size)
-    resolve.describe(get_args_parser(), args)
+    images = f"{len(sources['train']):,} training images, {len(sources['test']):,} queries"
+    resolve.describe(get_args_parser(), args, images)
 
 
 def extract_all(

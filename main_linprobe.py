@@ -133,9 +133,8 @@ def describe(args: argparse.Namespace, train: Source | None, val: Source) -> Non
     """The start of the log: what will be trained, on what, and how."""
     pooling = "layer norm of the mean of patch tokens" if args.global_pool else "class token"
     count = "no" if train is None else f"{len(train):,}"
-    log.info("data      %s: %s training images, %s validation images", resolve.data_name(args), count, f"{len(val):,}")
     log.info("features  %s, %s, %d pixels in patches of %d", args.model, pooling, args.input_size, args.patch_size)
-    resolve.describe(get_args_parser(), args)
+    resolve.describe(get_args_parser(), args, f"{count} training images, {len(val):,} validation images")
 
 
 @record
@@ -210,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     assert train is not None
     with options.user_mistakes():
         run.check(vars(args), [*FIXED, "encoder", "val_fraction"])
-    student = distributed.wrap_ddp(probe, device)
+    student = distributed.wrap_ddp(probe, device) if world.size > 1 else probe
     optimizer = build_optimizer(args, probe.heads)
     crop = transforms.RandomCrop(args.input_size, (0.08, 1.0), one_draw=True)
     dataset = ImageDataset(train, crop, args.seed, replace=not args.strict_images)

@@ -42,6 +42,7 @@ from util.weights.meta import classifier_name
 from visualize.panel import pick_panel_images, training_panel
 
 SCRIPT = "main_pretrain"
+SIZE_OPTIONS = ("patch_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "predictor_depth")
 
 
 def get_args_parser() -> options.OptionParser:
@@ -63,7 +64,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     resolve.resolve_training(args, world, warmup_epochs=40, num_workers=8)
     folder = run_folder(args.output_dir, args.experiment, SCRIPT)
     meta = read_resumed(folder, args.resume, args.auto_resume)
-    resolve.resolve_pixels(args, meta or (read_meta(args.load_from) if args.load_from else {}))
+    meta = meta or (read_meta(args.load_from) if args.load_from else {})
+    resolve.resolve_settings(args, meta, ("mean", "std", "value_range"))
     if args.vis_interval is None:
         args.vis_interval = -(-args.epochs // PANELS)
     if args.lr is None:
@@ -93,6 +95,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
 def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
     widths = {kind: teacher.width for kind, teacher in models_teacher.KINDS.items()}
     widths["ema"] = models_hpm.SIZES[args.model]["embed_dim"]
+    replaced = {name: getattr(args, name) for name in SIZE_OPTIONS if getattr(args, name) is not None}
     model = models_hpm.MODELS[args.model](
         img_size=args.input_size,
         pixel_target=args.target if args.target in PIXEL_TARGETS else None,
@@ -100,11 +103,7 @@ def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
         learning_loss=args.learning_loss,
         predictor_loss=args.predictor_loss,
         target_dim=widths.get(args.target),
-        patch_size=args.patch_size,
-        decoder_embed_dim=args.decoder_embed_dim,
-        decoder_depth=args.decoder_depth,
-        decoder_num_heads=args.decoder_num_heads,
-        predictor_depth=args.predictor_depth,
+        **replaced,
     )
     model.grad_checkpointing, model.score_by = args.grad_checkpointing, args.score_by
     return model
@@ -151,16 +150,13 @@ def describe(
     """The start of the log: what will be trained, on what, and how."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     predictor = args.predictor_loss if args.learning_loss else "none"
-    log.info(
-        "data      %s: %s images, %d steps per epoch", resolve.data_name(args), f"{num_images:,}", args.steps_per_epoch
-    )
     log.info("model     %s, %.1f M trainable parameters", args.model, trained / 1e6)
     log.info("patches   %d x %d of %d pixels, %d masked", *masks.grid_size, args.patch_size, masks.num_masked)
     log.info("target    %s, loss predictor %s, masks %s", args.target, predictor, args.mask_strategy)
     if masks.num_hidden:
         seen = masks.num_patches - masks.num_hidden
         log.info("teacher   sees %d patches, scores the other %d by %s", seen, masks.num_hidden, args.score_by)
-    resolve.describe(get_args_parser(), args)
+    resolve.describe(get_args_parser(), args, f"{num_images:,} images, {args.steps_per_epoch} steps per epoch")
 
 
 @record
@@ -175,10 +171,9 @@ def main(argv: list[str] | None = None) -> None:
         source, held_out = read_pretraining(args)
         sampler = EpochSampler(len(source), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
         args.steps_per_epoch = sampler.num_batches // args.accum_iter
-        run.check(vars(args), FIXED)
         weights = load_pretrained(args.load_from) if args.load_from and run.state is None else None
-        args.initial = run.check_initial_weights(
-            args.load_from, lambda: fingerprint(weights or load_pretrained(args.load_from))
+        args.initial = run.check(
+            vars(args), FIXED, args.load_from, lambda: fingerprint(weights or load_pretrained(args.load_from))
         )
         frozen = None
         if args.target in models_teacher.KINDS:
@@ -201,14 +196,14 @@ def main(argv: list[str] | None = None) -> None:
     masks = masking.MaskSampler.from_options(vars(args), model.patch_embed.grid_size)
     describe(args, len(source), model, masks)
     ema = (args.ema_decay, args.ema_decay_final, args.ema_ramp_epochs)
-    mining = masks.num_hardest(0) > 0 or masks.num_hardest(args.epochs - 1) > 0
+    mining = max(masks.num_hardest) > 0
     if (mining or args.target == "ema") and (warning := slow_teacher(args.steps_per_epoch, args.epochs, *ema)):
         log.warning("%s", warning)
     if weights is not None:
         with options.user_mistakes():
             report = load_into(model, weights, allow_missing=DECODERS, allow_unexpected=("head.", "fc_norm."))
         log.info("weights of %s\n%s", args.load_from, report)
-    student = distributed.wrap_ddp(model, device)  # from here on, all ranks hold the same weights
+    student = distributed.wrap_ddp(model, device) if world.size > 1 else model
     has_teacher = args.learning_loss or args.score_by == "loss" or args.target == "ema"
     teacher = EMATeacher(model) if has_teacher else None
     feature_teacher = teacher if args.target == "ema" else frozen
@@ -252,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
             loop.save_mid_epoch()
             metrics |= score_knn(args, world, device, amp, model.state_dict(), knn_sources)
         if teacher is not None:
-            num_hardest = masks.num_hardest(epoch)
+            num_hardest = masks.num_hardest[epoch]
             metrics |= {
                 "ema_decay": ema_decay,
                 "num_hardest": num_hardest,

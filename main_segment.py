@@ -66,8 +66,11 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--crop", type=options.COUNT, help="size of training crops and test windows (default: 512)")
     group.add_argument("--stride", type=options.COUNT, help="stride of test windows (default: 2/3 of --crop)")
     group.add_argument("--short_side", type=options.COUNT, help="short side of test images (default: --crop)")
-    options.add_switch(
-        group, "reduce_zero_label", None, "label 0 is ignored and class k is label k + 1, as in ADE20K (default: on)"
+    group.add_argument(
+        "--reduce_zero_label",
+        action=options.SWITCH,
+        default=None,
+        help="label 0 is ignored and class k is label k + 1, as in ADE20K (default: on)",
     )
     ignore = options.number(int, low=0, high=255)
     group.add_argument("--ignore_index", type=ignore, default=255, help="ignored label, after that shift")
@@ -87,13 +90,16 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--batch_size", type=options.COUNT, help="images per process and micro-batch")
     group.add_argument("--global_batch", type=options.COUNT, help="global batch size: 16, in one micro-batch")
     group.add_argument("--lr", type=options.NOT_NEGATIVE, help="learning rate: 1e-4, 9e-5, 1e-3")
-    share = options.number(float, above=0, high=1)
+    share = options.FRACTION_OR_ONE
     group.add_argument("--layer_decay", type=share, help="layer-wise lr decay: 0.65, 0.75, none")
-    group.add_argument(
-        "--drop_path", type=options.number(float, low=0, below=1), help="stochastic depth: 0.1, 0.2, none"
-    )
+    group.add_argument("--drop_path", type=options.FRACTION_OR_ZERO, help="stochastic depth: 0.1, 0.2, none")
     group.add_argument("--weight_decay", type=options.NOT_NEGATIVE, help="0.05, 0.05, 0.001; not on biases and norms")
-    options.add_switch(group, "decay_positions", True, "weight decay on positions, class token and bias tables as well")
+    group.add_argument(
+        "--decay_positions",
+        action=options.SWITCH,
+        default=True,
+        help="weight decay on positions, class token and bias tables as well",
+    )
     return parser
 
 
@@ -227,10 +233,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         resumed = run is not None and run.state is not None
         weights = load_pretrained(args.weights, args.which) if args.weights and not resumed else None
         if run is not None:
-            args.initial = run.check_initial_weights(
-                args.weights, lambda: fingerprint(weights or load_pretrained(args.weights, args.which))
+            args.initial = run.check(
+                vars(args),
+                FIXED,
+                args.weights,
+                lambda: fingerprint(weights or load_pretrained(args.weights, args.which)),
             )
-            run.check(vars(args), FIXED)
             count, batch = len(sources["train"]), args.batch_size
             sampler = StepSampler(args.eval_interval, count, batch, args.accum_iter, world.rank, world.size, args.seed)
 
@@ -290,7 +298,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # Optimizer, data, loop
     assert run is not None
-    student = distributed.wrap_ddp(model, device)
+    student = distributed.wrap_ddp(model, device) if world.size > 1 else model
     groups = models_segment.parameter_groups(model, args.weight_decay, args.layer_decay, args.decay_positions)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     crop = TrainingCrop(args.crop, args.short_side, args.ignore_index)

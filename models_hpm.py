@@ -73,11 +73,11 @@ class MaskedAutoencoderViT(nn.Module):
         self.grad_checkpointing = False
         self.score_by = "predictor"  # or "loss": how `score_patches` scores hidden patches
 
-        def blocks(part: str, width: int, depth: int, heads: int) -> nn.ModuleList:
+        encoder, decoder = (embed_dim, num_heads), (decoder_embed_dim, decoder_num_heads)
+        for part, (width, heads) in {"encoder": encoder, "decoder": decoder}.items():
             if width % heads:
                 raise ValueError(f"{part} width {width} is not a multiple of its {heads} heads")
-            settings = {"mlp_ratio": mlp_ratio, "qkv_bias": True, "norm_layer": norm_layer}
-            return nn.ModuleList(Block(width, heads, **settings) for _ in range(depth))
+        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
 
         # Encoder
         self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim)
@@ -86,7 +86,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_patches, embed_dim), requires_grad=False)
         if vis_mask_ratio > 0:
             self.vis_mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.blocks = blocks("encoder", embed_dim, depth, num_heads)
+        self.blocks = nn.ModuleList(block(*encoder) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
 
         # Input of both decoders
@@ -96,14 +96,14 @@ class MaskedAutoencoderViT(nn.Module):
 
         # Reconstructor
         pixel_dim = patch_size**2 * in_chans
-        self.decoder_blocks = blocks("decoder", decoder_embed_dim, decoder_depth, decoder_num_heads)
+        self.decoder_blocks = nn.ModuleList(block(*decoder) for _ in range(decoder_depth))
         self.decoder_norm = norm_layer(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, target_dim or pixel_dim)
 
         # Loss predictor. Its output is the mean over `pixel_dim` outputs (official); see `forward_loss_predictor`.
         if learning_loss:
-            depth = predictor_depth or decoder_depth
-            self.decoder_blocks_losspred = blocks("decoder", decoder_embed_dim, depth, decoder_num_heads)
+            predictor_depth = predictor_depth or decoder_depth
+            self.decoder_blocks_losspred = nn.ModuleList(block(*decoder) for _ in range(predictor_depth))
             self.decoder_norm_losspred = norm_layer(decoder_embed_dim)
             self.decoder_pred_losspred = nn.Linear(decoder_embed_dim, pixel_dim)
 
@@ -278,7 +278,7 @@ class MaskedAutoencoderViT(nn.Module):
         return scores.new_full(hidden.shape, -torch.inf).scatter(1, ids_hidden, scores), None
 
 
-def _sizes(encoder: str, width: int, depth: int, heads: int) -> dict[str, int]:
+def _sizes(encoder: str, width: int, depth: int, heads: int) -> dict[str, Any]:
     """An encoder of `models_vit` with decoders of this width, depth and number of heads."""
     return {**models_vit.SIZES[encoder], "decoder_embed_dim": width, "decoder_depth": depth, "decoder_num_heads": heads}
 
@@ -294,13 +294,10 @@ SIZES = {
 SIZES |= {name.split("_dec")[0]: sizes for name, sizes in SIZES.items()}  # mae_vit_base_patch16, ...
 
 
-def build(name: str, **settings: Any) -> MaskedAutoencoderViT:
-    """The model of size `name` (a key of `SIZES`); `settings` that are not None replace any of its sizes."""
-    given = {key: value for key, value in settings.items() if value is not None}
-    return MaskedAutoencoderViT(**{**SIZES[name], **given})
-
-
-MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {name: partial(build, name) for name in SIZES}
+# Called with settings of `MaskedAutoencoderViT`, which replace those of the size.
+MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {
+    name: partial(MaskedAutoencoderViT, **sizes) for name, sizes in SIZES.items()
+}
 
 mae_vit_micro_patch16 = mae_vit_micro_patch16_dec64d2b = MODELS["mae_vit_micro_patch16"]
 mae_vit_tiny_patch16 = mae_vit_tiny_patch16_dec128d4b = MODELS["mae_vit_tiny_patch16"]
@@ -311,10 +308,12 @@ mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b = MODELS["mae_vit_huge_pat
 
 
 def build_for(name: str, weights: dict[str, Tensor], **settings: Any) -> MaskedAutoencoderViT:
-    """The model of size `name` that fits `weights` (official names), not loaded; `settings` replace what they say.
+    """The model of size `name` that fits `weights` (official names), not loaded; settings replace what they say, unless
+    they are None.
 
     The second masking is off: pictures show the unmodified image. Raises ValueError for an encoder without its decoder.
     """
-    model = build(name, **{**autoencoder_settings(weights), **settings})
+    given = {key: value for key, value in settings.items() if value is not None}
+    model = MODELS[name](**{**autoencoder_settings(weights), **given})
     model.vis_mask_ratio = 0.0
     return model

@@ -17,7 +17,7 @@ from util.data.transforms import EvaluationTransform
 from util.run.folder import read_log
 from util.run.resolve import evaluation_crop
 from util.weights.load import DECODERS, LoadReport, fingerprint, load_into, load_pretrained, read_meta
-from util.weights.meta import defaults_of, settings_of
+from util.weights.meta import DEFAULTS, settings_of
 
 HEADS = ("head.", "fc_norm.", "norm.")
 
@@ -149,7 +149,7 @@ def describe_weights(
     own_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
     size = input_size or settings_of(meta).get("input_size") or own_size
     recorded = meta.get("options", {}) if meta.get("script") != "main_pretrain" else {}
-    pixels = {"value_range": None, **defaults_of(meta), **{key: value for key, value in image.items() if value}}
+    pixels = {**DEFAULTS, **settings_of(meta), **{key: value for key, value in image.items() if value}}
     transform = EvaluationTransform(
         size, crop_pct or evaluation_crop(size, recorded), pixels["mean"], pixels["std"], pixels["value_range"]
     )

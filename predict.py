@@ -231,11 +231,10 @@ def main(argv: list[str] | None = None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path.parent).close()  # raises before the work if nothing can be written there
 
-    log.info("data      %s: %s images", resolve.data_name(args), f"{len(source):,}")
     log.info("model     %s, %d classes, %d pixels", args.checkpoint, len(names), model.patch_embed.img_size[0])
     args.device, args.precision = device.type, amp.name
     args.mean, args.std, args.value_range = transform.mean, transform.std, transform.value_range
-    resolve.describe(get_args_parser(), args)
+    resolve.describe(get_args_parser(), args, f"{len(source):,} images")
     model = model.to(device)
     amp.choose_attention(model)
     if args.compile:

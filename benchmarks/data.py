@@ -41,7 +41,7 @@ from util.data.loader import EpochSampler, build_loader
 from util.data.sources import find_images
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
 from util.run import distributed, options
-from util.run.amp import default_precision
+from util.run.amp import Amp
 from util.run.logger import log, setup_logging
 
 
@@ -204,7 +204,7 @@ def show(title: str, seconds: dict[str, list[tuple[float, float]]], workers: int
 def endless(loader: DataLoader, sampler: EpochSampler) -> Iterator:
     epoch = 0
     while True:
-        sampler.set_position(epoch)
+        sampler.position = (epoch, 0)
         yield from loader
         epoch += 1
 
@@ -242,7 +242,12 @@ def get_args_parser() -> options.OptionParser:
     parser.add_argument("--batch_size", type=options.COUNT, default=64, help="images per batch of the loader")
     parser.add_argument("--workers", nargs="+", type=options.COUNT_OR_ZERO, default=[0, 2], help="data loading workers")
     parser.add_argument("--repeats", type=options.COUNT, default=7, help="rounds, of which the median is taken")
-    options.add_switch(parser, "loop", False, "also train from the files, with as many workers as --workers ends with")
+    parser.add_argument(
+        "--loop",
+        action=options.SWITCH,
+        default=False,
+        help="also train from the files, with as many workers as --workers ends with",
+    )
     parser.add_argument("--model", default="mae_vit_tiny_patch16", help="model of --loop")
     parser.add_argument("--steps", type=options.COUNT, default=20, help="steps of --loop")
     parser.add_argument("--compile", choices=["no", "yes"], default="no", help="whether --loop compiles")
@@ -286,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
             show(f"loader, {workers} workers", measure(passes, args.repeats), workers)
         torch.set_num_threads(threads)
         if args.loop:
-            case = Case(args.model, "hpm", default_precision(device), args.compile, args.batch_size)
+            case = Case(args.model, "hpm", Amp(None, device).name, args.compile, args.batch_size)
             whole_loop(case, files, args.input_size, device, args.workers[-1], args.steps)
 
 

@@ -82,8 +82,9 @@ def teacher_correlation(
     each image. Where some patches are hidden from the teacher, the mean over `draws` random choices of them."""
     found = []
     for number in range(draws if sampler.num_hidden else 1):
-        hidden = sampler.draw_hidden(len(imgs), generator(number))
-        hidden = None if hidden is None else hidden.to(imgs.device)
+        hidden = None
+        if sampler.num_hidden > 0:
+            hidden = sampler.draw_hidden(len(imgs), generator(number)).to(imgs.device)
         scores, _ = teacher.score_patches(imgs, hidden, sampler.num_hidden)
         assert scores is not None, "no loss predictor"
         scored = torch.ones_like(errors, dtype=torch.bool) if hidden is None else hidden

@@ -24,7 +24,7 @@ import models_hpm
 from benchmarks.report import ratio, table, with_range
 from benchmarks.trainer import ALONE, METHODS, PARTS, Case, Trainer, step_flops, synchronize
 from util.run import distributed, options
-from util.run.amp import default_precision
+from util.run.amp import Amp
 from util.run.logger import log, setup_logging
 
 
@@ -99,10 +99,20 @@ def get_args_parser() -> options.OptionParser:
     parser.add_argument("--repeats", type=options.COUNT, default=7, help="rounds, of which the median is taken")
     parser.add_argument("--steps", type=options.COUNT, default=1, help="consecutive steps per measurement")
     parser.add_argument("--product_side", type=options.COUNT, help="size of the matrices (default: 2048, 8192 on CUDA)")
-    options.add_switch(parser, "flops", False, "print multiply-accumulates per image, and measure nothing")
-    options.add_switch(parser, "parts", False, "also print the share of each part of the step")
-    options.add_switch(
-        parser, "memory", False, "also print peak memory; on the CPU each case runs again in its own process"
+    parser.add_argument(
+        "--flops",
+        action=options.SWITCH,
+        default=False,
+        help="print multiply-accumulates per image, and measure nothing",
+    )
+    parser.add_argument(
+        "--parts", action=options.SWITCH, default=False, help="also print the share of each part of the step"
+    )
+    parser.add_argument(
+        "--memory",
+        action=options.SWITCH,
+        default=False,
+        help="also print peak memory; on the CPU each case runs again in its own process",
     )
     return parser
 
@@ -129,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         args = get_args_parser().parse_args(argv)
         device = distributed.pick_device(args.device, ALONE)
         setup_logging(True)
-        args.precision = args.precision or [default_precision(device)]
+        args.precision = args.precision or [Amp(None, device).name]
         names = ("model", "method", "precision", "compile", "batch_size")
         cases = [Case(*values) for values in itertools.product(*(getattr(args, name) for name in names))]
         size = ["--input_size", str(args.input_size)]

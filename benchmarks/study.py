@@ -94,7 +94,7 @@ def get_args_parser() -> options.OptionParser:
         "--train_images", type=options.COUNT, help="number of training images, evenly chosen (default: all)"
     )
     group.add_argument("--val_images", type=options.COUNT, help="number of validation images (default: all)")
-    group.add_argument("--mean", type=options.number(float), nargs=3, help="channel means (default: ImageNet's)")
+    group.add_argument("--mean", type=options.NUMBER, nargs=3, help="channel means (default: ImageNet's)")
     group.add_argument(
         "--std", type=options.POSITIVE, nargs=3, help="channel standard deviations (default: ImageNet's)"
     )

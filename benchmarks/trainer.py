@@ -186,8 +186,8 @@ def step_flops(args: Any, batch_size: int) -> int:
         with FlopCounterMode(display=False) as counter:
             mask = random_mask(1, masks.num_patches, masks.num_masked)
             model(images, mask, target, masks.num_masked)["loss"].backward()
-            mines = masks.num_hardest(0) or masks.num_hardest(args.epochs - 1)
-            if mines or args.target == "ema":
+            if max(masks.num_hardest) > 0 or args.target == "ema":
                 with torch.no_grad():
-                    model.score_patches(images, masks.draw_hidden(1), masks.num_hidden, target)
+                    hidden = masks.draw_hidden(1) if masks.num_hidden else None
+                    model.score_patches(images, hidden, masks.num_hidden, target)
     return counter.get_total_flops() * batch_size

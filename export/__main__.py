@@ -30,7 +30,7 @@ from export.publish import check_target, publish
 from util.run import options, resolve
 from util.run.logger import log, setup_logging
 from util.weights.load import load_into, read_meta
-from util.weights.meta import defaults_of, settings_of
+from util.weights.meta import DEFAULTS, settings_of
 
 FORMATS = {form.name: form for form in (Timm, Safetensors, HfMae, HfVit, Detectron2, MMSeg, Onnx)}
 
@@ -41,7 +41,7 @@ def get_args_parser() -> options.OptionParser:
     formats = "; ".join(f"{name}: {form.opens}" for name, form in FORMATS.items())
     parser.add_argument("--format", required=True, choices=list(FORMATS), metavar="FORMAT", help=formats)
     parser.add_argument("--output", help="file or folder to write; default: CHECKPOINT-FORMAT next to the checkpoint")
-    options.add_switch(parser, "overwrite", False, "replace an existing export")
+    parser.add_argument("--overwrite", action=options.SWITCH, default=False, help="replace an existing export")
     parser.add_argument("--which", choices=["student", "ema"], default="student", help="weights to export")
     parser.add_argument(
         "--input_size", type=options.COUNT, help="input resolution; position embeddings are resized if it differs"
@@ -51,8 +51,10 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--model", choices=list(models_vit.MODELS), help="size; default: by width and depth")
     group.add_argument("--mean", type=float, nargs=3, help="image mean of the training; default: ImageNet's")
     group.add_argument("--std", type=options.POSITIVE, nargs=3, help="image std of the training; default: ImageNet's")
-    options.add_switch(group, "norm_pix_loss", False, "hf_mae: the model predicts normalised pixels")
-    ratio = options.number(float, above=0, below=1)
+    group.add_argument(
+        "--norm_pix_loss", action=options.SWITCH, default=False, help="hf_mae: the model predicts normalised pixels"
+    )
+    ratio = options.FRACTION
     group.add_argument("--mask_ratio", type=ratio, help="hf_mae: mask ratio; default: the run's, or 0.75")
     group = parser.add_argument_group("linear probes, which are exported as classifiers")
     group.add_argument("--encoder", help="checkpoint that the probe was trained on; default: its recorded path")
@@ -85,7 +87,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     args.meta = read_meta(args.checkpoint)
     recorded = args.meta.get("options", {})
     args.model = args.model or settings_of(args.meta).get("model")
-    defaults = defaults_of(args.meta)
+    defaults = DEFAULTS | settings_of(args.meta)
     resolve.fill_in(args, {name: defaults[name] for name in ("mean", "std")})
     resolve.fill_in(args, {"mask_ratio": recorded.get("mask_ratio", 0.75)})
     if "target" in recorded:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from util.run.amp import Amp, default_precision
+from util.run.amp import Amp
 from util.run.distributed import World, setup
 
 CPU = torch.device("cpu")
@@ -33,12 +33,13 @@ def test_zero_leaves_the_gradient_alone():
 
 
 def test_default_precision(monkeypatch):
-    assert default_precision(CPU) == "fp32"
+    assert Amp(None, CPU).name == "fp32"
     for native, name in [(True, "bf16"), (False, "fp16")]:
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native or including_emulation
         )
-        assert default_precision(torch.device("cuda")) == name
+        monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.empty(*shape))  # there may be no GPU
+        assert Amp(None, torch.device("cuda")).name == name
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -79,7 +79,7 @@ def test_the_replacement_is_the_same_in_every_process_epoch_and_batch(tmp_path):
         assert (sample.image == ImageDataset(source, CenterCrop(16))[sample.index].image).all()
     for workers, batch in ((0, 4), (2, 3)):
         sampler = EpochSampler(12, batch, seed=3)
-        sampler.set_position(5)
+        sampler.position = (5, 0)
         for batch in build_loader(dataset, sampler, workers, False):
             for bad, index in zip(batch.bad.tolist(), batch.index.tolist(), strict=True):
                 assert bad == -1 or index == chosen[bad].index

@@ -7,6 +7,7 @@ import pytest
 import torch
 from programs import PRETRAIN, checkpoint, log_lines, run
 from test_distributed import run_two
+from test_ema import student_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,7 +34,7 @@ FAULTS = {
 def train(build, faults):
     """A few steps with the losses of some replaced; weights, optimizer state and amp."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    model = student_of(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
     teacher, optimizer, amp = EMATeacher(model), build(model.parameters()), Amp("fp32", CPU)
     for fault in faults:
         if fault == "skipped batch":
@@ -81,7 +82,7 @@ class NothingIsRead(TorchDispatchMode):
 @pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_step_reads_no_number_off_the_device(build, monkeypatch):
     """On any machine: from the loss to the teacher and the meter, the step is a fixed list of kernels."""
-    model = nn.Linear(4, 1)
+    model = student_of(nn.Linear(4, 1))
     teacher, optimizer = EMATeacher(model), build(model.parameters())
     amp, meter, parameters = Amp("fp32", CPU), MeanMeter(), list(model.parameters())
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("read"))  # which the mode does not see
@@ -98,7 +99,7 @@ def test_a_step_reads_no_number_off_the_device(build, monkeypatch):
 @pytest.mark.gpu
 def test_a_step_waits_for_no_device():
     device = torch.device("cuda")
-    model = nn.Linear(4, 4).to(device)
+    model = student_of(nn.Linear(4, 4)).to(device)
     teacher, optimizer = EMATeacher(model), torch.optim.AdamW(model.parameters(), fused=True)
     amp, images = Amp("fp32", device), torch.ones(2, 4, device=device)
     for attempt in range(3):

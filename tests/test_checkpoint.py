@@ -41,7 +41,7 @@ def test_newest_previous_and_milestones(tmp_path):
         checkpoint.save_run(tmp_path, state(epoch), ["checkpoint-2.pth"] * (epoch == 2))
     read = {p.name: checkpoint.read_run(p)["epoch"] for p in tmp_path.iterdir()}
     assert read == {"checkpoint-last.pth": 3, "checkpoint-prev.pth": 2, "checkpoint-2.pth": 2}
-    path, newest = checkpoint.newest(tmp_path)
+    path, newest = checkpoint.find_resume(tmp_path)
     assert (path.name, newest["epoch"], newest["version"]) == ("checkpoint-last.pth", 3, 1)
     assert torch.equal(newest["state_dict"]["w"], torch.arange(4.0))
 
@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match=r"could not write .*disk full.*the previous file is intact"):
         checkpoint.save_run(tmp_path, state(2))
-    assert checkpoint.newest(tmp_path)[1]["epoch"] == 1
+    assert checkpoint.find_resume(tmp_path)[1]["epoch"] == 1
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -87,11 +87,11 @@ def test_a_damaged_file_gives_way_to_the_one_before(tmp_path, caplog):
     for damaged in damages.values():
         last.write_bytes(damaged)
         caplog.clear()
-        assert checkpoint.newest(tmp_path)[1]["epoch"] == 1
+        assert checkpoint.find_resume(tmp_path)[1]["epoch"] == 1
         assert "checkpoint-last.pth" in caplog.text
     (tmp_path / "checkpoint-prev.pth").write_bytes(b"")
     with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
-        checkpoint.newest(tmp_path)
+        checkpoint.find_resume(tmp_path)
 
 
 def test_where_a_run_goes_on(tmp_path):

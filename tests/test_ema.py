@@ -4,8 +4,15 @@ from torch import nn
 from util.ema import EMATeacher
 
 
+def student_of(*layers):
+    """A student with the one method that a teacher needs."""
+    student = nn.Sequential(*layers)
+    student.score_patches = student.forward
+    return student
+
+
 def test_the_teacher_follows_and_takes_no_gradient():
-    student = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    student = student_of(nn.Linear(4, 4), nn.BatchNorm1d(4))
     teacher = EMATeacher(student)
     assert not teacher.module.training
     assert not any(p.requires_grad for p in teacher.module.parameters())
@@ -20,35 +27,35 @@ def test_the_teacher_follows_and_takes_no_gradient():
 
 
 def test_the_student_is_left_alone():
-    student = nn.Linear(3, 3)
+    student = student_of(nn.Linear(3, 3))
     teacher = EMATeacher(student)
-    weight = student.weight.clone()
+    weight = student[0].weight.clone()
     teacher.update(0.5)
-    assert torch.equal(student.weight, weight)
-    assert student.weight.requires_grad
+    assert torch.equal(student[0].weight, weight)
+    assert student[0].weight.requires_grad
 
 
 def test_a_step_that_the_optimizer_skipped_leaves_the_teacher_finite():
     """The student is unchanged by such a step, so the teacher moves towards a finite student."""
-    student = nn.Linear(3, 3)
+    student = student_of(nn.Linear(3, 3))
     teacher = EMATeacher(student)
     optimizer = torch.optim.AdamW(student.parameters(), fused=True)
     with torch.no_grad():
-        student.weight.add_(1.0)
-    before, target = teacher.module.weight.clone(), student.weight.clone()
-    student.weight.grad = torch.full_like(student.weight, torch.nan)
+        student[0].weight.add_(1.0)
+    before, target = teacher.module[0].weight.clone(), student[0].weight.clone()
+    student[0].weight.grad = torch.full_like(student[0].weight, torch.nan)
     optimizer.found_inf = torch.ones(())  # as `Amp.step` tells the fused kernel
     optimizer.step()
     teacher.update(0.9)
-    assert torch.equal(student.weight, target)
-    torch.testing.assert_close(teacher.module.weight, before + 0.1)
+    assert torch.equal(student[0].weight, target)
+    torch.testing.assert_close(teacher.module[0].weight, before + 0.1)
 
 
 def test_the_average_is_that_of_torch_lerp():
-    student = nn.Linear(64, 64)
+    student = student_of(nn.Linear(64, 64))
     teacher = EMATeacher(student)
     with torch.no_grad():
-        student.weight.normal_()
-    expected = torch.lerp(teacher.module.weight, student.weight, 1.0 - 0.999)
+        student[0].weight.normal_()
+    expected = torch.lerp(teacher.module[0].weight, student[0].weight, 1.0 - 0.999)
     teacher.update(0.999)
-    assert torch.equal(teacher.module.weight, expected)
+    assert torch.equal(teacher.module[0].weight, expected)

@@ -13,7 +13,7 @@ from programs import PRETRAIN, run
 import models_vit
 from util.data.transforms import CenterCrop
 from util.weights.load import read_meta
-from util.weights.meta import MODEL_OF_WIDTH, defaults_of
+from util.weights.meta import DEFAULTS, MODEL_OF_WIDTH, settings_of
 
 __all__ = ["classifiers", "pretrained"]  # fixtures
 
@@ -31,7 +31,7 @@ def test_metadata_of_an_export(tmp_path, pretrained, name):
     if name.startswith("hf"):
         pytest.importorskip("transformers")
     path = export(name, pretrained, tmp_path)
-    found = defaults_of(read_meta(path))
+    found = DEFAULTS | settings_of(read_meta(path))
     expected = {"model": "vit_micro_patch16", "input_size": 16, "patch_size": 4, "mean": MEAN, "std": STD}
     assert expected.items() <= found.items()
     assert int(16 / read_meta(path)["options"]["crop_pct"]) == CenterCrop(16).resize.size[0]

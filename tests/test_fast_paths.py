@@ -31,15 +31,13 @@ class Masks:
     """Masks of HPM's kind, with more of the hardest patches from step to step."""
 
     num_hidden = 0
+    num_hardest = (1,)
 
     def __init__(self, num_masked):
         self.num_masked, self.step = num_masked, 0
 
     def draw_hidden(self, batch_size, device):
-        return random_mask(batch_size, 16, self.num_hidden, device=device) if self.num_hidden else None
-
-    def num_hardest(self, epoch):
-        return 1
+        return random_mask(batch_size, 16, self.num_hidden, device=device)
 
     def draw(self, scores, batch_size, epoch, device):
         self.step += 1

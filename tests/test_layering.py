@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,37 @@ assert not torch.distributed.is_initialized()
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_few_functions_lie_between_the_command_and_the_optimizer(tmp_path):
+    """The default run enters at most 70 functions before its first step and 42 in it, Shapes' painter not counted."""
+    program = """
+        import sys, engine_pretrain, main_pretrain
+        ROOT, parts, current = sys.argv.pop(1), {"start": set(), "step": set(), "end": set()}, ["start"]
+
+        def count(frame, event, argument):
+            path, name = frame.f_code.co_filename, frame.f_code.co_qualname
+            inside = path.startswith(ROOT) and not path.startswith((f"{ROOT}/.venv", f"{ROOT}/util/data/shapes.py"))
+            if event == "call" and inside and not name.endswith(">") and name != "ShapesSource.load":
+                parts[current[0]].add((path, name))
+
+        def train_one_epoch(*args, **kwargs):
+            current[0] = "step"
+            stats = engine_pretrain.train_one_epoch(*args, **kwargs)
+            current[0] = "end"
+            return stats
+
+        main_pretrain.train_one_epoch = train_one_epoch
+        sys.setprofile(count)
+        main_pretrain.main(sys.argv[1:])
+        sys.setprofile(None)
+        print(*sorted(parts["start"]), "in a step:", *sorted(parts["step"]), sep="\\n")
+        print(len(parts["start"]), len(parts["step"]))
+    """
+    options = "--model mae_vit_micro_patch16 --input_size 16 --patch_size 4 --decoder_depth 1 --shapes_train 16"
+    options += " --batch_size 8 --epochs 1 --num_workers 0 --vis_interval 0 --device cpu --max_steps 1 --output_dir"
+    command = [sys.executable, "-c", textwrap.dedent(program), str(ROOT), *options.split(), str(tmp_path)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    start, step = (int(number) for number in shown.split()[-2:])
+    assert 40 < start <= 70, shown
+    assert 20 < step <= 42, shown

@@ -11,7 +11,7 @@ from util.data.transforms import RandomCrop
 
 
 def epoch(sampler, number, first_batch=0):
-    sampler.set_position(number, first_batch)
+    sampler.position = (number, first_batch)
     return list(sampler)
 
 
@@ -60,16 +60,16 @@ def test_steps_run_through_one_permutation_after_another():
     by_epoch = EpochSampler(23, 2, accum_iter=2, seed=5)  # 5 steps, 3 images left over
     expected = []
     for epoch in range(4):
-        by_epoch.set_position(epoch)
+        by_epoch.position = (epoch, 0)
         expected += list(by_epoch)
     sampler = StepSampler(7, 23, 2, accum_iter=2, seed=5)
     assert len(sampler) == 14
     found = []
     for epoch in range(2):
-        sampler.set_position(epoch)
+        sampler.position = (epoch, 0)
         found += list(sampler)
     assert found == expected[: len(found)]
-    sampler.set_position(1, 6)
+    sampler.position = (1, 6)
     assert list(sampler) == found[20:]
     assert sampler.of_step(1, 3) == [index for batch in found[20:22] for _, index in batch]
 
@@ -78,7 +78,7 @@ def test_steps_are_the_same_on_any_topology():
     whole = StepSampler(7, 23, 4, seed=5)
     halves = [StepSampler(7, 23, 2, rank=rank, world_size=2, seed=5) for rank in range(2)]
     for sampler in (whole, *halves):
-        sampler.set_position(1)
+        sampler.position = (1, 0)
     assert list(whole) == [a + b for a, b in zip(*halves, strict=True)]
 
 
@@ -97,7 +97,7 @@ def test_batches_do_not_depend_on_the_workers(num_workers):
     sampler = EpochSampler(24, 8, seed=1)
     loader = build_loader(dataset, sampler, num_workers, pin_memory=False)
     for number in (0, 1):  # workers persist between epochs
-        sampler.set_position(number)
+        sampler.position = (number, 0)
         images = torch.cat([batch.image for batch in loader])
         expected = torch.stack([dataset[key].image for batch in sampler for key in batch])
         assert torch.equal(images, expected)

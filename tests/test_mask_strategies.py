@@ -15,7 +15,7 @@ def masks(options, epoch, images=400):
     text = f"--model mae_vit_micro_patch16 --input_size 32 --patch_size 4 --epochs {EPOCHS} {options}"
     args = main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(text.split()), World(0, 1, 0, 1))
     sampler = MaskSampler.from_options(vars(args), GRID)
-    count = sampler.num_hardest(epoch)
+    count = sampler.num_hardest[epoch]
     scores = torch.arange(64.0).expand(images, -1) if count else None  # the engine runs no teacher where it is 0
     mask = sampler.draw(scores, images, epoch)
     assert mask.dtype == torch.bool

@@ -100,7 +100,7 @@ def test_strategies_at_the_ends_of_training():
     shares = {}
     for name in masking.STRATEGIES:
         sampler = masking.MaskSampler((10, 20), 0.5, 10, name, (0.0, 0.5))
-        shares[name] = [sampler.num_hardest(epoch) for epoch in (0, 9)]
+        shares[name] = [sampler.num_hardest[epoch] for epoch in (0, 9)]
     assert shares == {
         "easy_to_hard": [5, 50],
         "hard_to_easy": [45, 0],

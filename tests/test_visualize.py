@@ -83,7 +83,7 @@ def test_a_checkpoint_is_enough(hpm, drawn, tmp_path, monkeypatch):
     assert model.norm_pix_loss
     masks = given["masks"]
     assert (masks.strategy, masks.epochs, masks.num_masked) == ("easy_to_hard", 4, 12)
-    assert [masks.num_hardest(epoch) for epoch in range(4)] == [1, 3, 4, 6]
+    assert [masks.num_hardest[epoch] for epoch in range(4)] == [1, 3, 4, 6]
     assert titles(panel) == TITLES
     assert torch.equal(model.state_dict()["mask_token"], load_pretrained(hpm)["mask_token"])
     written = np.asarray(Image.open(tmp_path / "visualization.png"))

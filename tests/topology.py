@@ -33,7 +33,7 @@ def main(argv):
         """What this rank gets of the images or masks, by micro-batch, as EpochSampler shards them."""
         return tensor.view(STEPS * micro_batches, world.size, per_rank, *tensor.shape[1:])[:, world.rank]
 
-    student = distributed.wrap_ddp(model, CPU)
+    student = distributed.wrap_ddp(model, CPU) if world.size > 1 else model
     teacher = EMATeacher(model)
     losses, first, syncs = [], {}, []
 

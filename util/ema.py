@@ -3,15 +3,15 @@
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class EMATeacher:
     """A copy of the student whose weights are the moving average of the student's.
 
-    `module` is the copy, in eval mode and without gradients. Create it when all ranks hold the same weights, that is
-    after DDP has broadcast them: the official code copies earlier, and each rank scores patches with a teacher of its
-    own.
+    `module` is the copy, in eval mode and without gradients, and `score` its forward pass, `score_patches`. Create it
+    when all ranks hold the same weights, that is after DDP has broadcast them: the official code copies earlier, and
+    each rank scores patches with a teacher of its own.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -19,16 +19,11 @@ class EMATeacher:
         self._teacher_parameters = list(self.module.parameters())
         self._student_parameters = list(student.parameters())
         self._buffers = list(zip(self.module.buffers(), student.buffers(), strict=True))
-
-    def score(
-        self, imgs: Tensor, hidden: Tensor | None = None, num_hidden: int = 0, target: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Teacher forward: (B, C, H, W) -> scores (B, L), patch tokens (B, L, E); see the model's `score_patches`."""
-        return self.module.score_patches(imgs, hidden, num_hidden, target)
+        self.score = self.module.score_patches
 
     def compile(self, fullgraph: bool) -> None:
         """torch.compile the teacher forward; `module` itself stays eager."""
-        self.score = torch.compile(self.score, fullgraph=fullgraph)  # type: ignore[method-assign]
+        self.score = torch.compile(self.score, fullgraph=fullgraph)
 
     @torch.no_grad()
     def update(self, decay: float) -> None:

@@ -154,6 +154,10 @@ class MaskSampler:
         teacher_keep: fraction of the patches that the teacher sees; it scores the others. 1 is HPM's, which sees and
             scores all of them.
 
+    Attributes:
+        num_hardest: number of masked patches chosen by score, by epoch.
+        num_masked, num_hidden: number of patches that are masked, and that the teacher does not see.
+
     Raises:
         ValueError: a ratio leaves all patches or none, the pattern does not fit the ratio or the grid, or the teacher
             scores fewer patches than are chosen by score.
@@ -175,16 +179,16 @@ class MaskSampler:
         value: dict[Any, float] = {"alpha_0": alphas[0], "alpha_T": alphas[1]}
         start, end, *_ = STRATEGIES[strategy if pattern is None else "random"]
         start, end = value.get(start, start), value.get(end, end)
-        self._hardest = [num_hardest(self.num_masked, epoch, epochs, start, end) for epoch in range(epochs)]
+        self.num_hardest = [num_hardest(self.num_masked, epoch, epochs, start, end) for epoch in range(epochs)]
         if not 0 < self.num_masked < self.num_patches:
             raise ValueError(
                 f"--mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_patches} patches: leave some of each"
             )
         self.num_hidden = self.num_patches - int(self.num_patches * teacher_keep)  # from the teacher
-        if teacher_keep < 1 and not max(1, *self._hardest) <= self.num_hidden < self.num_patches:
+        if teacher_keep < 1 and not max(1, *self.num_hardest) <= self.num_hidden < self.num_patches:
             raise ValueError(
                 f"--teacher_keep {teacher_keep}: the teacher scores {self.num_hidden} of {self.num_patches} patches, "
-                f"and up to {max(self._hardest)} are masked by score: choose another value, or a lower --alpha_T"
+                f"and up to {max(self.num_hardest)} are masked by score: choose another value, or a lower --alpha_T"
             )
         if pattern is not None:
             if mask_ratio != 0.75:
@@ -200,16 +204,10 @@ class MaskSampler:
         keep = options.get("teacher_keep", 1.0)
         return cls(grid_size, options["mask_ratio"], options["epochs"], strategy, alphas, pattern, keep)
 
-    def num_hardest(self, epoch: int) -> int:
-        """Number of masked patches chosen by predicted loss in `epoch` (counted from 0)."""
-        return self._hardest[epoch]
-
     def draw_hidden(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-    ) -> torch.Tensor | None:
-        """Mask (B, L) of the patches hidden from the teacher, `num_hidden` in every row; None if it sees all."""
-        if self.num_hidden == 0:
-            return None
+    ) -> torch.Tensor:
+        """Mask (B, L) of the patches hidden from the teacher, `num_hidden` in every row."""
         return random_mask(batch_size, self.num_patches, self.num_hidden, generator, device)
 
     def draw(
@@ -220,10 +218,10 @@ class MaskSampler:
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Scores (B, L), -inf for none -> mask (B, L). `scores` may be None if `num_hardest(epoch)` is 0."""
+        """Scores (B, L), -inf for none -> mask (B, L). `scores` may be None if `num_hardest[epoch]` is 0."""
         if self.pattern is not None:
             return PATTERNS[self.pattern](batch_size, self.grid_size, generator, device)
-        count = self.num_hardest(epoch)
+        count = self.num_hardest[epoch]
         if count == 0:
             return random_mask(batch_size, self.num_patches, self.num_masked, generator, device)
         assert scores is not None, "no scores to choose the hardest patches by"

@@ -12,7 +12,8 @@ from torch import nn
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | tuple[int, int], cls_token: bool = False) -> np.ndarray:
     """Table of position embeddings, float64: (L, E), or (1 + L, E) with a row of zeros for the class token first.
 
-    Patches are in row-major order. The first half of the width encodes the column, the second half the row, as in MAE.
+    Patches are in row-major order. The first half of the width encodes the column, the second half the row, as in MAE:
+    sines, then cosines, of geometrically falling frequencies.
 
     Raises:
         ValueError: `embed_dim` is not a multiple of 4 (sine and cosine of two axes).
@@ -20,18 +21,13 @@ def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | tuple[int, int], cl
     if embed_dim % 4:
         raise ValueError(f"embed_dim {embed_dim} is not a multiple of 4, which sine and cosine of two axes require")
     h, w = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
-    rows, columns = np.meshgrid(np.arange(h, dtype=np.float64), np.arange(w, dtype=np.float64), indexing="ij")
-    table = np.concatenate([_sincos(embed_dim // 2, columns), _sincos(embed_dim // 2, rows)], axis=1)
+    frequencies = 10000.0 ** -(np.arange(embed_dim // 4, dtype=np.float64) / (embed_dim / 4))
+    rows, columns = np.indices((h, w), dtype=np.float64).reshape(2, -1)  # (L,) each
+    angles = [axis[:, None] * frequencies for axis in (columns, rows)]  # (L, E / 4) each
+    table = np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1)
     if cls_token:
         table = np.concatenate([np.zeros((1, embed_dim)), table], axis=0)
     return table
-
-
-def _sincos(width: int, positions: np.ndarray) -> np.ndarray:
-    """Positions of any shape -> (positions.size, width): sines, then cosines, of geometrically falling frequencies."""
-    frequencies = 10000.0 ** -(np.arange(width // 2, dtype=np.float64) / (width / 2))
-    angles = positions.reshape(-1, 1) * frequencies
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
 def interpolate_pos_embed(model: nn.Module, state_dict: dict[str, torch.Tensor], name: str = "pos_embed") -> None:

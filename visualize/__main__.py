@@ -64,7 +64,7 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument(
         "--epoch", type=options.COUNT_OR_ZERO, help="epoch whose mask to draw and reconstruct from (default: the last)"
     )
-    group.add_argument("--mask_ratio", type=options.number(float, above=0, below=1), help="default: the run's, or 0.75")
+    group.add_argument("--mask_ratio", type=options.FRACTION, help="default: the run's, or 0.75")
     group.add_argument("--seed", type=options.COUNT_OR_ZERO, default=0, help="seed of the choice of images and masks")
     group.add_argument(
         "--patch_stats",
@@ -84,7 +84,7 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--input_size", type=options.COUNT, help="input resolution (default: the run's, or 224)")
     group.add_argument(
         "--value_range",
-        type=options.number(float),
+        type=options.NUMBER,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="as in training, for images of more than 8 bits (default: the run's, or by image)",
@@ -96,8 +96,15 @@ def get_args_parser() -> options.OptionParser:
     group = parser.add_argument_group("checkpoints without metadata (official HPM, MAE)")
     group.add_argument("--model", choices=list(MODELS), metavar="MODEL", help=f"default: {FOREIGN['model']}")
     group.add_argument("--target", choices=TARGETS, help="reconstruction target (default: pixel)")
-    options.add_switch(group, "norm_pix_loss", None, "official name of --target norm_pixel")
-    options.add_switch(group, "relative", None, "the predictor ranks patches; otherwise it predicts loss values")
+    group.add_argument(
+        "--norm_pix_loss", action=options.SWITCH, default=None, help="official name of --target norm_pixel"
+    )
+    group.add_argument(
+        "--relative",
+        action=options.SWITCH,
+        default=None,
+        help="the predictor ranks patches; otherwise it predicts loss values",
+    )
     group.add_argument("--epochs", type=options.COUNT, help=f"length of the training (default: {FOREIGN['epochs']})")
     group.add_argument("--mean", type=float, nargs=3, help="mean of the training images (default: ImageNet's)")
     group.add_argument("--std", type=options.POSITIVE, nargs=3, help="their standard deviation (default: ImageNet's)")

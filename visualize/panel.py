@@ -160,7 +160,7 @@ def panel(
         title, note = score_title(masks, teacher)
         values = scores.numpy()
         columns.append((title, note, heat_maps(pixels, values, ~np.isneginf(values), to_scale, grid, patch)))
-        chosen = " and masks" if any(masks.num_hardest(e) for e in mask_of) else ""
+        chosen = " and masks" if any(masks.num_hardest[e] for e in mask_of) else ""
         footer = f"{title}{chosen}: {weights[0]}    {footer}"
     titles = mask_titles(masks, [epoch, *other_epochs])
     for e, title in titles.items():
@@ -195,7 +195,7 @@ def score_title(masks: MaskSampler, teacher: MaskedAutoencoderViT | None) -> tup
 def mask_titles(masks: MaskSampler, epochs: Sequence[int]) -> dict[int, str]:
     """Titles of the mask columns by epoch: one column if the strategy selects the same number in all of them."""
     epochs = sorted(set(epochs))
-    if len(epochs) > 1 and len({masks.num_hardest(e) for e in epochs}) == 1:
+    if len(epochs) > 1 and len({masks.num_hardest[e] for e in epochs}) == 1:
         return {epochs[-1]: "mask"}
     ends = {0: "mask at the start", masks.epochs - 1: "mask at the end"}
     return {e: ends.get(e, f"mask of epoch {e}") for e in epochs}
@@ -205,7 +205,7 @@ def mask_note(masks: MaskSampler, epoch: int) -> str:
     """How the masked patches of an epoch are selected."""
     if masks.pattern is not None:
         return f"{masks.pattern} pattern"
-    selected = masks.num_hardest(epoch)
+    selected = masks.num_hardest[epoch]
     if selected == 0:
         return f"{masks.num_masked} of {masks.num_patches}, at random"
     return f"{masks.num_masked} of {masks.num_patches}, {selected} of them the {STRATEGIES[masks.strategy].chosen}"

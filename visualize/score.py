@@ -40,8 +40,9 @@ def teacher_outputs(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The teachers of a training step: scores (B, L) on the CPU, so that masks do not depend on the device, and feature
     targets (B, L, D); None without."""
-    hidden = masks.draw_hidden(len(imgs), generator(seed, 1))  # (B, L); None if the teacher sees the whole image
-    scores = tokens = None
+    scores = tokens = hidden = None
+    if masks.num_hidden > 0:
+        hidden = masks.draw_hidden(len(imgs), generator(seed, 1))  # (B, L)
     if teacher is not None and hidden is None:
         scores, tokens = teacher.score_patches(imgs)  # (B, L), (B, L, E)
     target = feature_target(imgs, tokens) if feature_target else None

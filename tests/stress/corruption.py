@@ -154,7 +154,7 @@ def checkpoints(count: int, dice: random.Random, folder: Path) -> None:
         (place / checkpoint.LAST).write_bytes(damaged)
         os.link(folder / checkpoint.PREVIOUS, place / checkpoint.PREVIOUS)
         checkpoint.log.disabled = True
-        path, found = checkpoint.newest(place)
+        path, found = checkpoint.find_resume(place)
         same = all(torch.equal(weights[name], value) for name, value in found["state_dict"].items())
         same &= found["state_dict"].keys() == weights.keys()
         same &= all(found[name] == state[name] for name in ("script", "step", "options", "stopped"))

@@ -21,6 +21,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     takes the r-th part of each. One rank with batch size 2b, two ranks with b, and one rank with b and two accumulation
     steps see the same samples in each optimizer step. The last incomplete optimizer step is dropped.
 
+    `position` is where the next iteration starts: an epoch, and a batch within it (for a mid-epoch resume).
+
     Raises:
         ValueError: the data set is smaller than one optimizer step.
     """
@@ -37,11 +39,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
                 f"{batch_size} x --accum_iter {accum_iter} x {world_size} ranks): lower --batch_size or --accum_iter"
             )
         self.num_batches = num_samples // self.global_batch * accum_iter  # per rank
-        self.epoch, self.first_batch = 0, 0
-
-    def set_position(self, epoch: int, first_batch: int = 0) -> None:
-        """Where the next iteration starts: an epoch, and a batch within it (for a mid-epoch resume)."""
-        self.epoch, self.first_batch = epoch, first_batch
+        self.position = (0, 0)
 
     def of_step(self, epoch: int, step: int) -> list[int]:
         """Indices of all images of an optimizer step, over all ranks and micro-batches."""
@@ -53,13 +51,14 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         )
 
     def __len__(self) -> int:
-        return self.num_batches - self.first_batch
+        return self.num_batches - self.position[1]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = self._order(self.epoch)
-        for batch in range(self.first_batch, self.num_batches):
+        epoch, first_batch = self.position
+        order = self._order(epoch)
+        for batch in range(first_batch, self.num_batches):
             start = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
+            yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 
 class StepSampler(EpochSampler):
@@ -88,9 +87,10 @@ class StepSampler(EpochSampler):
         return super().of_step(number, step)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, first_batch = self.position
         current, order = -1, torch.empty(0, dtype=torch.long)
-        for batch in range(self.first_batch, self.num_batches):
-            total = self.epoch * self.num_batches + batch
+        for batch in range(first_batch, self.num_batches):
+            total = epoch * self.num_batches + batch
             number, batch = divmod(total, self._pass_steps * self.accum_iter)
             if number != current:
                 current, order = number, self._order(number)

@@ -29,21 +29,20 @@ class SkippedSteps(NamedTuple):
     loss: float
 
 
-def default_precision(device: torch.device) -> str:
-    """bf16 where the GPU supports it natively, fp16 on older GPUs, fp32 on the CPU."""
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
 class Amp:
     """Forward and backward passes in a precision. Weights, gradients and losses are always float32.
+
+    Args:
+        name: fp32, bf16 or fp16. None is bf16 where the GPU supports it natively, fp16 on older GPUs, fp32 on the CPU.
 
     Raises:
         ValueError: fp16 without CUDA.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str | None, device: torch.device) -> None:
+        if name is None and device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        name = name or "fp32"
         if name == "fp16" and device.type != "cuda":
             raise ValueError(f"--precision fp16 needs CUDA, the device is {device}: give bf16 or fp32")
         self.name = name

@@ -64,14 +64,18 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest complete checkpoint of a run folder and its content; None without checkpoints.
+def find_resume(folder: Path, resume: str = "", auto_resume: bool = True) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a run resumes from and its content, in this order:
+
+    1. with `auto_resume` the newest complete one of its own folder, so that the same command can be started again;
+    2. the file `resume`;
+    3. none: a new run.
 
     Raises:
-        ValueError: there are checkpoints, but none is complete.
+        ValueError: the folder holds a run that a new one would overwrite, or checkpoints of which none is complete.
     """
     problems = []
-    for name in (LAST, PREVIOUS):
+    for name in (LAST, PREVIOUS) if auto_resume else ():
         if (folder / name).exists():
             try:
                 return folder / name, read_run(folder / name)
@@ -80,21 +84,6 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
                 log.warning("%s", error)
     if problems:
         raise ValueError(f"no checkpoint in {folder} can be read: {'; '.join(problems)}")
-    return None
-
-
-def find_resume(folder: Path, resume: str, auto_resume: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a run resumes from, in this order:
-
-    1. with `auto_resume` the newest one of its own folder, so that the same command can be started again;
-    2. the file `resume`;
-    3. none: a new run.
-
-    Raises:
-        ValueError: the folder holds a run that a new one would overwrite.
-    """
-    if auto_resume and (found := newest(folder)):
-        return found
     if resume:
         return Path(resume), read_run(resume)
     if (folder / LAST).exists():
@@ -154,30 +143,27 @@ class Run:
         if self.path is not None and self.state is None:
             self.state = read_run(self.path)
 
-    def check(self, options: dict[str, Any], fixed: Iterable[str]) -> None:
-        """Compare the options with those of the checkpoint; `changes` are then the differences.
+    def check(
+        self, options: dict[str, Any], fixed: Iterable[str], path: str = "", compute: Callable[[], str] = str
+    ) -> str:
+        """Compare options and initial weights with those of the checkpoint; `changes` are then the changed options.
 
         Args:
             fixed: names of the options that must not change, since weights and schedule depend on them.
-
-        Raises:
-            ValueError: the checkpoint is of another script, a fixed option changed, or it is mid-epoch of other data.
-        """
-        if self.state is not None:
-            self.changes = check_resumable(self.path, self.state, self.script, options, fixed)
-
-    def check_initial_weights(self, path: str, compute: Callable[[], str]) -> str:
-        """Fingerprint of the weights that the run started from, "" for random ones. A resumed run cannot change them.
-
-        Args:
-            path: of the weights given now. Their file is not needed to resume: the checkpoint holds everything.
+            path: of the initial weights given now, "" for random ones. Their file is not needed to resume: the
+                checkpoint holds everything.
             compute: their fingerprint.
 
+        Returns:
+            Fingerprint of the weights that the run started from, "" for random ones.
+
         Raises:
-            ValueError: the run started from other weights.
+            ValueError: the checkpoint is of another script, a fixed option changed, it is mid-epoch of other data, or
+                the run started from other weights.
         """
         if self.state is None:
             return from_rank_zero(compute) if path else ""
+        self.changes = check_resumable(self.path, self.state, self.script, options, fixed)
         recorded = self.state["options"].get("initial")
         given = recorded is not None and path
         if given and from_rank_zero(lambda: Path(path).exists() and compute() != recorded):

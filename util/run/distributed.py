@@ -15,7 +15,7 @@ import torch.distributed.nn  # imported after a group exists, its default argume
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util.run.amp import Amp, default_precision
+from util.run.amp import Amp
 from util.run.logger import setup_logging
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def setup(world: World, device: str | None, precision: str | None, timeout_minut
         ValueError: no such device, or it does not support the precision.
     """
     chosen = pick_device(device, world)
-    amp = Amp(precision or default_precision(chosen), chosen)
+    amp = Amp(precision, chosen)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if chosen.type == "cuda":
@@ -165,9 +165,7 @@ def _can_pickle(error: Exception) -> bool:
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
-    """DistributedDataParallel where there are several processes. All ranks hold rank 0's weights afterwards."""
-    if not dist.is_initialized():
-        return model
+    """DistributedDataParallel. All ranks hold rank 0's weights afterwards."""
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,

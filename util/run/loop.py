@@ -150,7 +150,7 @@ class Loop:
             {"script": self.run.script, "options": options},
         )
         while not (self.stopped or is_finished(self.epoch, self.step, options)):
-            self.sampler.set_position(self.epoch, self.step * self.accum_iter)
+            self.sampler.position = (self.epoch, self.step * self.accum_iter)
             self.progress = Progress(
                 self.logger,
                 self.epoch,

@@ -113,6 +113,12 @@ NOT_NEGATIVE = number(float, low=0)
 POSITIVE = number(float, above=0)
 MINUTES = number(float, above=0, high=60 * 24 * 365)
 SEED = number(int, low=0, high=2**63 - 1)
+NUMBER = number(float)
+FRACTION = number(float, above=0, below=1)
+FRACTION_OR_ZERO = number(float, low=0, below=1)
+FRACTION_OR_ONE = number(float, above=0, high=1)
+
+SWITCH = argparse.BooleanOptionalAction  # --NAME, --no-NAME
 
 
 class OneOrMore(argparse.Action):
@@ -122,11 +128,6 @@ class OneOrMore(argparse.Action):
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
-
-
-def add_switch(group: argparse._ActionsContainer, name: str, default: bool | None, help: str) -> None:
-    """A boolean that can be switched on and off: --NAME, --no-NAME."""
-    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
 DATA_LAYOUT = (
@@ -158,7 +159,7 @@ def add_data_options(
     if "train" in splits:
         group.add_argument(
             "--val_fraction",
-            type=number(float, above=0, below=1),
+            type=FRACTION,
             help="hold out this fraction of the training images of each class as the val split, for data without one",
         )
     for split, count, use in (("train", 2000, "training"), ("val", 500, "validation")):
@@ -167,7 +168,7 @@ def add_data_options(
             group.add_argument(f"--shapes_{split}", type=COUNT, default=count, help=help)
     group.add_argument(
         "--value_range",
-        type=number(float),
+        type=NUMBER,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="stored values that become black and white, for images of more than 8 bits (default: the checkpoint's, or "
@@ -182,7 +183,7 @@ def add_data_options(
         "~/.cache/hpm)",
     )
     group.add_argument(
-        "--mean", type=number(float), nargs=3, help="channel means in 0..1 (default: the checkpoint's, or ImageNet's)"
+        "--mean", type=NUMBER, nargs=3, help="channel means in 0..1 (default: the checkpoint's, or ImageNet's)"
     )
     group.add_argument(
         "--std", type=POSITIVE, nargs=3, help="channel standard deviations (default: the checkpoint's, or ImageNet's)"
@@ -193,7 +194,7 @@ def add_data_options(
         help=f"data loading workers per process (default: {num_workers}, or the number of CPU cores if lower). A core "
         "decodes about 800 full-size photographs a second; raise it while the log shows a high data_wait",
     )
-    add_switch(group, "pin_mem", True, "pin CPU memory for faster transfer to the GPU")
+    group.add_argument("--pin_mem", action=SWITCH, default=True, help="pin CPU memory for faster transfer to the GPU")
     group.add_argument("--no_pin_mem", dest="pin_mem", action="store_false", help=argparse.SUPPRESS)
 
 
@@ -224,7 +225,9 @@ def add_run_options(parser: OptionParser) -> None:
     group.add_argument(
         "--resume", default="", help="checkpoint to resume from (ignored if the run folder already contains one)"
     )
-    add_switch(group, "auto_resume", True, "resume from the newest checkpoint in the run folder")
+    group.add_argument(
+        "--auto_resume", action=SWITCH, default=True, help="resume from the newest checkpoint in the run folder"
+    )
     group.add_argument("--start_epoch", type=COUNT_OR_ZERO, default=0, help="first epoch of a new run, from 0")
     group.add_argument("--save_interval", type=COUNT, default=100, help="keep a checkpoint every N epochs")
     group.add_argument("--save_every_minutes", type=MINUTES, help="also save mid-epoch, every N minutes")
@@ -244,7 +247,9 @@ def add_run_options(parser: OptionParser) -> None:
         help="abort when more than N training images cannot be read; up to then they are replaced and listed in "
         "bad_images.txt",
     )
-    add_switch(group, "strict_images", False, "abort at the first training image that cannot be read")
+    group.add_argument(
+        "--strict_images", action=SWITCH, default=False, help="abort at the first training image that cannot be read"
+    )
 
 
 def add_device_options(parser: OptionParser) -> None:
@@ -259,7 +264,9 @@ def add_device_options(parser: OptionParser) -> None:
     precision.add_argument(
         "--bf16", dest="precision", action="store_const", const="bf16", help="official name of --precision bf16"
     )
-    add_switch(group, "compile", False, "torch.compile the model: minutes to start, then faster")
+    group.add_argument(
+        "--compile", action=SWITCH, default=False, help="torch.compile the model: minutes to start, then faster"
+    )
     group.add_argument(
         "--dist_timeout", type=MINUTES, default=30, help="minutes after which a process stops waiting for the others"
     )
@@ -299,12 +306,12 @@ def add_classifier_options(parser: OptionParser, models: list[str]) -> None:
 def add_crop_option(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--crop_pct",
-        type=number(float, above=0, high=1),
+        type=FRACTION_OR_ONE,
         help="side of the evaluation crop as a fraction of the shorter side of the image (default: the checkpoint's "
         "for its image size, else 0.875 up to 224 pixels and 1.0 above, as in MAE)",
     )
 
 
 def add_pooling_options(group: argparse._ActionsContainer, default: bool | None) -> None:
-    add_switch(group, "global_pool", default, "use the mean of the patch tokens")
+    group.add_argument("--global_pool", action=SWITCH, default=default, help="use the mean of the patch tokens")
     group.add_argument("--cls_token", dest="global_pool", action="store_false", help="use the class token")

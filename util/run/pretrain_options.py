@@ -4,7 +4,17 @@ from collections.abc import Mapping
 
 from util.losses import PREDICTOR_LOSSES
 from util.masking import STRATEGIES
-from util.run.options import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, OptionParser, add_switch, number
+from util.run.options import (
+    COUNT,
+    COUNT_OR_ZERO,
+    FRACTION,
+    FRACTION_OR_ONE,
+    FRACTION_OR_ZERO,
+    NOT_NEGATIVE,
+    SHARE,
+    SWITCH,
+    OptionParser,
+)
 
 PANELS = 20  # per run: enough to see masks move, about 40 MB of TensorBoard events at 224 pixels
 
@@ -58,7 +68,12 @@ def add_pretraining_options(
     group.add_argument("--decoder_embed_dim", type=COUNT, help="width of both decoders (default: the model's)")
     group.add_argument("--decoder_depth", type=COUNT, help="blocks of each decoder; fewer are faster")
     group.add_argument("--decoder_num_heads", type=COUNT, help="attention heads of both decoders")
-    add_switch(group, "grad_checkpointing", False, "recompute activations in the backward pass to save memory")
+    group.add_argument(
+        "--grad_checkpointing",
+        action=SWITCH,
+        default=False,
+        help="recompute activations in the backward pass to save memory",
+    )
     group.add_argument("--load_from", "--finetune", default="", help="initial weights of a new run (HPM, MAE, ours)")
 
     group = parser.add_argument_group("target and loss predictor")
@@ -68,30 +83,35 @@ def add_pretraining_options(
         help="reconstruction target: raw pixels (HPM's default), pixels normalised per patch (better for MAE), or "
         "features of the EMA teacher, DINO or CLIP",
     )
-    add_switch(group, "norm_pix_loss", False, "official name of --target norm_pixel")
+    group.add_argument("--norm_pix_loss", action=SWITCH, default=False, help="official name of --target norm_pixel")
     features = ["none", "ema", *networks]
     group.add_argument(
         "--learn_feature_loss", choices=features, default="none", help="official name of feature targets"
     )
     for network, file in networks.items():
         group.add_argument(f"--{network}_path", default="none", help=f"{file} (none: download)")
-    add_switch(group, "learning_loss", True, "train the loss predictor; without it, this is MAE")
+    group.add_argument(
+        "--learning_loss", action=SWITCH, default=True, help="train the loss predictor; without it, this is MAE"
+    )
     group.add_argument(
         "--predictor_loss",
         choices=list(PREDICTOR_LOSSES),
         help="what the predictor learns: to rank the patches of an image by their loss (relative, default), or the "
         "value of their loss (absolute)",
     )
-    add_switch(group, "relative", None, "official name of --predictor_loss relative; --no-relative is absolute")
+    group.add_argument(
+        "--relative",
+        action=SWITCH,
+        default=None,
+        help="official name of --predictor_loss relative; --no-relative is absolute",
+    )
     group.add_argument("--predictor_depth", type=COUNT, help="blocks of the predictor (default: the decoder's)")
 
     group = parser.add_argument_group("masks")
-    group.add_argument(
-        "--mask_ratio", type=number(float, above=0, below=1), default=0.75, help="fraction of masked patches"
-    )
+    group.add_argument("--mask_ratio", type=FRACTION, default=0.75, help="fraction of masked patches")
     group.add_argument(
         "--vis_mask_ratio",
-        type=number(float, low=0, below=1),
+        type=FRACTION_OR_ZERO,
         default=0.0,
         help="fraction of the visible patches replaced by a learned token (UM-MAE)",
     )
@@ -112,8 +132,10 @@ def add_pretraining_options(
         default=0.5,
         help="fraction of masked patches chosen by predicted loss in the last epoch (1.0 does worse than random masks)",
     )
-    add_switch(group, "mask_block", False, "keep one square visible, no mining (UM-MAE)")
-    add_switch(group, "mask_regular", False, "keep one patch of each 2 x 2 visible, no mining (UM-MAE)")
+    group.add_argument("--mask_block", action=SWITCH, default=False, help="keep one square visible, no mining (UM-MAE)")
+    group.add_argument(
+        "--mask_regular", action=SWITCH, default=False, help="keep one patch of each 2 x 2 visible, no mining (UM-MAE)"
+    )
 
     group = parser.add_argument_group("EMA teacher")
     group.add_argument("--ema_decay", type=SHARE, default=0.999, help="decay per step at the start")
@@ -121,7 +143,7 @@ def add_pretraining_options(
     group.add_argument("--ema_ramp_epochs", type=COUNT_OR_ZERO, default=100, help="epochs of the linear ramp")
     group.add_argument(
         "--teacher_keep",
-        type=number(float, above=0, high=1),
+        type=FRACTION_OR_ONE,
         help="fraction of patches that the teacher sees; below 1 it scores the others, at their mask tokens (default: "
         "1.0, HPM's; 1 - mask_ratio with --score_by loss)",
     )
@@ -142,7 +164,12 @@ def add_pretraining_options(
     )
     group.add_argument("--knn_data_path", help="labelled images with train and val (default: --data_path)")
     group.add_argument("--knn_k", type=COUNT, help="number of neighbours (default: 20)")
-    add_switch(group, "knn_global_pool", None, "use the mean of the patch tokens (default: the class token)")
+    group.add_argument(
+        "--knn_global_pool",
+        action=SWITCH,
+        default=None,
+        help="use the mean of the patch tokens (default: the class token)",
+    )
 
     group = parser.add_argument_group("optimizer (AdamW, betas 0.9 and 0.95)")
     group.add_argument("--lr", type=NOT_NEGATIVE, help="learning rate (default: --blr x global batch size / 256)")

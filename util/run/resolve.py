@@ -11,7 +11,7 @@ import torch
 from util.data.files import summarize
 from util.run.distributed import World
 from util.run.options import OptionParser
-from util.weights.meta import defaults_of, settings_of
+from util.weights.meta import DEFAULTS, settings_of
 
 log = logging.getLogger("hpm")
 
@@ -23,27 +23,20 @@ def fill_in(given: argparse.Namespace, defaults: dict[str, Any]) -> None:
             setattr(given, name, value)
 
 
-def resolve_settings(given: argparse.Namespace, meta: dict[str, Any]) -> None:
+def resolve_settings(given: argparse.Namespace, meta: dict[str, Any], names: Iterable[str] = tuple(DEFAULTS)) -> None:
     """Model, sizes and image statistics that were not given, in place: from a checkpoint's metadata (`read_meta`), else
-    ViT-B at 224 pixels on ImageNet. `origins` then tells which: "option", "checkpoint" or "default"."""
-    _resolve(given, meta, {"value_range": None, **defaults_of(meta)})
-
-
-def resolve_pixels(given: argparse.Namespace, meta: dict[str, Any]) -> None:
-    """`resolve_settings` for mean, std and value range alone: pre-training chooses its own model and sizes."""
-    defaults = {"value_range": None, **defaults_of(meta)}
-    _resolve(given, meta, {name: defaults[name] for name in ("mean", "std", "value_range")})
-
-
-def _resolve(given: argparse.Namespace, meta: dict[str, Any], defaults: dict[str, Any]) -> None:
-    found = settings_of(meta)
+    the defaults. `origins` then tells which: "option", "checkpoint" or "default"."""
+    recorded = settings_of(meta)
     given.origins = {}
-    for name, value in defaults.items():
+    for name in names:
         if getattr(given, name, None) is not None:
             given.origins[name] = "option"
-            continue
-        given.origins[name] = "checkpoint" if found.get(name) is not None else "default"
-        setattr(given, name, value)
+        elif recorded.get(name) is not None:
+            given.origins[name] = "checkpoint"
+            setattr(given, name, recorded[name])
+        else:
+            given.origins[name] = "default"
+            setattr(given, name, DEFAULTS[name])
 
 
 def resolve_which(given: argparse.Namespace) -> None:
@@ -112,15 +105,16 @@ def resolve_training(given: argparse.Namespace, world: World, *, warmup_epochs: 
 
 
 def resolve_method(given: argparse.Namespace, networks: Iterable[str]) -> None:
-    """The reconstruction target, the objective of the predictor, both from their official names too, and the mask
-    strategy, in place.
+    """The reconstruction target, the objective of the predictor, both from their official names too, the mask strategy,
+    and what the EMA teacher sees, in place.
 
     Args:
         networks: targets that are features of a frozen network, whose file --NETWORK_path names.
 
     Raises:
-        ValueError: two targets, objectives or mask options at once, a path that belongs to another target, or a
-            strategy that needs a loss predictor without one.
+        ValueError: two targets, objectives or mask options at once, a path that belongs to another target, a strategy
+            that needs a loss predictor without one, or options of the predictor or the teacher that do not go with the
+            target or the masks.
     """
     named = {"--target": given.target}
     if given.norm_pix_loss:
@@ -168,15 +162,7 @@ def resolve_method(given: argparse.Namespace, networks: Iterable[str]) -> None:
             f"--mask_strategy {given.mask_strategy} needs the loss predictor: omit --no-learning_loss, or give "
             "--score_by loss"
         )
-    resolve_teacher(given, by_loss)
 
-
-def resolve_teacher(given: argparse.Namespace, by_loss: bool) -> None:
-    """What the EMA teacher sees, in place.
-
-    Raises:
-        ValueError: options of the predictor or the teacher that do not go with the target or the masks.
-    """
     if given.predictor_depth is not None and not given.learning_loss:
         raise ValueError("--predictor_depth is for the loss predictor: omit it, or omit --no-learning_loss")
     if given.mask_strategy == "random" and (by_loss or given.teacher_keep not in (None, 1.0)):
@@ -203,15 +189,18 @@ def resolve_val_fraction(given: argparse.Namespace, recorded: dict[str, Any]) ->
         given.val_fraction, given.origins["val_fraction"] = recorded.get("val_fraction"), "checkpoint"
 
 
-def data_name(given: argparse.Namespace) -> str:
-    """--data_path for the log."""
-    if given.data_path is None:
-        return "Shapes, images drawn by the program (no --data_path was given)"
-    return given.data_path if isinstance(given.data_path, str) else summarize(given.data_path)
+def describe(parser: OptionParser, given: argparse.Namespace, images: str = "") -> None:
+    """Log what all scripts have in common: the data, the arithmetic of the batch, the schedule, the device, ignored
+    options.
 
-
-def describe(parser: OptionParser, given: argparse.Namespace) -> None:
-    """Log what all scripts have in common: the arithmetic of the batch, the schedule, the device, ignored options."""
+    Args:
+        images: numbers of images, for the log; "" where the script logs its data itself.
+    """
+    if images:
+        path = "Shapes, images drawn by the program (no --data_path was given)"
+        if given.data_path is not None:
+            path = given.data_path if isinstance(given.data_path, str) else summarize(given.data_path)
+        log.info("data      %s: %s", path, images)
     if "processes" in given and not getattr(given, "eval", False):
         processes = "1 process" if given.processes == 1 else f"{given.processes} processes"
         log.info(

@@ -50,7 +50,7 @@ def read_splits(given: argparse.Namespace, num_outputs: int | None, owner: str) 
     record_val_split(given, val)
     if given.eval and trained is not None and given.val_split not in (None, trained):
         log.warning("--val_fraction holds out other images than in training: some of them may have been trained on")
-    _warn_of_range(given, train or val)
+    warn_of_range(given, train or val)
     return train, val
 
 
@@ -63,14 +63,16 @@ def read_pretraining(given: argparse.Namespace) -> tuple[Source, Source | None]:
         ValueError: no such images.
     """
     settings: dict[str, Any] = {"labels_needed": False, **_settings(given)}
+    given.val_split = None
     train: Source
     val: Source | None = None
     if given.val_fraction is not None:
         train, val = hold_out(given.data_path, given.val_fraction, **settings)
+        record_val_split(given, val)
     else:
         train = build_source(given.data_path, "train", shapes_count=given.shapes_train, **settings)
-    record_val_split(given, val)
-    _warn_of_range(given, train)
+    if given.data_path is not None:
+        warn_of_range(given, train)
     return train, val
 
 
@@ -102,7 +104,8 @@ def _read_val(given: argparse.Namespace, settings: dict[str, Any]) -> Source:
     return build_source(given.data_path, "val", shapes_count=given.shapes_val, **settings)
 
 
-def _warn_of_range(given: argparse.Namespace, source: Source) -> None:
+def warn_of_range(given: argparse.Namespace, source: Source) -> None:
+    """Log `check_value_range`. All ranks call it together."""
     if warning := from_rank_zero(lambda: check_value_range(source, given.value_range)):
         log.warning("%s", warning)
 

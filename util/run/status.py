@@ -31,7 +31,7 @@ def status_of(folders: list[str]) -> int:
         ValueError: there are checkpoints in a folder, but none is complete.
     """
     for folder in folders:
-        found = checkpoint.newest(Path(folder))
+        found = checkpoint.find_resume(Path(folder))
         if found is None:
             log.info("%s: not started", folder)
             return 1

@@ -24,10 +24,15 @@ def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
     return {"model": classifier_name(meta["model"]), **sizes, **meta["image"]}
 
 
-def defaults_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """`settings_of`, with ViT-B at 224 pixels on ImageNet for what the metadata lack."""
-    image = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    return {"model": "vit_base_patch16", "input_size": 224, **image, **settings_of(meta)}
+# What holds where metadata lack it: ViT-B at 224 pixels on ImageNet.
+DEFAULTS = {
+    "model": "vit_base_patch16",
+    "input_size": 224,
+    "patch_size": None,  # the model's
+    "mean": list(IMAGENET_MEAN),
+    "std": list(IMAGENET_STD),
+    "value_range": None,  # by image
+}
 
 
 MODEL_OF_WIDTH = {
