@@ -233,12 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         if run is not None and train is not None:
             sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
             args.steps_per_epoch = sampler.num_batches // args.accum_iter
-            args.initial = run.check(
-                vars(args),
-                FIXED,
-                args.weights,
-                lambda: fingerprint(weights or load_pretrained(args.weights, args.which)),
-            )
+            given = partial(load_pretrained, args.weights, args.which)
+            args.initial = run.check(vars(args), FIXED, args.weights, lambda: fingerprint(weights or given()))
 
     # Model
     rng.seed_all(args.seed)

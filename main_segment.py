@@ -66,12 +66,8 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--crop", type=options.COUNT, help="size of training crops and test windows (default: 512)")
     group.add_argument("--stride", type=options.COUNT, help="stride of test windows (default: 2/3 of --crop)")
     group.add_argument("--short_side", type=options.COUNT, help="short side of test images (default: --crop)")
-    group.add_argument(
-        "--reduce_zero_label",
-        action=options.SWITCH,
-        default=None,
-        help="label 0 is ignored and class k is label k + 1, as in ADE20K (default: on)",
-    )
+    help = "label 0 is ignored and class k is label k + 1, as in ADE20K (default: on)"
+    group.add_argument("--reduce_zero_label", action=options.SWITCH, help=help)
     ignore = options.number(int, low=0, high=255)
     group.add_argument("--ignore_index", type=ignore, default=255, help="ignored label, after that shift")
     group.add_argument("--eval", action="store_true", help="evaluate --resume, --finetune, or the run's newest weights")
@@ -90,16 +86,11 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--batch_size", type=options.COUNT, help="images per process and micro-batch")
     group.add_argument("--global_batch", type=options.COUNT, help="global batch size: 16, in one micro-batch")
     group.add_argument("--lr", type=options.NOT_NEGATIVE, help="learning rate: 1e-4, 9e-5, 1e-3")
-    share = options.FRACTION_OR_ONE
-    group.add_argument("--layer_decay", type=share, help="layer-wise lr decay: 0.65, 0.75, none")
+    group.add_argument("--layer_decay", type=options.FRACTION_OR_ONE, help="layer-wise lr decay: 0.65, 0.75, none")
     group.add_argument("--drop_path", type=options.FRACTION_OR_ZERO, help="stochastic depth: 0.1, 0.2, none")
     group.add_argument("--weight_decay", type=options.NOT_NEGATIVE, help="0.05, 0.05, 0.001; not on biases and norms")
-    group.add_argument(
-        "--decay_positions",
-        action=options.SWITCH,
-        default=True,
-        help="weight decay on positions, class token and bias tables as well",
-    )
+    help = "weight decay on positions, class token and bias tables as well"
+    group.add_argument("--decay_positions", action=options.SWITCH, default=True, help=help)
     return parser
 
 
@@ -233,12 +224,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         resumed = run is not None and run.state is not None
         weights = load_pretrained(args.weights, args.which) if args.weights and not resumed else None
         if run is not None:
-            args.initial = run.check(
-                vars(args),
-                FIXED,
-                args.weights,
-                lambda: fingerprint(weights or load_pretrained(args.weights, args.which)),
-            )
+            given = partial(load_pretrained, args.weights, args.which)
+            args.initial = run.check(vars(args), FIXED, args.weights, lambda: fingerprint(weights or given()))
             count, batch = len(sources["train"]), args.batch_size
             sampler = StepSampler(args.eval_interval, count, batch, args.accum_iter, world.rank, world.size, args.seed)
 
