@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features (DINO's protocol).
+"""Weighted k-nearest-neighbour classification on frozen features (DINO's protocol), and logistic regression.
 
     python main_knn.py --finetune output_dir/checkpoint-last.pth
     torchrun --nproc_per_node=8 main_knn.py --finetune mae_pretrain_vit_base.pth --data_path /imagenet
@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import models_load
 import models_vit
 from engine_finetune import extract_splits, knn_accuracy
+from engine_probe import logistic_accuracy
 from util import knn, rng
 from util.data import transforms
 from util.data.classes import count_classes
@@ -61,6 +62,11 @@ def get_args_parser() -> options.OptionParser:
         choices=["encoder", "pixels"],
         default="encoder",
         help="features of the encoder, or as a baseline without a model the pixels of the crop, at most 16 x 16",
+    )
+    group.add_argument(
+        "--logreg",
+        action="store_true",
+        help="also fit a logistic regression (C chosen on a tenth of the images)",
     )
     group.add_argument("--dump_features", help="folder to store the features in")
     group.add_argument("--load_features", help="folder written by --dump_features, instead of images")
@@ -134,8 +140,8 @@ def write_features(path: str, features: dict[str, tuple[Tensor, Tensor]]) -> Non
 
 
 @record
-def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
-    """Returns: top-1 and top-5 in percent, for each number of neighbours."""
+def main(argv: list[str] | None = None) -> dict[int | str, tuple[float, float]]:
+    """Returns: top-1 and top-5 in percent, for each number of neighbours, and with --logreg under "logreg"."""
     # Options and paths: mistakes end here, before a model is built.
     with options.user_mistakes():
         world = distributed.read_environment()
@@ -173,6 +179,8 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
         num_train = len(features["train"][1] if features else sources["train"])
         if max(args.nb_knn) > num_train:
             raise ValueError(f"--nb_knn {max(args.nb_knn)} of {num_train:,} training images: choose fewer neighbours")
+        if args.logreg and num_train < 10:
+            raise ValueError(f"--logreg holds out a tenth of the training images, and there are {num_train}: omit it")
 
     if not features:
         describe(args, sources)
@@ -182,9 +190,16 @@ def main(argv: list[str] | None = None) -> dict[int, tuple[float, float]]:
             log.info("features stored in %s", args.dump_features)
 
     mine = slice(world.rank, None, world.size)  # each rank takes its share of the queries
-    metrics = knn_accuracy(features, args.nb_knn, args.temperature, args.nb_classes, device, mine)
-    for k, accuracies in metrics.items():
+    by_k = knn_accuracy(features, args.nb_knn, args.temperature, args.nb_classes, device, mine)
+    for k, accuracies in by_k.items():
         log.info("%d-NN  top-1 %.2f  top-5 %.2f", k, *accuracies)
+    metrics: dict[int | str, tuple[float, float]] = dict(by_k.items())
+    if args.logreg:
+        train, test = ((rows.to(device), labels.to(device)) for rows, labels in (features[key] for key in SPLITS))
+        metrics["logreg"] = distributed.from_rank_zero(
+            lambda: logistic_accuracy(train, test, args.nb_classes, args.seed)
+        )
+        log.info("logistic regression  top-1 %.2f  top-5 %.2f", *metrics["logreg"])
     distributed.shutdown()
     return metrics
 

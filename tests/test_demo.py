@@ -93,6 +93,6 @@ def test_lines_of_the_readme(monkeypatch):
 def test_what_the_demo_runs_is_documented_as_such():
     """scripts/demo.sh and results.md give the same settings."""
     script, text = (ROOT / "scripts" / "demo.sh").read_text(), (ROOT / "docs" / "results.md").read_text()
-    for option in ("--ema_decay 0.95", "--teacher_keep 0.25", "--epochs 8", "--batch_size 32"):
+    for option in ("--ema_decay 0.95", "--teacher_keep 0.25", "--epochs 12", "--batch_size 16"):
         assert option in script
         assert option in text

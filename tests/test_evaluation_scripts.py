@@ -182,11 +182,14 @@ def test_knn(tmp_path, pretrained):
 
 
 def test_knn_from_two_processes_is_that_from_one(pretrained):
-    for more in ([], ["--global_pool", "--which", "ema", "--batch_size", 5]):
+    for more in (["--logreg"], ["--global_pool", "--which", "ema", "--batch_size", 5]):
         options = [*KNN, "--finetune", pretrained, *more]
         one, two = run("main_knn", *options), ranks("main_knn", *options)
         assert accuracies(one) == accuracies(two)
         assert len(accuracies(one)) == 2
+        results = [re.findall(r"logistic regression  top-1 [\d.]+  top-5 [\d.]+", log) for log in (one, two)]
+        assert results[0] == results[1]
+        assert len(results[0]) == ("--logreg" in more)
 
 
 # ------------------------------------------------------------------------------------------------------------ formats
@@ -418,6 +421,7 @@ MISTAKES = [
     ("main_linprobe", "--eval", "name the probe's checkpoint with --resume"),
     ("main_linprobe", "--blr 0", "expected a number > 0, got '0'"),
     ("main_knn", "--nb_knn 3000", "--nb_knn 3000 of 2,000 training images"),
+    ("main_knn", "--logreg --nb_knn 2 --shapes_train 9", "holds out a tenth of the training images, and there are 9"),
     ("main_knn", "--load_features x --finetune y", "omit --dump_features and --finetune"),
     ("main_knn", "--load_features /nowhere", "checkpoint /nowhere/trainfeat.pth does not exist"),
     ("main_knn", "--input_size 100", "patch size 16 does not divide an image of 100 x 100"),

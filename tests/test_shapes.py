@@ -9,7 +9,7 @@ from util.data import shapes
 def test_images_are_the_same_on_every_machine():
     """Drawn with IEEE arithmetic only; if this fails, the images changed, and with them every result on Shapes."""
     pixels = b"".join(shapes.draw_shape(0, split, i)[0].tobytes() for split in ("train", "val") for i in range(20))
-    assert hashlib.sha256(pixels).hexdigest()[:16] == "90c01f99da93d149"
+    assert hashlib.sha256(pixels).hexdigest()[:16] == "2ed003e2f9011128"
 
 
 def test_an_image_is_a_function_of_seed_split_and_index():
@@ -52,11 +52,11 @@ def test_pixels_say_little_about_the_class():
     """Nearest neighbours of raw pixels are not far above chance (10 %)."""
     train, queries = (
         np.stack([shapes.draw_shape(0, split, i, 16)[0].reshape(-1) for i in range(count)]).astype(np.float32) / 255
-        for split, count in (("train", 500), ("val", 200))
+        for split, count in (("train", 1000), ("val", 400))
     )
     train, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, queries))
     nearest = (queries @ train.T).argmax(axis=1)
-    assert (nearest % 10 == np.arange(200) % 10).mean() < 0.25
+    assert (nearest % 10 == np.arange(400) % 10).mean() < 0.2
 
 
 def test_there_are_plain_and_busy_patches():

@@ -1,8 +1,9 @@
 """Shapes: a data set of ten classes of shapes, drawn by the program.
 
-The class is the shape alone: colours, size, place, tilt and the texture of the background are drawn independently of
-it, and all classes cover the same area, so the pixels of an image say little about its class. Plain background is easy
-to reconstruct; outlines and texture are hard.
+An image shows up to five shapes of one class on a ground of which a part may be striped or checked. The class is the
+shape alone: colours, number, sizes, places, tilts and texture are drawn independently of it, shapes are brighter or
+darker than the ground at random, and all classes cover the same area, so the pixels of an image say little about its
+class. Plain background is easy to reconstruct; outlines and texture are hard.
 
 An image is a function of (seed, split, index) alone, with the same bits on every machine: pixels come from additions,
 multiplications, divisions and square roots of IEEE doubles. Sines are avoided (a rotation is a rational point of the
@@ -16,6 +17,9 @@ from util.rng import stable_hash
 CLASSES = ["arrow", "circle", "crescent", "cross", "diamond", "half", "ring", "square", "star", "triangle"]
 SPLITS = {"train": 0, "val": 1}
 DEFAULT_SIZES = {"train": 2000, "val": 500}
+
+# Shapes of an image: at most so many, so far apart, in so many trials.
+_MOST, _APART, _TRIALS = 5, 0.578, 40
 
 # Corners on the unit circle, counter-clockwise, as literals: no sine is computed.
 _TRIANGLE = [(0.0, 1.0), (-0.8660254037844386, -0.5), (0.8660254037844386, -0.5)]
@@ -100,19 +104,15 @@ class _Draw:
     def choice(self, count: int) -> int:
         return min(count - 1, int(self._stream.random() * count))
 
-    def array(self, *shape: int) -> np.ndarray:
-        return self._stream.random(shape)
-
     def rotation(self, most: float = 1.0) -> tuple[float, float]:
         """(cosine, sine) of a random angle between -a and a, where tan(a / 2) is `most`, as a rational point of the
         circle; 1 for a right angle."""
         t = self.uniform(-most, most)
         return (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
 
-    def contrasting(self, colour: np.ndarray) -> np.ndarray:
-        """Of four random colours, the one farthest from `colour`."""
-        colours = self.array(4, 3)
-        return colours[np.square(colours - colour).sum(axis=1).argmax()]
+    def tint(self) -> np.ndarray:
+        """A small change of colour, (3,)."""
+        return 0.3 * (self._stream.random(3) - 0.5)
 
 
 def draw_shape(seed: int, split: str, index: int, size: int = 64) -> tuple[np.ndarray, int]:
@@ -120,23 +120,33 @@ def draw_shape(seed: int, split: str, index: int, size: int = 64) -> tuple[np.nd
     draw = _Draw(seed, SPLITS[split], index)
     label = index % len(CLASSES)
     centres = (np.arange(size) + 0.5) / size * 2 - 1  # of the pixels, from left to right; y points up
-    pixel = 2 / size
-
-    ground = draw.array(3)
     image = np.empty((size, size, 3))
-    image[:] = ground
+    image[:] = draw.uniform(0.4, 0.6) + draw.tint()
     if draw.uniform(0, 1) < 0.5:
-        _paint_texture(draw, image, centres, ground)
-
-    name = CLASSES[label]
-    colour = draw.contrasting(ground)
-    scale = draw.uniform(0.4, 0.7) * np.sqrt(1.6 / _AREA[name])
-    x0, y0 = draw.uniform(-0.6, 0.6), draw.uniform(-0.6, 0.6)  # the border may cut a part off
-    cosine, sine = draw.rotation(0.2)  # up to 23 degrees either way
-    x, y = np.meshgrid((centres - x0) / scale, (-centres - y0) / scale)
-    distance = _DISTANCE[name](x * cosine + y * sine, y * cosine - x * sine) * (scale / pixel)
-    image += (colour - image) * _cover(distance)
+        _paint_texture(draw, image, centres)
+    places: list[tuple[float, float]] = []
+    for _ in range(_TRIALS):
+        x0, y0 = draw.uniform(-0.95, 0.95), draw.uniform(-0.95, 0.95)  # the border may cut a part off
+        if all((x0 - x) ** 2 + (y0 - y) ** 2 >= _APART**2 for x, y in places):
+            places.append((x0, y0))
+            _paint_shape(draw, image, centres, CLASSES[label], x0, y0)
+        if len(places) == _MOST:
+            break
     return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8), label
+
+
+def _paint_shape(draw: _Draw, image: np.ndarray, centres: np.ndarray, name: str, x0: float, y0: float) -> None:
+    """One shape with its centre at (x0, y0), in place, brighter or darker than the ground."""
+    scale = draw.uniform(0.24, 0.34) * np.sqrt(1.6 / _AREA[name])
+    cosine, sine = draw.rotation(0.2)  # up to 23 degrees either way
+    sign = 1 - 2 * draw.choice(2)
+    reach = 1.2 * scale + 2 / len(centres)  # no shape is larger; the rest of the image stays as it is
+    near = [slice(*np.searchsorted(centres, (middle - reach, middle + reach))) for middle in (-y0, x0)]
+    image = image[tuple(near)]  # a view
+    x, y = (centres[near[1]] - x0) / scale, ((-centres[near[0]] - y0) / scale)[:, None]
+    distance = _DISTANCE[name](x * cosine + y * sine, y * cosine - x * sine) * (scale * len(centres) / 2)  # in pixels
+    colour = 0.5 + sign * draw.uniform(0.3, 0.5) + draw.tint()
+    image += (colour - image) * _cover(distance)
 
 
 def _cover(distance: np.ndarray) -> np.ndarray:
@@ -144,7 +154,7 @@ def _cover(distance: np.ndarray) -> np.ndarray:
     return (0.5 - distance).clip(0, 1)[:, :, None]
 
 
-def _paint_texture(draw: _Draw, image: np.ndarray, centres: np.ndarray, ground: np.ndarray) -> None:
+def _paint_texture(draw: _Draw, image: np.ndarray, centres: np.ndarray) -> None:
     """Stripes or checks over a part of the background, in place, behind a straight line."""
     x, y = np.meshgrid(centres, -centres)
     cosine, sine = draw.rotation()
@@ -154,8 +164,7 @@ def _paint_texture(draw: _Draw, image: np.ndarray, centres: np.ndarray, ground: 
     mix = _wave(u / period)
     if draw.choice(2):
         mix = 0.5 + 2 * (mix - 0.5) * (_wave(v / period) - 0.5)
-    second = (draw.contrasting(ground) - ground) * 0.35
-    image += second * (mix[:, :, None] * _cover((draw.uniform(0.0, 0.6) - u) * (len(centres) / 2)))
+    image -= 0.2 * mix[:, :, None] * _cover((draw.uniform(0.0, 0.6) - u) * (len(centres) / 2))
 
 
 def _wave(phase: np.ndarray) -> np.ndarray:
