@@ -1,6 +1,7 @@
 """The rules of the layout: imports only point down, options stop in the scripts, importing does nothing."""
 
 import ast
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -134,3 +135,18 @@ def test_few_functions_lie_between_the_command_and_the_optimizer(tmp_path):
     start, step = (int(number) for number in shown.split()[-2:])
     assert 40 < start <= 70, shown
     assert 20 < step <= 42, shown
+
+
+OURS = ("util", "export", "visualize", "benchmarks", "demo", "models_", "engine_", "main_", "predict", "hubconf")
+
+
+@pytest.mark.parametrize("folder", ["tests", "tests/stress", "benchmarks", "demo"])
+def test_what_is_imported_exists(folder):
+    """Also in programs that no other test starts."""
+    for path in (ROOT / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith(OURS):
+                imported = importlib.import_module(node.module)
+                for alias in node.names:
+                    if not hasattr(imported, alias.name):
+                        importlib.import_module(f"{node.module}.{alias.name}")

@@ -29,12 +29,12 @@ import torch  # noqa: E402
 from images import encode, picture  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from util import checkpoint  # noqa: E402
 from util.data.datasets import ImageDataset  # noqa: E402
 from util.data.decode import decode_rgb  # noqa: E402
 from util.data.loader import ShardSampler, build_loader  # noqa: E402
 from util.data.sources import build_source  # noqa: E402
 from util.data.transforms import CenterCrop  # noqa: E402
+from util.run import checkpoint  # noqa: E402
 
 torch.set_num_threads(1)
 GROUP = 25  # files a child process
