@@ -10,6 +10,7 @@ import sys
 import pytest
 from images import members, write_tree
 from programs import ROOT, checkpoint
+from torch.distributed.run import get_args_parser
 
 # srun starts one task per node, each in its own process group. scancel --signal signals these groups, as slurmstepd
 # does.
@@ -87,10 +88,7 @@ def test_a_signalled_job_saves_and_is_requeued(slurm, tmp_path):
         shown += line
     job.send_signal(signal.SIGUSR1)
     out, _ = job.communicate(timeout=400)
-    known = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    name = "USR1" if "--signals-to-handle" in known else "TERM"
+    name = "USR1" if "--signals-to-handle" in get_args_parser().format_help() else "TERM"
     assert calls(tmp_path) == [f"scancel --signal={name} 7", "scontrol requeue 7"], shown + out
     assert job.returncode == 0
     state = checkpoint(tmp_path / "out/pretrain_hpm_base_200")
