@@ -1,4 +1,4 @@
-"""Forward-only probes of the features of a frozen encoder: k-NN and multinomial logistic regression, of patches (CAPI).
+"""Forward-only probes of frozen features: of patches (CAPI's k-NN and logistic regression), and of whole images.
 
 A patch's label is the commonest of its pixels, and patches that are mostly ignored are dropped. Hyper-parameters are
 chosen on a tenth of the training images. Shapes: B batch, N training patches, Q queries, E width, h, w grid of patches,
@@ -142,16 +142,17 @@ def _logits(features: Tensor, solution: Tensor) -> Tensor:
 
 
 def logistic_accuracy(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, seed: int
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, seed: int, device: torch.device
 ) -> tuple[float, float]:
     """Top-1 and top-5 accuracy in percent of a logistic regression on the standardised features of images.
 
     Args:
         train, test: features (N, E) and labels (N,). C is chosen on a tenth of the training images.
     """
-    mean, deviation = standardization(train[0])
-    features, queries = ((rows - mean) / deviation for rows, _ in (train, test))
-    labels, held = train[1], held_out(len(features), seed).to(features.device)
+    (features, labels), (queries, answers) = ([part.to(device) for part in split] for split in (train, test))
+    mean, deviation = standardization(features)
+    features, queries = (features - mean) / deviation, (queries - mean) / deviation
+    held = held_out(len(features), seed).to(device)
     solutions: list[tuple[float, float, Tensor]] = []
     for cost in COSTS:
         start = solutions[-1][2] if solutions else None
@@ -161,7 +162,7 @@ def logistic_accuracy(
         log.info("choice    logreg C=%.2g  top-1 %.2f of the held-out tenth", cost, 100 * solutions[-1][0])
     _, cost, solution = max(solutions, key=lambda entry: entry[0])
     ranked = _logits(queries, fit_logistic(features, labels, num_classes, cost, solution))
-    hits = ranked.topk(min(5, num_classes), dim=1).indices == test[1][:, None]  # (Q, 5)
+    hits = ranked.topk(min(5, num_classes), dim=1).indices == answers[:, None]  # (Q, 5)
     top1, top5 = (100 * hits[:, :k].any(dim=1).double().mean() for k in (1, 5))
     return float(top1), float(top5)
 

@@ -66,11 +66,16 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument(
         "--logreg",
         action="store_true",
-        help="also fit a logistic regression (C chosen on a tenth of the images)",
+        help="also fit a logistic regression (C chosen on a tenth of the training images)",
     )
     group.add_argument("--dump_features", help="folder to store the features in")
     group.add_argument("--load_features", help="folder written by --dump_features, instead of images")
-    group.add_argument("--seed", type=options.SEED, default=0, help="seed of random weights (without --finetune)")
+    group.add_argument(
+        "--seed",
+        type=options.SEED,
+        default=0,
+        help="seed of random weights (without --finetune) and of the images that --logreg holds out",
+    )
     parser.accept_ignored(*UNREAD.split())
     return parser
 
@@ -195,9 +200,8 @@ def main(argv: list[str] | None = None) -> dict[int | str, tuple[float, float]]:
         log.info("%d-NN  top-1 %.2f  top-5 %.2f", k, *accuracies)
     metrics: dict[int | str, tuple[float, float]] = dict(by_k.items())
     if args.logreg:
-        train, test = ((rows.to(device), labels.to(device)) for rows, labels in (features[key] for key in SPLITS))
         metrics["logreg"] = distributed.from_rank_zero(
-            lambda: logistic_accuracy(train, test, args.nb_classes, args.seed)
+            lambda: logistic_accuracy(features["train"], features["test"], args.nb_classes, args.seed, device)
         )
         log.info("logistic regression  top-1 %.2f  top-5 %.2f", *metrics["logreg"])
     distributed.shutdown()

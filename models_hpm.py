@@ -308,8 +308,8 @@ mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b = MODELS["mae_vit_huge_pat
 
 
 def build_for(name: str, weights: dict[str, Tensor], **settings: Any) -> MaskedAutoencoderViT:
-    """The model of size `name` that fits `weights` (official names), not loaded; settings replace what they say, unless
-    they are None.
+    """The model of size `name` that fits `weights` (official names), not loaded; settings that are not None override
+    them.
 
     The second masking is off: pictures show the unmodified image. Raises ValueError for an encoder without its decoder.
     """

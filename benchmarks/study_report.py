@@ -119,9 +119,10 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
     columns: dict[str, Callable[[Row], float | None]] = dict(METRICS)
     if budget["segment_data"]:
         columns |= SEGMENTATION
+        lr = budget["segment_lr"] or 1e-3  # lines from before the option
         text.append(
             f"mIoU: {budget['segment_data']}, {budget['segment_size']} pixels, a frozen linear head trained for "
-            f"{budget['segment_steps']} steps (lr {budget['segment_lr']:g}), and the 10 nearest patches; scored at "
+            f"{budget['segment_steps']} steps (lr {lr:g}), and the 10 nearest patches; scored at "
             "original size."
         )
     rows = []

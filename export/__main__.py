@@ -54,8 +54,7 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument(
         "--norm_pix_loss", action=options.SWITCH, default=False, help="hf_mae: the model predicts normalised pixels"
     )
-    ratio = options.FRACTION
-    group.add_argument("--mask_ratio", type=ratio, help="hf_mae: mask ratio; default: the run's, or 0.75")
+    group.add_argument("--mask_ratio", type=options.FRACTION, help="hf_mae: mask ratio; default: the run's, or 0.75")
     group = parser.add_argument_group("linear probes, which are exported as classifiers")
     group.add_argument("--encoder", help="checkpoint that the probe was trained on; default: its recorded path")
     group.add_argument("--head", type=options.COUNT, help="number of the head, from 1; default: the best in log.jsonl")

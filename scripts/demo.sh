@@ -15,7 +15,7 @@ export OMP_NUM_THREADS=1
 size="--input_size 48 --patch_size 8"
 train="--model mae_vit_micro_patch16 $size --decoder_depth 1 --epochs 12 --warmup_epochs 1 --batch_size 16 --lr 1e-3
     --num_workers 0 --vis_interval 0 --log_interval 125 --device cpu"
-hpm="--predictor_depth 1 --teacher_keep 0.25 --ema_decay 0.95 --ema_decay_final 0.95"
+mining="--predictor_depth 1 --teacher_keep 0.25 --ema_decay 0.95 --ema_decay_final 0.95"
 
 step() { echo; echo "== $*"; }
 probe() { # NAME OPTIONS...: k-NN and logistic regression; the log goes to $out/NAME.txt, both accuracies to standard output
@@ -25,9 +25,10 @@ probe() { # NAME OPTIONS...: k-NN and logistic regression; the log goes to $out/
     echo
 }
 both() { # FIRST SECOND: two functions side by side, each with its result in a file of its name
+    local failed=0
     $1 > "$out/$1.result" &
-    $2 > "$out/$2.result"
-    wait $!
+    $2 > "$out/$2.result" || failed=1
+    wait $! && [ $failed = 0 ]
 }
 
 step "1/5  Baselines without training: k-NN and logistic regression on raw pixels, and on a randomly initialised encoder"
@@ -43,9 +44,11 @@ began=$SECONDS
     $python main_pretrain.py $train --no-learning_loss --output_dir "$out/mae" > "$out/mae.txt"
     echo $((SECONDS - began)) > "$out/mae.seconds"
 } &
-$python main_pretrain.py $train $hpm --output_dir "$out/hpm"
+status=0
+$python main_pretrain.py $train $mining --output_dir "$out/hpm" || status=$?
 hpm_seconds=$((SECONDS - began))
 wait $! || { cat "$out/mae.txt" >&2; exit 1; }
+[ $status = 0 ] || exit $status
 
 step "3/5  The same on the features of both, and Spearman correlation of the teacher's ranking with the true error"
 began=$SECONDS
@@ -93,7 +96,7 @@ Demo settings                         published (paper, scripts/ of the official
 micro ViT, 48 pixels, 36 patches      ViT-B and ViT-L, 224 pixels, 196 patches
 one block in both decoders            eight blocks
 1,500 steps of 16 drawn images        200 or 800 epochs of ImageNet, global batch size 2,048
-EMA decay 0.95                        0.999 to 0.9999 (half of 1,500 steps leave such a teacher half initial weights)
+EMA decay 0.95                        0.999 to 0.9999 (after half of the 1,500 steps such a teacher would still be about half initial weights)
 teacher sees a quarter of the         teacher sees the whole image
 patches and ranks the others
 The rest is as published: raw pixels as the target, ranking loss, mask ratio 0.75, easy to hard from 0 to 50 % of the masked patches.

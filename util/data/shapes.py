@@ -1,9 +1,9 @@
 """Shapes: a data set of ten classes of shapes, drawn by the program.
 
-An image shows up to five shapes of one class on a ground of which a part may be striped or checked. The class is the
-shape alone: colours, number, sizes, places, tilts and texture are drawn independently of it, shapes are brighter or
-darker than the ground at random, and all classes cover the same area, so the pixels of an image say little about its
-class. Plain background is easy to reconstruct; outlines and texture are hard.
+An image shows five shapes (rarely four) of one class on a ground of which a part may be striped or checked. The class
+is the shape alone: colours, sizes, places, tilts and texture are drawn independently of it, a shape is bright or dark
+at random, and all classes cover the same area, so the pixels of an image say little about its class. Plain background
+is easy to reconstruct; outlines and texture are hard.
 
 An image is a function of (seed, split, index) alone, with the same bits on every machine: pixels come from additions,
 multiplications, divisions and square roots of IEEE doubles. Sines are avoided (a rotation is a rational point of the
@@ -18,7 +18,7 @@ CLASSES = ["arrow", "circle", "crescent", "cross", "diamond", "half", "ring", "s
 SPLITS = {"train": 0, "val": 1}
 DEFAULT_SIZES = {"train": 2000, "val": 500}
 
-# Shapes of an image: at most so many, so far apart, in so many trials.
+# Most shapes of an image, the least distance of their centres, and the number of trials to place them.
 _MOST, _APART, _TRIALS = 5, 0.578, 40
 
 # Corners on the unit circle, counter-clockwise, as literals: no sine is computed.
@@ -136,7 +136,7 @@ def draw_shape(seed: int, split: str, index: int, size: int = 64) -> tuple[np.nd
 
 
 def _paint_shape(draw: _Draw, image: np.ndarray, centres: np.ndarray, name: str, x0: float, y0: float) -> None:
-    """One shape with its centre at (x0, y0), in place, brighter or darker than the ground."""
+    """One shape with its centre at (x0, y0), in place, bright or dark."""
     scale = draw.uniform(0.24, 0.34) * np.sqrt(1.6 / _AREA[name])
     cosine, sine = draw.rotation(0.2)  # up to 23 degrees either way
     sign = 1 - 2 * draw.choice(2)

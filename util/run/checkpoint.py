@@ -144,7 +144,7 @@ class Run:
             self.state = read_run(self.path)
 
     def check(
-        self, options: dict[str, Any], fixed: Iterable[str], path: str = "", compute: Callable[[], str] = str
+        self, options: dict[str, Any], fixed: Iterable[str], path: str = "", compute: Callable[[], str] = lambda: ""
     ) -> str:
         """Compare options and initial weights with those of the checkpoint; `changes` are then the changed options.
 

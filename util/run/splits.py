@@ -63,15 +63,15 @@ def read_pretraining(given: argparse.Namespace) -> tuple[Source, Source | None]:
         ValueError: no such images.
     """
     settings: dict[str, Any] = {"labels_needed": False, **_settings(given)}
-    given.val_split = None
     train: Source
     val: Source | None = None
     if given.val_fraction is not None:
         train, val = hold_out(given.data_path, given.val_fraction, **settings)
         record_val_split(given, val)
     else:
+        given.val_split = None
         train = build_source(given.data_path, "train", shapes_count=given.shapes_train, **settings)
-    if given.data_path is not None:
+    if given.data_path is not None:  # Shapes have 8 bits
         warn_of_range(given, train)
     return train, val
 

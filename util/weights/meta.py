@@ -10,6 +10,16 @@ from torch import Tensor
 
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
+# Defaults for what metadata lack: ViT-B at 224 pixels on ImageNet.
+DEFAULTS = {
+    "model": "vit_base_patch16",
+    "input_size": 224,
+    "patch_size": None,  # the model's
+    "mean": list(IMAGENET_MEAN),
+    "std": list(IMAGENET_STD),
+    "value_range": None,  # by image
+}
+
 
 def classifier_name(pretrained: str) -> str:
     """mae_vit_base_patch16_dec512d8b -> vit_base_patch16: the classifier on the encoder of a pre-training model."""
@@ -22,17 +32,6 @@ def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
         return {}
     sizes = {name: meta["options"][name] for name in ("input_size", "patch_size") if name in meta["options"]}
     return {"model": classifier_name(meta["model"]), **sizes, **meta["image"]}
-
-
-# What holds where metadata lack it: ViT-B at 224 pixels on ImageNet.
-DEFAULTS = {
-    "model": "vit_base_patch16",
-    "input_size": 224,
-    "patch_size": None,  # the model's
-    "mean": list(IMAGENET_MEAN),
-    "std": list(IMAGENET_STD),
-    "value_range": None,  # by image
-}
 
 
 MODEL_OF_WIDTH = {
