@@ -141,6 +141,25 @@ def _logits(features: Tensor, solution: Tensor) -> Tensor:
     return F.linear(features, solution[:, :-1], solution[:, -1])
 
 
+def fit_best(
+    features: Tensor, labels: Tensor, held: Tensor, num_classes: int, metric: str, score: Callable[[Tensor], float]
+) -> Tensor:
+    """Logistic regression on all rows (N, E), with the C of `COSTS` whose fit to the other rows scores best on `held`.
+
+    Args:
+        held: (N,) bool.
+        metric, score: name of the score for the log; weights (K, E + 1) -> score of the held-out rows.
+    """
+    best, solution = (-1.0, 0.0, features), None
+    for cost in COSTS:
+        solution = fit_logistic(features[~held], labels[~held], num_classes, cost, solution)
+        scored = score(solution)
+        log.info("choice    logreg C=%.2g  %s %.2f", cost, metric, scored)
+        if scored > best[0]:
+            best = (scored, cost, solution)
+    return fit_logistic(features, labels, num_classes, *best[1:])
+
+
 def logistic_accuracy(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, seed: int, device: torch.device
 ) -> tuple[float, float]:
@@ -153,15 +172,12 @@ def logistic_accuracy(
     mean, deviation = standardization(features)
     features, queries = (features - mean) / deviation, (queries - mean) / deviation
     held = held_out(len(features), seed).to(device)
-    solutions: list[tuple[float, float, Tensor]] = []
-    for cost in COSTS:
-        start = solutions[-1][2] if solutions else None
-        solution = fit_logistic(features[~held], labels[~held], num_classes, cost, start)
+
+    def score(solution: Tensor) -> float:
         correct = _logits(features[held], solution).argmax(dim=1) == labels[held]
-        solutions.append((float(correct.double().mean()), cost, solution))
-        log.info("choice    logreg C=%.2g  top-1 %.2f of the held-out tenth", cost, 100 * solutions[-1][0])
-    _, cost, solution = max(solutions, key=lambda entry: entry[0])
-    ranked = _logits(queries, fit_logistic(features, labels, num_classes, cost, solution))
+        return float(100 * correct.double().mean())
+
+    ranked = _logits(queries, fit_best(features, labels, held, num_classes, "held_out_acc1", score))
     hits = ranked.topk(min(5, num_classes), dim=1).indices == answers[:, None]  # (Q, 5)
     top1, top5 = (100 * hits[:, :k].any(dim=1).double().mean() for k in (1, 5))
     return float(top1), float(top5)
@@ -202,27 +218,24 @@ def build_classifier(
     Returns:
         The classifier, the names of its predictions, and which of them is the chosen one.
     """
+
+    def scores(classify: Classify) -> dict[str, float]:
+        return patch_miou(classify, features[held], labels[held], num_classes)
+
+    if head == "logreg":
+        fitted = fit_best(
+            features, labels, held, num_classes, "patch_mIoU", lambda solution: scores(logistic(solution))["logreg"]
+        )
+        return logistic(fitted), ["logreg"], "logreg"
     part = features[~held], labels[~held]
     ks = [k for k in KS if k <= len(part[0])]
     candidates: dict[str, float] = {}
-    solutions: dict[str, tuple[float, Tensor]] = {}
-    solution = None
-    for setting in DISTANCES if head == "knn" else COSTS:
-        if head == "knn":
-            classify = neighbours(*part, ks, setting)
-        else:
-            solution = fit_logistic(*part, num_classes, setting, solution)
-            solutions[f"logreg C={setting:.2g}"] = setting, solution
-            classify = logistic(solution)
-        for name, score in patch_miou(classify, features[held], labels[held], num_classes).items():
-            name = f"{name} {setting}" if head == "knn" else f"{name} C={setting:.2g}"
-            candidates[name] = score
-            log.info("choice    %s  patch_mIoU %.2f", name, score)
-    best = max(candidates, key=lambda name: candidates[name])
-    if head == "knn":
-        name, distance = best.split()
-        return neighbours(features, labels, ks, distance), [f"{k}-NN" for k in ks], name
-    return logistic(fit_logistic(features, labels, num_classes, *solutions[best])), ["logreg"], "logreg"
+    for distance in DISTANCES:
+        for name, score in scores(neighbours(*part, ks, distance)).items():
+            candidates[f"{name} {distance}"] = score
+            log.info("choice    %s %s  patch_mIoU %.2f", name, distance, score)
+    name, distance = max(candidates, key=lambda name: candidates[name]).split()
+    return neighbours(features, labels, ks, distance), [f"{k}-NN" for k in ks], name
 
 
 @torch.no_grad()
