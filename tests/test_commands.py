@@ -45,7 +45,7 @@ SMALLER = {
 def files(tmp_path_factory):
     """Data sets for classification and segmentation, an encoder, and a classifier of the three classes."""
     folder = tmp_path_factory.mktemp("files")
-    write_tree(folder / "data", members(per_class=2))
+    write_tree(folder / "data", members())
     write_tree(folder / "unsplit", {name[len("train/") :]: data for name, data in members(("train",)).items()})
     write_tree(folder / "segmentation", ade_files(train=4, val=2))
     for name, classes in (("encoder", 0), ("classifier", 3)):
@@ -94,6 +94,7 @@ def test_documented_command_runs(path, script, options, files, tmp_path, monkeyp
         assert "wrote" in log
     elif script == "main_knn":
         assert "3-NN  top-1" in log
+        assert ("logistic regression  top-1" in log) == ("--logreg" in options)
     elif script == "main_segment":
         assert "mIoU" in log
     elif "--eval" in options:
