@@ -1,13 +1,16 @@
 """The log of a run: files and console."""
 
 import io
+import itertools
 import json
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from util.run import logger as logs
 
@@ -34,6 +37,13 @@ def take_steps(bar, count, report_at=()):
 
 def run_logger(folder, log_dir=None, position=0.0):
     return logs.RunLogger(folder, log_dir or folder, position, {"script": "s"})
+
+
+@pytest.fixture
+def seconds_apart(monkeypatch):
+    """Event files are read in the order of their names: seconds, process, then a counter as text, where 10 precedes 9.
+    The parts of a resumed run are different processes, seconds apart; those of a test are not."""
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=itertools.count(1).__next__))
 
 
 def test_a_line_has_metrics_throughput_and_time_remaining(tmp_path, lines):
@@ -103,7 +113,7 @@ def test_lines_of_epochs_to_be_repeated_are_cut(tmp_path):
     assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1]
 
 
-def test_curves_of_a_resumed_run_have_every_epoch_once(tmp_path):
+def test_curves_of_a_resumed_run_have_every_epoch_once(tmp_path, seconds_apart):
     """The second epoch is repeated; the first stays, with its panel."""
     for keep, epochs in ((0, [0, 1]), (1, [1])):
         logger = run_logger(tmp_path, position=float(keep))
@@ -116,7 +126,7 @@ def test_curves_of_a_resumed_run_have_every_epoch_once(tmp_path):
     assert [e.step for e in events.Images("panel")] == [1000, 2000]
 
 
-def test_resuming_mid_epoch_keeps_the_points_before(tmp_path):
+def test_resuming_mid_epoch_keeps_the_points_before(tmp_path, seconds_apart):
     """Stopped at 1.4 epochs: what was logged before stays visible, what is repeated is hidden."""
     logger = run_logger(tmp_path)
     for epoch in (0.5, 1.2, 1.4, 1.6):
