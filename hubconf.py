@@ -1,4 +1,4 @@
-"""Entry points of torch.hub. docs/data.md has an example.
+"""Entry points of torch.hub. docs/eval.md has an example.
 
 The modules of this project have common names (`util`), which the calling program may have too. They are imported with
 its own out of the way, and are not left in `sys.modules`: `import util` finds there what it found before.
