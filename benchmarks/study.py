@@ -184,7 +184,8 @@ def run_all(args: argparse.Namespace, argv: list[str]) -> int:
     done = [{name: row.get(name) for name in names} for row in read_results(args.results)]
     grid = itertools.product(args.seeds, args.variants)  # a seed of all variants before the next seed
     pending = [(variant, seed) for seed, variant in grid if key(args, variant, seed) not in done]
-    log.info("%d runs to do, %d at a time", len(pending), args.jobs)
+    already = len(args.seeds) * len(args.variants) - len(pending)
+    log.info("%d runs to do, %d at a time; %d have a line in %s", len(pending), args.jobs, already, args.results)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     running: dict[tuple[str, int], subprocess.Popen] = {}
