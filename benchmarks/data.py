@@ -42,7 +42,7 @@ from util.data.sources import find_images
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
 from util.run import distributed, options
 from util.run.amp import Amp
-from util.run.logger import log, setup_logging
+from util.run.logger import log
 
 
 class OfficialDataset(Dataset):
@@ -275,8 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(temporary)
         with options.user_mistakes():
             args = get_args_parser().parse_args(argv)
-            device = distributed.pick_device(args.device, ALONE)
-            setup_logging(True)
+            device = distributed.setup(ALONE, args.device, None, timeout_minutes=1)[0]
             data_path = args.data_path or str(draw_photographs(folder / "drawn", args.images))
             files = choose_images(data_path, args.images, args.batch_size)
         sources = pack(files, folder)

@@ -25,7 +25,7 @@ from benchmarks.report import ratio, table, with_range
 from benchmarks.trainer import ALONE, METHODS, PARTS, Case, Trainer, step_flops, synchronize
 from util.run import distributed, options
 from util.run.amp import Amp
-from util.run.logger import log, setup_logging
+from util.run.logger import log
 
 
 class Product:
@@ -130,15 +130,15 @@ def measure(
         for case, trainer in trainers.items():
             rates[case].append(products[case.precision].rate())
             seconds[case].append(trainer.steps(steps))
-        log.info("round %d of %d", number + 1, repeats)
+        found = ", ".join(f"{case.method} {times[-1]['step'] * 1e3:.0f}" for case, times in seconds.items())
+        log.info("round %d of %d, ms per step: %s", number + 1, repeats, found)
     return seconds, rates
 
 
 def main(argv: list[str] | None = None) -> None:
     with options.user_mistakes():
         args = get_args_parser().parse_args(argv)
-        device = distributed.pick_device(args.device, ALONE)
-        setup_logging(True)
+        device = distributed.setup(ALONE, args.device, None, timeout_minutes=1)[0]
         args.precision = args.precision or [Amp(None, device).name]
         names = ("model", "method", "precision", "compile", "batch_size")
         cases = [Case(*values) for values in itertools.product(*(getattr(args, name) for name in names))]

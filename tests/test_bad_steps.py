@@ -102,12 +102,14 @@ def test_a_step_waits_for_no_device():
     model = student_of(nn.Linear(4, 4)).to(device)
     teacher, optimizer = EMATeacher(model), torch.optim.AdamW(model.parameters(), fused=True)
     amp, images = Amp("fp32", device), torch.ones(2, 4, device=device)
-    for attempt in range(3):
-        torch.cuda.set_sync_debug_mode("error" if attempt else "default")
-        amp.backward(model(images).square().sum())
-        amp.step(optimizer, list(model.parameters()), 1.0)
-        teacher.update(0.9)
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        for attempt in range(3):
+            torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+            amp.backward(model(images).square().sum())
+            amp.step(optimizer, list(model.parameters()), 1.0)
+            teacher.update(0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class FakeScaler:
