@@ -175,6 +175,12 @@ def main(argv: list[str] | None = None) -> None:
         args.initial = run.check(
             vars(args), FIXED, args.load_from, lambda: fingerprint(weights or load_pretrained(args.load_from))
         )
+        has_teacher = args.learning_loss or args.score_by == "loss" or args.target == "ema"
+        if has_teacher and run.state is not None and run.state.get("ema_state_dict") is None:
+            raise ValueError(
+                f"{run.path} has no EMA teacher, which --score_by loss needs: omit it to resume the run, or choose "
+                "another --output_dir for a new run"
+            )
         frozen = None
         if args.target in models_teacher.KINDS:
             teacher_weights = models_teacher.read_teacher(args.teacher_path)
@@ -204,7 +210,6 @@ def main(argv: list[str] | None = None) -> None:
             report = load_into(model, weights, allow_missing=DECODERS, allow_unexpected=("head.", "fc_norm."))
         log.info("weights of %s\n%s", args.load_from, report)
     student = distributed.wrap_ddp(model, device) if world.size > 1 else model
-    has_teacher = args.learning_loss or args.score_by == "loss" or args.target == "ema"
     teacher = EMATeacher(model) if has_teacher else None
     feature_teacher = teacher if args.target == "ema" else frozen
     optimizer = build_optimizer(model, args)

@@ -176,6 +176,7 @@ MISTAKES = {
     "--teacher_keep 0.5 --target ema": "needs the teacher's features of the whole image: omit --teacher_keep",
     "--score_by loss --target ema": "needs the teacher's features of the whole image: omit --score_by loss",
     "--teacher_keep 0.8": "--teacher_keep 0.8: the teacher scores 40 of 196 patches, and up to 73 are masked by score",
+    "--teacher_keep 0.25 --mask_strategy hardest": "scores 147 of 196 patches, and up to 147 are masked by score",
     "--teacher_keep 0": "expected a number > 0 and <= 1, got '0'",
     "--global_batch 100 --batch_size 64": "change --batch_size to a divisor of 100",
     "--device cuda": "this PyTorch finds no CUDA device",
