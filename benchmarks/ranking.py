@@ -17,13 +17,14 @@ from torch import Tensor
 
 import main_pretrain
 import models_hpm
+from benchmarks.trainer import ALONE
 from util import masking
 from util.data.datasets import ImageDataset
 from util.data.sources import build_source
 from util.data.transforms import CenterCrop, ToModelInput
 from util.rng import generator, seed_all
 from util.run import checkpoint, distributed, options
-from util.run.logger import log, setup_logging
+from util.run.logger import log
 from util.weights.load import read_meta
 
 
@@ -79,12 +80,13 @@ def teacher_correlation(
     teacher: models_hpm.MaskedAutoencoderViT, imgs: Tensor, errors: Tensor, sampler: masking.MaskSampler, draws: int
 ) -> float:
     """Rank correlation of the scores that choose a run's masks with the true errors (B, L), over the scored patches of
-    each image. Where some patches are hidden from the teacher, the mean over `draws` random choices of them."""
+    each image. Where some patches are hidden from the teacher, the mean over `draws` random choices of them, which are
+    not the masks of `masked_errors`: a loss would be compared with itself."""
     found = []
     for number in range(draws if sampler.num_hidden else 1):
         hidden = None
         if sampler.num_hidden > 0:
-            hidden = sampler.draw_hidden(len(imgs), generator(number)).to(imgs.device)
+            hidden = sampler.draw_hidden(len(imgs), generator(1, number)).to(imgs.device)
         scores, _ = teacher.score_patches(imgs, hidden, sampler.num_hidden)
         assert scores is not None, "no loss predictor"
         scored = torch.ones_like(errors, dtype=torch.bool) if hidden is None else hidden
@@ -150,10 +152,9 @@ def get_args_parser() -> options.OptionParser:
 
 def main(argv: list[str] | None = None) -> tuple[float, float]:
     """Returns: the correlation of the scores that choose the masks with the true errors, before and after training."""
-    setup_logging(enabled=True)
     with options.user_mistakes():
         args = get_args_parser().parse_args(argv)
-        path, device = Path(args.checkpoint), distributed.pick_device(args.device, distributed.World(0, 1, 0, 1))
+        path, device = Path(args.checkpoint), distributed.setup(ALONE, args.device, None, timeout_minutes=1)[0]
         meta = read_meta(path)
         if meta.get("script") != main_pretrain.SCRIPT:
             raise ValueError(f"{path} is not a checkpoint of main_pretrain.py")

@@ -70,9 +70,12 @@ MAIN = list(VARIANTS)[:6]
 # Options that identify a run: two lines with the same values are the same run.
 BUDGET = [
     *["data", "train_images", "val_images", "model", "input_size", "patch_size", "epochs", "batch_size", "blr"],
-    *["precision", "ema_decay", "ema_decay_final", "long_factor"],
+    *["precision", "ema_decay", "ema_decay_final"],
     *["probe_epochs", "probe_blr", "finetune_epochs", "finetune_blr"],
 ]
+
+# Those that identify a run of a `_long` variant as well.
+LONG = ["long_factor"]
 
 # Those of the segmentation; lines without it, and those written before there was one, have None.
 SEGMENT = ["segment_data", "segment_size", "segment_steps", "segment_lr"]
@@ -154,12 +157,13 @@ def key(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     values = {**vars(args), "data": Path(args.data_path).name if args.data_path else "Shapes"}
     values["segment_data"] = Path(args.segment_path).name if args.segment_path else None
     segment = {name: values[name] if args.segment_path else None for name in SEGMENT}
-    return {"variant": variant, "seed": seed, **{name: values[name] for name in BUDGET}, **segment}
+    budget = BUDGET + LONG * variant.endswith("_long")
+    return {"variant": variant, "seed": seed, **{name: values[name] for name in budget}, **segment}
 
 
 def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
     """Folder of a run's checkpoints: runs on other data or with another budget have other folders."""
-    budget = {name: value for name, value in key(args, variant, seed).items() if name in BUDGET}
+    budget = {name: value for name, value in key(args, variant, seed).items() if name in BUDGET + LONG}
     digest = hashlib.sha256(json.dumps(budget).encode()).hexdigest()[:8]
     return Path(args.work_dir, f"{Path(budget['data']).stem}-{digest}", f"{variant}-{seed}")
 
@@ -168,6 +172,11 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
     """Lines of a results file; none if there is no file."""
     path = Path(path)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def has_line(rows: list[dict[str, Any]], run: dict[str, Any]) -> bool:
+    """Whether one of the lines is that of a run (`key`)."""
+    return any(all(row.get(name) == value for name, value in run.items()) for row in rows)
 
 
 def append_result(path: Path, row: dict[str, Any]) -> None:
@@ -180,10 +189,9 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
 
 def run_all(args: argparse.Namespace, argv: list[str]) -> int:
     """Do the runs that have no line yet, `args.jobs` at a time. Returns the exit status."""
-    names = ("variant", "seed", *BUDGET, *SEGMENT)
-    done = [{name: row.get(name) for name in names} for row in read_results(args.results)]
+    done = read_results(args.results)
     grid = itertools.product(args.seeds, args.variants)  # a seed of all variants before the next seed
-    pending = [(variant, seed) for seed, variant in grid if key(args, variant, seed) not in done]
+    pending = [(variant, seed) for seed, variant in grid if not has_line(done, key(args, variant, seed))]
     already = len(args.seeds) * len(args.variants) - len(pending)
     log.info("%d runs to do, %d at a time; %d have a line in %s", len(pending), args.jobs, already, args.results)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)

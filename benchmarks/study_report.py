@@ -51,13 +51,25 @@ def get_args_parser() -> options.OptionParser:
 
 
 def by_budget(rows: Sequence[Row]) -> list[tuple[Row, dict[str, list[Row]]]]:
-    """The runs of each data set and budget, by variant in the order of the grid."""
+    """The runs of each data set, budget and machine, by variant in the order of the grid. `_long` variants are named
+    with how much longer they are.
+
+    Raises:
+        ValueError: two lines of one run.
+    """
     groups: dict[str, tuple[Row, dict[str, list[Row]]]] = {}
     for row in rows:
-        budget = {name: row[name] for name in BUDGET} | {name: row.get(name) for name in SEGMENT}
-        groups.setdefault(str(budget), (budget, defaultdict(list)))[1][row["variant"]].append(row)
+        budget = {name: row[name] for name in (*BUDGET, "device", "torch")} | {name: row.get(name) for name in SEGMENT}
+        name = row["variant"] + (f" x{row['long_factor']:g}" if row["variant"].endswith("_long") else "")
+        runs = groups.setdefault(str(budget), (budget, defaultdict(list)))[1][name]
+        if row["seed"] in [other["seed"] for other in runs]:
+            raise ValueError(f"two lines of {name}, seed {row['seed']}, on {row['data']}: remove one")
+        runs.append(row)
     order = list(VARIANTS)
-    return [(budget, dict(sorted(found.items(), key=lambda v: order.index(v[0])))) for budget, found in groups.values()]
+    return [
+        (budget, dict(sorted(found.items(), key=lambda v: order.index(v[0].split()[0]))))
+        for budget, found in groups.values()
+    ]
 
 
 def spread(values: Sequence[float | None], digits: int = 2) -> str:
@@ -81,18 +93,23 @@ def differences(runs: dict[str, list[Row]], a: str, b: str, metric: Callable[[Ro
     )
 
 
+def relative_time(a: Sequence[Row], b: Sequence[Row]) -> str:
+    """Median pre-training time of runs `a`, as a multiple of that of runs `b`."""
+    first, second = (statistics.median(row["seconds"] for row in found) for found in (a, b))
+    return f"{first / second:.2f}"
+
+
 def pairs(runs: dict[str, list[Row]]) -> list[tuple[str, str]]:
     """Pairs of variants to compare: what each part of the method adds, for either target."""
     wanted = [("mae_norm", "mae_pixel"), ("hpm_norm", "mae_pixel")]
     for target in ("pixel", "norm"):
-        mae, long, predictor, hpm = (
-            f"{n}_{target}{e}" for n, e in (("mae", ""), ("mae", "_long"), ("predictor", ""), ("hpm", ""))
-        )
-        wanted += [(predictor, mae), (hpm, predictor), (hpm, mae), (hpm, long)]
+        mae, predictor, hpm = (f"{name}_{target}" for name in ("mae", "predictor", "hpm"))
+        long = [name for name in runs if name.startswith(f"{mae}_long")]
+        wanted += [(predictor, mae), (hpm, predictor), *((hpm, other) for other in (mae, *long))]
         wanted += [(f"{hpm}_mask_tokens", predictor)]
         wanted += [(name, hpm) for name in VARIANTS if name.startswith(f"{hpm}_")]
         for cheap in ("sparse_1", "loss", "predictor_1"):
-            wanted += [(f"{cheap}_{target}", other) for other in (hpm, predictor, mae, long)]
+            wanted += [(f"{cheap}_{target}", other) for other in (hpm, predictor, mae, *long)]
     return [(a, b) for a, b in wanted if a in runs and b in runs]
 
 
@@ -134,10 +151,15 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
     text.append(table(["variant", "seeds", *columns, "minutes of pre-training", "fastest", "epochs"], rows))
     text.append(limits([row for found in runs.values() for row in found]))
     compared = [
-        [f"{a} - {b}", *(differences(runs, a, b, metric) for metric in columns.values())] for a, b in pairs(runs)
+        [
+            f"{a} - {b}",
+            *(differences(runs, a, b, metric) for metric in columns.values()),
+            relative_time(runs[a], runs[b]),
+        ]
+        for a, b in pairs(runs)
     ]
     if compared:
-        text.append(table(["difference, seed by seed", *columns], compared))
+        text.append(table(["difference, seed by seed", *columns, "time of the first : second"], compared))
     ranked = {name: found for name, found in runs.items() if any(row["spearman"] for row in found)}
     if ranked:
         every = [row for found in ranked.values() for row in found]
@@ -202,10 +224,13 @@ def main(argv: list[str] | None = None) -> None:
         groups = by_budget(read_results(args.results))
         if not groups:
             raise ValueError(f"{args.results} holds no results: python -m benchmarks.study writes them")
+        names: list[str] = []
         for number, (budget, runs) in enumerate(groups):
             sys.stdout.write(("\n\n" if number else "") + tables(budget, runs) + "\n")
+            names.append(f"{Path(budget['data']).stem}-{budget['epochs']}-{budget['precision']}")
             if args.plots:
-                plot(budget, runs, Path(args.plots, f"{Path(budget['data']).stem}-{budget['epochs']}.png"))
+                again = names.count(names[-1])
+                plot(budget, runs, Path(args.plots, names[-1] + (f"-{again}" if again > 1 else "") + ".png"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ def row(variant, seed, knn, **more):
     return {**study.key(args, variant, seed), **metrics, **rest, **more}
 
 
+def report(tmp_path, rows, *options):
+    (tmp_path / "study.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    study_report.main([str(tmp_path / "study.jsonl"), *options])
+
+
 def test_rank_correlation():
     values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
     others = torch.tensor([[0.1, 10.0, 11.0, 500.0], [4.0, 3.0, 2.0, 1.0], [2.0, 1.0, 4.0, 3.0]])
@@ -130,17 +135,55 @@ def test_tables(tmp_path, capsys):
     rows = [row("mae_norm", seed, 41.0 + seed) for seed in range(3)]
     rows += [row("hpm_norm", seed, 42.0 + 2 * seed, rank_acc=[0.5, 0.7]) for seed in range(3)]
     rows += [row("mae_norm", 0, 99.0, epochs=3)]
-    (tmp_path / "study.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
-    study_report.main([str(tmp_path / "study.jsonl")])
+    report(tmp_path, rows)
     first, second = capsys.readouterr().out.split("\n\n\n")
     assert "42.00 ± 1.00" in first  # MAE: 41, 42, 43
     assert "44.00 ± 2.00" in first  # HPM: 42, 44, 46
     assert "+2.00 ± 1.00 (3 of 3)" in first  # 1, 2, 3
     assert "1.0 ± 0.0 |     1.0 |" in first  # 60, 61 and 62 seconds
+    assert first.count("(3 of 3) |") == 3
+    assert "(3 of 3) | 1.00 |" in " ".join(first.split())  # as long as each other
     assert "Waiting for data: 5.0 to 5.0 %" in first
     assert "Standard error" not in first  # of how many images is not known
     assert "99.00 (one run)" in second
     assert "99.00" not in first
+
+
+def test_runs_of_different_machines_share_no_table(tmp_path, capsys):
+    report(tmp_path, [row("mae_norm", 0, 41.0), row("mae_norm", 1, 43.0, device="a GPU")])
+    first, second = capsys.readouterr().out.split("\n\n\n")
+    assert "a CPU, PyTorch 2" in first
+    assert "a GPU, PyTorch 2" in second
+
+
+def test_two_lines_of_a_run_are_rejected(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report(tmp_path, [row("mae_norm", 0, 41.0), row("mae_norm", 0, 43.0)])
+    assert "two lines of mae_norm, seed 0" in capsys.readouterr().err
+
+
+def test_longer_runs_are_named_and_identified_by_their_factor(tmp_path, capsys):
+    """--long_factor is no part of other runs: they are not repeated for another value, and share its table."""
+    parse = study.get_args_parser().parse_args
+    longer = parse(["--long_factor", "1.4"])
+    assert study.key(longer, "mae_norm", 0) == study.key(parse([]), "mae_norm", 0)
+    long = row("mae_norm_long", 0, 42.0)
+    assert study.has_line([long], study.key(parse([]), "mae_norm_long", 0))
+    assert not study.has_line([long], study.key(longer, "mae_norm_long", 0))
+    old = row("hpm_norm", 0, 43.0) | {"long_factor": 2.0}  # as lines were written until then
+    assert study.has_line([old], study.key(longer, "hpm_norm", 0))
+    report(tmp_path, [old, long, row("mae_norm_long", 0, 41.0) | study.key(longer, "mae_norm_long", 0)])
+    (out,) = capsys.readouterr().out.split("\n\n\n")
+    assert "| hpm_norm - mae_norm_long x2 " in out
+    assert "| hpm_norm - mae_norm_long x1.4 " in out
+
+
+def test_plots_do_not_overwrite_each_other(tmp_path):
+    pytest.importorskip("matplotlib")
+    budgets = ({"precision": "fp32"}, {"precision": "bf16"}, {"precision": "bf16", "blr": 1.0})
+    report(tmp_path, [row("mae_norm", 0, 41.0, **budget) for budget in budgets], "--plots", str(tmp_path))
+    found = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert found == ["Shapes-20-bf16-2.png", "Shapes-20-bf16.png", "Shapes-20-fp32.png"]
 
 
 def test_segmentation_is_a_budget_and_two_columns_of_its_own(tmp_path, capsys):
@@ -152,8 +195,7 @@ def test_segmentation_is_a_budget_and_two_columns_of_its_own(tmp_path, capsys):
     assert {name: old.get(name) for name in study.key(without, "mae_norm", 0)} == study.key(without, "mae_norm", 0)
     found = {"segment_linear": 30.5, "segment_knn": 23.25}
     rows = [old, *(row("mae_norm", seed, 41.0) | study.key(with_it, "mae_norm", seed) | found for seed in (0, 1))]
-    (tmp_path / "study.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
-    study_report.main([str(tmp_path / "study.jsonl")])
+    report(tmp_path, rows)
     first, second = capsys.readouterr().out.split("\n\n\n")
     assert "mIoU" not in first
     assert "30.50 ± 0.00 |  23.25 ± 0.00" in " ".join(second.split()).replace(" | ", " |  ")
