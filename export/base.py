@@ -19,6 +19,12 @@ from util.weights.meta import header_of
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # what is compared -> (theirs, ours)
 
+# Options of pre-training that pictures of an export need: how masks are chosen, what the loss predictor predicts.
+PICTURED = (
+    *("epochs", "mask_strategy", "mask_block", "mask_regular", "alpha_0", "alpha_T"),
+    *("teacher_keep", "score_by", "predictor_loss", "relative"),
+)
+
 LAYER_NORM_EPS = 1e-6  # of every model of this project; the libraries' own defaults differ
 
 
@@ -74,6 +80,8 @@ class Source:
             options["target"] = "norm_pixel" if self.autoencoder.norm_pix_loss else "pixel"
             options["mask_ratio"] = self.mask_ratio
             options["decoder_num_heads"] = self.autoencoder.decoder_blocks[0].attn.num_heads
+            recorded = self.meta.get("options", {})
+            options |= {name: recorded[name] for name in PICTURED if recorded.get(name) is not None}
         if self.classes:
             options["global_pool"] = self.mean_pooled
         if self.class_record:

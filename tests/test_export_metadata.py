@@ -77,9 +77,10 @@ def test_crop_of_an_export(tmp_path, pretrained):
 
 
 def test_decoder_settings_survive_an_export(tmp_path):
-    """Heads of the decoder and normalised pixels do not show in the weights."""
+    """Heads of the decoder, normalised pixels and what chooses the masks do not show in the weights."""
     pytest.importorskip("transformers")
     options = ["--max_steps", 1, "--decoder_num_heads", 8, "--norm_pix_loss", "--mask_ratio", 0.5]
+    options += ["--teacher_keep", 0.5, "--alpha_T", 0.25]
     run("main_pretrain", *PRETRAIN, *options, "--output_dir", tmp_path / "run")
     for name in ("hf_mae", "safetensors"):
         again = tmp_path / f"{name}-again"
@@ -87,6 +88,8 @@ def test_decoder_settings_survive_an_export(tmp_path):
         run("export", "--checkpoint", path, "--format", "hf_mae", "--output", again)
         config = json.loads((again / "config.json").read_text())
         assert (config["decoder_num_attention_heads"], config["norm_pix_loss"], config["mask_ratio"]) == (8, True, 0.5)
+    found = read_meta(tmp_path / "safetensors.safetensors")["options"]
+    assert (found["teacher_keep"], found["alpha_T"], found["epochs"]) == (0.5, 0.25, 2)
 
 
 def test_table_of_widths_is_that_of_the_models():

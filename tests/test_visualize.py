@@ -16,6 +16,7 @@ from util.run.distributed import World
 from util.weights.load import load_pretrained
 from visualize import __main__ as visualize
 from visualize import curves, draw
+from visualize import panel as visualize_panel
 
 SMALL = "--model mae_vit_micro_patch16 --input_size 16 --patch_size 4 --decoder_depth 1 --epochs 4"
 TITLES = ["image", "predicted hardness", "mask at the start", "mask at the end", "reconstruction", "true error"]
@@ -36,7 +37,7 @@ def save(path, options="", script="main_pretrain", mean=(0.4, 0.5, 0.6), value_r
         **{"state_dict": student.state_dict(), "options": vars(args), "extra": {}},
         **{"image": {"mean": list(mean), "std": [0.2, 0.25, 0.3], "value_range": value_range}},
     }
-    if args.learning_loss or args.target == "ema":
+    if args.learning_loss or args.score_by == "loss" or args.target == "ema":
         content["ema_state_dict"] = teacher.state_dict()
     checkpoint.write_file(path, content)
     return path
@@ -214,6 +215,7 @@ def test_value_range_and_pixel_limit(drawn, tmp_path, capsys):
         ("--mask_strategy hardest", ["image", "predicted hardness", "mask", "reconstruction", "true error"]),
         ("--mask_regular", ["image", "predicted hardness", "mask", "reconstruction", "true error"]),
         ("--target ema", [*TITLES[:4], "true error of features"]),
+        ("--score_by loss --no-learning_loss", ["image", "loss of the teacher", *TITLES[2:]]),
         ("--no-relative --vis_mask_ratio 0.5 --decoder_num_heads 2 --decoder_embed_dim 32", TITLES),
     ],
 )
@@ -226,6 +228,18 @@ def test_columns_of_each_kind_of_run(drawn, tmp_path, options, expected):
     if "heads" in options:
         assert model.decoder_blocks[0].attn.num_heads == 2
         assert model.vis_mask_ratio == 0
+
+
+def test_losses_are_coloured_relative_to_their_spread(monkeypatch, tmp_path):
+    """Predicted hardness is in units of its own; losses that differ by a tenth would all have nearly one colour."""
+    found = []
+    monkeypatch.setattr(visualize_panel, "heat_maps", lambda *args: found.append(args[3]) or [args[0][0]] * 2)
+    path = save(tmp_path / "run.pth", "--score_by loss --no-learning_loss")
+    run("visualize", "--num_images", 2, "--checkpoint", path, "--output", tmp_path / "o.png")
+    of_scores, of_errors = found
+    losses = np.array([1.0, 1.05, 1.1])
+    assert of_scores(losses).tolist() == of_errors(losses).tolist()
+    assert np.ptp(of_scores(losses)) > 0.5
 
 
 def test_features_as_wide_as_a_patch_are_not_pixels(drawn, tmp_path):
@@ -301,6 +315,7 @@ MISTAKES = {
     "--checkpoint HPM --epochs 9": "--epochs 9 contradicts HPM (4): omit the option",
     "--checkpoint HPM --epoch 4": "--epoch 4: the run has 4 epochs, counted from 0",
     "--checkpoint HPM --mask_ratio 0.999": "--mask_ratio 0.999 masks 16 of 16 patches",
+    "--checkpoint sparse.pth --mask_ratio 0.9": "--mask_ratio 0.9 does not go with the checkpoint's options",
     "--checkpoint HPM --input_size 18": "patch size 4 does not divide an image of 18 x 18",
     "--checkpoint HPM --split test": "--split test: Shapes have train and val",
     "--checkpoint HPM --images nowhere.jpg": "--images nowhere.jpg does not exist",
@@ -337,6 +352,8 @@ def test_mistakes_end_with_one_line(hpm, text, message, tmp_path, capsys, monkey
     torch.save({"model": weights}, tmp_path / "foreign.pth")
     if "classifier" in text:
         save(tmp_path / "classifier.pth", script="main_finetune")
+    if "sparse" in text:
+        save(tmp_path / "sparse.pth", "--teacher_keep 0.625 --mask_ratio 0.5")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stop:
         visualize.main([str(hpm) if word == "HPM" else word for word in text.split()])

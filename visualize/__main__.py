@@ -219,7 +219,12 @@ def draw_pictures(args: argparse.Namespace) -> list[Image.Image]:
     can_score = model.target_dim is None if model.score_by == "loss" else model.learning_loss
     if not can_score:
         settings |= {"mask_strategy": "random", "teacher_keep": 1.0}
-    masks = MaskSampler.from_options(settings, model.patch_embed.grid_size)
+    try:
+        masks = MaskSampler.from_options(settings, model.patch_embed.grid_size)
+    except ValueError as error:
+        raise ValueError(
+            f"--mask_ratio {args.mask_ratio} does not go with the checkpoint's options: {error}"
+        ) from error
     images, names = load_images(args)
     has_features = args.target == "ema" and args.trained and weights[0] == "EMA teacher"
     drawn = panel(

@@ -158,8 +158,8 @@ def panel(
     footer = f"reconstruction: {weights[1]}"
     if scores is not None:
         title, note = score_title(masks, teacher)
-        values = scores.numpy()
-        columns.append((title, note, heat_maps(pixels, values, ~np.isneginf(values), to_scale, grid, patch)))
+        values, scored_by = scores.numpy(), standardised(to_scale) if by_loss(masks, teacher) else to_scale
+        columns.append((title, note, heat_maps(pixels, values, ~np.isneginf(values), scored_by, grid, patch)))
         chosen = " and masks" if any(masks.num_hardest[e] for e in mask_of) else ""
         footer = f"{title}{chosen}: {weights[0]}    {footer}"
     titles = mask_titles(masks, [epoch, *other_epochs])
@@ -183,10 +183,14 @@ def panel(
     )
 
 
+def by_loss(masks: MaskSampler, teacher: MaskedAutoencoderViT | None) -> bool:
+    """Whether the scores are reconstruction losses. Of the whole image they are the predictor's."""
+    return teacher is not None and teacher.score_by == "loss" and masks.num_hidden > 0
+
+
 def score_title(masks: MaskSampler, teacher: MaskedAutoencoderViT | None) -> tuple[str, str]:
     """Title and note of the column of scores."""
-    by_loss = teacher is not None and teacher.score_by == "loss"
-    title = "loss of the teacher" if by_loss else "predicted hardness"
+    title = "loss of the teacher" if by_loss(masks, teacher) else "predicted hardness"
     if masks.num_hidden == 0:
         return title, "all patches visible"
     return title, f"of {masks.num_hidden} hidden patches"
