@@ -265,14 +265,22 @@ def probe(
 
     Returns:
         Scores by name of the prediction, and the name that the held-out images chose.
+
+    Raises:
+        ValueError: no patches to fit, or none to choose hyper-parameters on.
     """
     features, labels = extract_patches(encode, train, amp, num_images, max(1, max_patches // num_images), seed)
     held = held_out(num_images, seed)[:, None].expand(labels.shape)
     valid = labels != ignore_index
     features, labels, held = features[valid].to(amp.device), labels[valid].to(amp.device).long(), held[valid]
+    if held.all() or not held.any():
+        raise ValueError(
+            f"{num_images} training images are too few: hyper-parameters are chosen on a tenth of them, and that tenth or "
+            "the rest has no labelled patch"
+        )
     mean, std = standardization(features)
     features.sub_(mean).div_(std)
-    log.info("patches   %s, %s of them to choose by", f"{len(labels):,}", f"{int(held.sum()):,}")
+    log.info("patches   %s, %s held out to choose hyper-parameters", f"{len(labels):,}", f"{int(held.sum()):,}")
     classify, names, chosen = build_classifier(head, features, labels, held.to(amp.device), num_classes)
 
     matrices = {name: ConfusionMatrix(num_classes, ignore_index, amp.device) for name in names}

@@ -10,6 +10,7 @@ import argparse
 import copy
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from util.data.sources import build_source
 from util.data.transforms import ToModelInput
 from util.run import distributed, options, resolve
 from util.run.checkpoint import Run, read_resumed
-from util.run.folder import LAST, run_folder
+from util.run.folder import LAST, create, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.weights.load import fingerprint, load_into, load_pretrained, read_meta
@@ -45,7 +46,20 @@ LINEAR = {"steps": 40_000, "lr": 1e-3, "weight_decay": 1e-3, "layer_decay": 1.0,
 GLOBAL_BATCH, WARMUP_STEPS = 16, 1500
 
 # Options that must not change on resume: weights and schedule depend on them.
-FIXED = ["head", "model", "patch_size", "crop", "nb_classes", "reduce_zero_label", "steps", "eval_interval"]
+FIXED = [
+    *["head", "model", "patch_size", "crop", "nb_classes", "reduce_zero_label", "ignore_index"],
+    *["steps", "eval_interval", "global_batch"],
+]
+
+# Options that have no effect with a head.
+WINDOWS = ["crop", "stride", "short_side"]
+ENCODER = ["layer_decay", "drop_path", "decay_positions"]
+TRAINING = ["steps", "warmup_steps", "eval_interval", "global_batch", "lr", "weight_decay", *ENCODER]
+UNREAD = {
+    "upernet": ["input_size", "max_patches"],
+    "linear": ["input_size", "max_patches", *ENCODER],
+    **{head: [*WINDOWS, *TRAINING] for head in PROBES},
+}
 
 
 def get_args_parser() -> options.OptionParser:
@@ -69,15 +83,14 @@ def get_args_parser() -> options.OptionParser:
     help = "label 0 is ignored and class k is label k + 1, as in ADE20K (default: on)"
     group.add_argument("--reduce_zero_label", action=options.SWITCH, help=help)
     ignore = options.number(int, low=0, high=255)
-    group.add_argument("--ignore_index", type=ignore, default=255, help="ignored label, after that shift")
+    group.add_argument("--ignore_index", type=ignore, help="ignored label, after that shift (default: 255)")
     group.add_argument("--eval", action="store_true", help="evaluate --resume, --finetune, or the run's newest weights")
     group.add_argument(
         "--save_predictions", metavar="DIR", help="write the last predictions as PNG with the data's labels"
     )
     group.add_argument("--save_preview", type=options.COUNT, default=0, metavar="N", help="draw N validation images")
-    group.add_argument(
-        "--max_patches", type=options.COUNT, default=4_000_000, help="most training patches in memory (knn, logreg)"
-    )
+    help = "most training patches in memory (knn, logreg; default: 4000000)"
+    group.add_argument("--max_patches", type=options.COUNT, help=help)
 
     group = parser.add_argument_group("schedule (defaults depend on head and size: upernet, large, linear)")
     group.add_argument("--steps", type=options.COUNT, help="optimizer steps: 160000, 160000, 40000")
@@ -90,7 +103,7 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument("--drop_path", type=options.FRACTION_OR_ZERO, help="stochastic depth: 0.1, 0.2, none")
     group.add_argument("--weight_decay", type=options.NOT_NEGATIVE, help="0.05, 0.05, 0.001; not on biases and norms")
     help = "weight decay on positions, class token and bias tables as well"
-    group.add_argument("--decay_positions", action=options.SWITCH, default=True, help=help)
+    group.add_argument("--decay_positions", action=options.SWITCH, help=f"{help} (default: on)")
     return parser
 
 
@@ -101,6 +114,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         ValueError: options that contradict each other, or a checkpoint that cannot be read.
     """
     args = copy.copy(args)
+    given = [name for name, value in vars(args).items() if value is not None]
     resolve.resolve_which(args)
     if not args.data_path:
         raise ValueError(f"--data_path is missing: give data with {segmentation.LAYOUT.format('training')}")
@@ -114,16 +128,23 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     if own.get("script") == SCRIPT:
         resolve.fill_in(args, {name: own["options"][name] for name in (*FIXED, "stride", "short_side")})
     meta = own or (read_meta(args.weights) if args.weights else {})
-    resolve.fill_in(args, {"head": "upernet", "crop": 512})
-    resolve.resolve_settings(args, meta)
+    resolve.fill_in(args, {"head": "upernet", "crop": 512, "ignore_index": 255})
     if args.eval and args.head in PROBES:
         raise ValueError(f"--head {args.head} is fitted at every start: omit --eval")
+    for name in UNREAD[args.head]:
+        if name in given:
+            raise ValueError(f"--{name} has no effect with --head {args.head}: omit it")
+    resolve.resolve_settings(args, meta)
     resolve.fill_in(args, {"stride": args.crop * 2 // 3, "short_side": args.crop})
     if args.stride > args.crop:
         raise ValueError(f"--stride {args.stride} leaves gaps between windows of --crop {args.crop}: lower it")
-    args.patch_size = build_model(args, torch.device("meta")).encoder.patch_embed.patch_size[0]  # checks the sizes
+    try:
+        args.patch_size = build_model(args, torch.device("meta")).encoder.patch_embed.patch_size[0]
+    except ValueError as error:
+        size = f"--input_size {args.input_size}" if args.head in PROBES else f"--crop {args.crop}"
+        raise ValueError(f"{size}: {error}") from error
     if args.head in PROBES:
-        resolve.fill_in(args, {"batch_size": 64})
+        resolve.fill_in(args, {"batch_size": 64, "max_patches": 4_000_000})
         resolve.resolve_workers(args, world, 4)
     else:
         resolve_schedule(args, world)
@@ -138,6 +159,8 @@ def resolve_schedule(args: argparse.Namespace, world: distributed.World) -> None
     """
     large = args.model in ("vit_large_patch16", "vit_huge_patch14")
     resolve.fill_in(args, LINEAR if args.head == "linear" else LARGE if large else UPERNET)
+    resolve.fill_in(args, {"decay_positions": True, "global_batch": GLOBAL_BATCH})
+    resolve.fill_in(args, {"batch_size": max(1, args.global_batch // world.size)})
     args.lr_schedule = "cosine" if args.head == "linear" else "linear"
     resolve.fill_in(args, {"warmup_steps": min(WARMUP_STEPS, args.steps // 10)})
     parts = next(n for n in range(10, 0, -1) if args.steps % n == 0)
@@ -146,13 +169,14 @@ def resolve_schedule(args: argparse.Namespace, world: distributed.World) -> None
         raise ValueError(f"--eval_interval {args.eval_interval} does not divide --steps {args.steps}: give a divisor")
     if args.warmup_steps >= args.steps:
         raise ValueError(f"--warmup_steps {args.warmup_steps} leaves nothing of --steps {args.steps}: lower it")
-    if args.batch_size is None:
-        args.batch_size = max(1, (args.global_batch or GLOBAL_BATCH) // world.size)
-    if args.global_batch is None and GLOBAL_BATCH % (args.batch_size * world.size) == 0:
-        args.global_batch = GLOBAL_BATCH
     args.epochs, args.warmup_epochs = args.steps // args.eval_interval, args.warmup_steps / args.eval_interval
     args.min_lr, args.accum_iter, args.steps_per_epoch = 0.0, None, args.eval_interval
     resolve.resolve_training(args, world, warmup_epochs=0, num_workers=4)
+    alone = world.size == 1 or distributed.pick_device(args.device, world).type == "cpu"
+    if args.head == "upernet" and args.batch_size == 1 and alone:
+        raise ValueError(
+            "--batch_size 1: UPerNet's batch norm needs at least two images, on CUDA over all processes: raise it"
+        )
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -205,8 +229,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         args = resolve_options(get_args_parser().parse_args(argv), world)
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
-        files = build_source(args.data_path, None, cache_dir=args.cache_dir, on_rank_zero=distributed.from_rank_zero)
-        assert isinstance(files, ImageFiles)
+        files = build_source(
+            args.data_path,
+            None,
+            cache_dir=args.cache_dir,
+            value_range=args.value_range,
+            max_image_pixels=args.max_image_pixels,
+            on_rank_zero=distributed.from_rank_zero,
+        )
+        if not isinstance(files, ImageFiles):
+            raise ValueError(f"--data_path {args.data_path}: give one folder or archive with images and label maps")
         label_format = segmentation.LabelFormat(args.reduce_zero_label is not False, args.ignore_index)
         sources, names = segmentation.checked_sources(
             files,
@@ -221,6 +253,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         run = None
         if args.head not in PROBES and not args.eval:
             run = Run(path, SCRIPT, args.resume, args.auto_resume)
+        written = {"--output_dir": path}
+        if args.save_predictions:
+            written["--save_predictions"] = Path(args.save_predictions)
+        for option, folder in written.items():
+            distributed.from_rank_zero(partial(create, folder, option))
         resumed = run is not None and run.state is not None
         weights = load_pretrained(args.weights, args.which) if args.weights and not resumed else None
         if run is not None:
@@ -257,19 +294,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             with torch.no_grad(), amp.autocast():
                 return model(to_model_input(images)).float()
 
-        scores, chosen = probe(
-            args.head,
-            encode,
-            train,
-            val,
-            amp,
-            num_images=len(sources["train"]),
-            num_classes=args.nb_classes,
-            ignore_index=args.ignore_index,
-            max_patches=args.max_patches,
-            seed=args.seed,
-            on_prediction=report.save,
-        )
+        with options.user_mistakes():
+            scores, chosen = probe(
+                args.head,
+                encode,
+                train,
+                val,
+                amp,
+                num_images=len(sources["train"]),
+                num_classes=args.nb_classes,
+                ignore_index=args.ignore_index,
+                max_patches=args.max_patches,
+                seed=args.seed,
+                on_prediction=report.save,
+            )
         for name in sorted(scores, key=lambda name: name == chosen):  # the chosen one last, iou.tsv is its
             report.scores(scores[name], f"{name}  ")
         distributed.shutdown()

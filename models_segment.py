@@ -171,8 +171,13 @@ class FrozenEncoder(nn.Module):
         """Load pre-trained weights (MAE's names).
 
         Raises:
-            ValueError: the weights do not fit the encoder.
+            ValueError: the weights do not fit the encoder, or lack the norm of the patch tokens.
         """
+        if "fc_norm.weight" in weights and "norm.weight" not in weights:
+            raise ValueError(
+                "these weights were fine-tuned with a norm of the pooled features (fc_norm) and have none for patch "
+                "tokens: give the pre-trained checkpoint, or --head upernet, which uses no norm"
+            )
         return load_into(self.encoder, weights, allow_unexpected=(*DECODERS, *HEADS))
 
 

@@ -280,11 +280,10 @@ def segment(args: argparse.Namespace, folder: Path, shared: list[Any]) -> dict[s
     """mIoU in percent of a frozen linear head and of the 10 nearest patches, on the encoder of a run."""
     size, steps, lr = args.segment_size, args.segment_steps, args.segment_lr
     path = folder / f"segment-{Path(args.segment_path).name.split('.')[0]}-{size}-{steps}-{lr:g}"
-    given = [*shared, "--data_path", args.segment_path, "--finetune", folder / "pretrain" / LAST]
-    given += ["--crop", size, "--input_size", size]
-    linear = ["--head", "linear", "--steps", steps, "--lr", lr, "--eval_interval", steps]
-    main_segment.main([str(word) for word in [*given, *linear, "--output_dir", path]])
-    knn = main_segment.main([str(word) for word in [*given, "--head", "knn", "--output_dir", path]])
+    given = [*shared, "--data_path", args.segment_path, "--finetune", folder / "pretrain" / LAST, "--output_dir", path]
+    linear = ["--head", "linear", "--crop", size, "--steps", steps, "--lr", lr, "--eval_interval", steps]
+    main_segment.main([str(word) for word in [*given, *linear]])
+    knn = main_segment.main([str(word) for word in [*given, "--head", "knn", "--input_size", size]])
     return {"segment_linear": read_log(path)[-1]["test_mIoU"], "segment_knn": knn["10-NN"]}
 
 

@@ -84,11 +84,19 @@ def write_tiff(values, byte_order="<", photometric=None, extra=()):
 
 def write_png_16(values):
     """Bytes of a 16-bit PNG: grey, grey and alpha, RGB or RGBA."""
-    height, width, *channels = values.shape
-    colour_type = {(): 0, (1,): 0, (2,): 4, (3,): 2, (4,): 6}[tuple(channels)]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
-    chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    colour_type = {(): 0, (1,): 0, (2,): 4, (3,): 2, (4,): 6}[values.shape[2:]]
+    return _png(values, 16, colour_type, [row.astype(">u2").tobytes() for row in values])
+
+
+def write_png_4(values):
+    """Bytes of a grey PNG of 4 bits, two pixels in a byte: values (H, W) below 16, an even width."""
+    return _png(values, 4, 0, [(row[::2] << 4 | row[1::2]).astype(np.uint8).tobytes() for row in values])
+
+
+def _png(values, bits, colour_type, rows):
+    height, width = values.shape[:2]
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))]
+    chunks += [(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), (b"IEND", b"")]
     parts = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 

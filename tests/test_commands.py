@@ -36,8 +36,7 @@ SMALLER = {
     "main_linprobe": f"--model vit_micro_patch16 {SMALL} {STEPS}",
     "main_knn": f"--model vit_micro_patch16 --nb_knn 3 {SMALL}",
     "predict": "--num_workers 0 --device cpu",
-    "main_segment": f"--model vit_micro_patch16 --crop 32 --stride 21 --global_batch 2 {SMALL} "
-    "--steps 1 --output_dir {out}",
+    "main_segment": f"--model vit_micro_patch16 {SMALL.removeprefix('--input_size 32 ')} --output_dir {{out}}",
 }
 
 
@@ -60,6 +59,9 @@ def smaller(script, options, files, out):
     if script == "predict":
         checkpoint = files / ("encoder.pth" if "CKPT" in options else "classifier.pth")
         return [*options, *added, "--checkpoint", str(checkpoint), "--data_path", str(files / "data/val")]
+    if script == "main_segment":
+        trained = ["--crop", "32", "--stride", "21", "--global_batch", "2", "--steps", "1"]
+        added += ["--input_size", "32"] if {"knn", "logreg"} & set(options) else trained
     if "--data_path" in options:
         kind = "unsplit" if "--val_fraction" in options else "data"
         added += ["--data_path", str(files / ("segmentation" if script == "main_segment" else kind))]

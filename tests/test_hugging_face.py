@@ -111,7 +111,7 @@ WRONG = {
     "paths": (lambda: table({"image": ["a.jpg"], "label": [0]}), "column `image` is Value.*expected an Image"),
     "minus one": (
         lambda: rows("train", lambda number: number - 1),
-        r"row 0 has no label \(-1\), nor have 3 other rows",
+        r"4 rows have no label, the first of them row 0 \(-1\)",
     ),
     "null": (
         lambda: table({"image": [IMAGE] * 2, "label": [0, None]}, BINARY | {"label": datasets.Value("int64")}),

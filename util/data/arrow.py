@@ -134,7 +134,7 @@ def _read_labels(dataset: Any, root: str, labels_needed: bool) -> tuple[np.ndarr
     missing = [row for row, label in enumerate(column) if label is None or label == -1]
     if missing and labels_needed:
         raise ValueError(
-            f"{root} row {missing[0]} has no label ({column[missing[0]]}), nor have {len(missing) - 1:,} other rows; "
+            f"{root}: {len(missing):,} rows have no label, the first of them row {missing[0]} ({column[missing[0]]}); "
             "only pre-training needs none"
         )
     if all(isinstance(label, str) or label is None for label in column):

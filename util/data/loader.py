@@ -36,7 +36,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         if num_samples < self.global_batch:
             raise ValueError(
                 f"{num_samples:,} images do not fill one optimizer step of {self.global_batch:,} (--batch_size "
-                f"{batch_size} x --accum_iter {accum_iter} x {world_size} ranks): lower --batch_size or --accum_iter"
+                f"{batch_size} x --accum_iter {accum_iter} x {world_size} ranks): lower --global_batch, or "
+                "--batch_size and --accum_iter"
             )
         self.num_batches = num_samples // self.global_batch * accum_iter  # per rank
         self.position = (0, 0)

@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from util.data.files import ImageFiles
+from util.data.files import ImageFiles, summarize
 
 log = logging.getLogger("hpm")
 
 SPLITS = {"train": "training", "val": "validation"}
 LAYOUT = "images/{0}/NAME.jpg and annotations/{0}/NAME.png"
 FULL_ADE20K = "RGB masks are those of the full ADE20K; the benchmark is ADEChallengeData2016"
+_PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # signature; where the header has the bits of a channel
 MOSTLY_IGNORED = 0.5  # share of the pixels; more than that in label 0 looks like a background class
 
 
@@ -40,7 +41,7 @@ class LabelledImage(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelFormat:
-    """How the values of a label map are meant.
+    """How to interpret the values of a label map.
 
     Attributes:
         reduce_zero: label 0 is ignored and the others are 1 above their class.
@@ -66,10 +67,12 @@ class SegmentationSource:
 
     Attributes:
         files: every file of the data set.
+        stems: (N,) names of the images below the folder of the split, without suffix.
         images, annotations: (N,) positions in `files`.
     """
 
     files: ImageFiles
+    stems: list[str]
     images: np.ndarray
     annotations: np.ndarray
     format: LabelFormat
@@ -79,7 +82,7 @@ class SegmentationSource:
 
     @property
     def labels(self) -> np.ndarray:
-        """Images as such have no class."""
+        """Images have no class labels."""
         return np.zeros(len(self), dtype=np.int64)
 
     @property
@@ -88,9 +91,6 @@ class SegmentationSource:
 
     def name(self, index: int) -> str:
         return self.files.name(self.images[index])
-
-    def stem(self, index: int) -> str:
-        return Path(self.name(index)).stem
 
     def load(self, index: int) -> LabelledImage:
         label = read_label(self.files, self.annotations[index])
@@ -108,6 +108,8 @@ def find_pairs(files: ImageFiles, split: str, label_format: LabelFormat) -> Segm
     for position, name in enumerate(files.names):
         if match := pattern.fullmatch(os.fsdecode(name)):
             kind, stem = match.groups()
+            if ".." in Path(stem).parts:  # predictions are written under this name
+                raise ValueError(f"{files.name(position)} leads out of its folder: rename it")
             if stem in found[kind]:
                 raise ValueError(f"{files.name(position)} and {files.name(found[kind][stem])} have the same name")
             found[kind][stem] = position
@@ -119,12 +121,13 @@ def find_pairs(files: ImageFiles, split: str, label_format: LabelFormat) -> Segm
         if alone:
             first = min(alone)
             raise ValueError(
-                f"{files.name((images | annotations)[first])} has no {kind}, nor have {len(alone) - 1} others "
+                f"{len(alone):,} files have no {kind}, the first of them {files.name((images | annotations)[first])} "
                 f"({layout} must pair)"
             )
     stems = sorted(images)
     return SegmentationSource(
         files,
+        stems,
         np.array([images[stem] for stem in stems], dtype=np.int64),
         np.array([annotations[stem] for stem in stems], dtype=np.int64),
         label_format,
@@ -137,11 +140,13 @@ def read_label(files: ImageFiles, position: int) -> np.ndarray:
     Raises:
         ValueError: not an 8-bit image of one channel.
     """
+    data = files.read(position)
     try:
-        with Image.open(io.BytesIO(files.read(position))) as image:
-            if image.mode == "L":
+        with Image.open(io.BytesIO(data)) as image:
+            fewer_bits = data.startswith(_PNG) and data[_PNG_DEPTH] != 8  # Pillow scales those to 0..255
+            if image.mode == "L" and not fewer_bits:
                 return np.array(image)
-            mode = image.mode
+            mode = f"L with {data[_PNG_DEPTH]} bits" if fewer_bits and image.mode == "L" else image.mode
     except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
         raise ValueError(f"{files.name(position)} is not a readable image ({type(error).__name__}: {error})") from error
     raise ValueError(
@@ -150,9 +155,10 @@ def read_label(files: ImageFiles, position: int) -> np.ndarray:
 
 
 def class_names(files: ImageFiles, reduce_zero: bool) -> list[str]:
-    """Names from objectInfo*.txt of the data set, in the order of the classes; empty without such a file.
+    """Names from objectInfo*.txt of the data set, by class; empty without such a file.
 
-    The file is tab-separated with a header that has a column "name"; the first column is the label.
+    The file is tab-separated with a header that has a column "name"; the first column is the label. A label that is
+    not in it is a class without a name.
 
     Raises:
         ValueError: the file has no such column.
@@ -166,7 +172,7 @@ def class_names(files: ImageFiles, reduce_zero: bool) -> list[str]:
         raise ValueError(f"{path}: expected a tab-separated table with a column 'name', found {header[:6]}")
     column = header.index("name")
     names = {int(row[0]): row[column].strip() for row in rows[1:] if len(row) > column and row[0].strip().isdecimal()}
-    return [names[label] for label in sorted(names) if label > 0 or not reduce_zero]
+    return [names.get(label, f"label {label}") for label in range(int(reduce_zero), max(names, default=-1) + 1)]
 
 
 def _object_info(files: ImageFiles) -> tuple[str | None, str]:
@@ -256,6 +262,11 @@ def count_classes(
     if not classes:
         raise ValueError("every pixel of every label map is ignored: there is nothing to learn")
     total = num_classes or len(names) or max(classes) + 1
+    if form.reduce_zero and form.ignore_index < total:
+        raise ValueError(
+            f"--ignore_index {form.ignore_index} is a class: with --reduce_zero_label the ignored label 0 becomes that "
+            f"value, so it must be {total} or more; omit it"
+        )
     if max(classes) >= total:
         value = classes[max(classes)]
         origin = "--num_classes" if num_classes else "objectInfo*.txt"
@@ -276,8 +287,7 @@ def describe_labels(counts: LabelCounts, names: list[str], form: LabelFormat, mo
     if len(names) > most:
         parts.append(f"{len(names) - most} more")
     absent = [short[index] for index, share in enumerate(shares) if share == 0]
-    more = f" and {len(absent) - most} more" if len(absent) > most else ""
-    return ", ".join(parts) + f"; absent: {', '.join(absent[:most]) or 'no class'}{more}"
+    return ", ".join(parts) + f"; absent: {summarize(absent, most) or 'no class'}"
 
 
 def checked_sources(

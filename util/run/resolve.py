@@ -89,9 +89,12 @@ def resolve_training(given: argparse.Namespace, world: World, *, warmup_epochs: 
     elif given.accum_iter is not None:
         raise ValueError(f"--global_batch {given.global_batch} sets --accum_iter: give one of the two, not both")
     elif given.global_batch % per_step:
+        fix = f"change --batch_size to a divisor of {given.global_batch // world.size}"
+        if given.global_batch % world.size:
+            fix = f"give a --global_batch that is a multiple of {world.size}"
         raise ValueError(
             f"--global_batch {given.global_batch} is not a multiple of --batch_size {given.batch_size} x {world.size} "
-            f"processes: change --batch_size to a divisor of {given.global_batch / world.size:g}"
+            f"processes: {fix}"
         )
     given.accum_iter = given.global_batch // per_step
     given.processes = world.size
