@@ -275,7 +275,7 @@ def probe(
     features, labels, held = features[valid].to(amp.device), labels[valid].to(amp.device).long(), held[valid]
     if held.all() or not held.any():
         raise ValueError(
-            f"{num_images} training images are too few: hyper-parameters are chosen on a tenth of them, and that tenth or "
+            f"{num_images} training images are too few: a tenth of them chooses hyper-parameters, and that or "
             "the rest has no labelled patch"
         )
     mean, std = standardization(features)
