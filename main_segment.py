@@ -25,7 +25,7 @@ from util.data import segmentation
 from util.data.datasets import ImageDataset, Sample
 from util.data.files import ImageFiles
 from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCrop
-from util.data.loader import ShardSampler, StepSampler, build_loader
+from util.data.loader import EpochSampler, ShardSampler, build_loader
 from util.data.sources import build_source
 from util.data.transforms import ToModelInput
 from util.run import distributed, options, resolve
@@ -213,8 +213,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if run is not None:
             given = partial(load_pretrained, args.weights, args.which)
             args.initial = run.check(vars(args), FIXED, args.weights, lambda: fingerprint(weights or given()))
-            count, batch = len(sources["train"]), args.batch_size
-            sampler = StepSampler(args.eval_interval, count, batch, args.accum_iter, world.rank, world.size, args.seed)
+            batch = (args.batch_size, args.accum_iter, world.rank, world.size)
+            sampler = EpochSampler(len(sources["train"]), *batch, seed=args.seed, steps=args.eval_interval)
 
     # Model
     rng.seed_all(args.seed)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from util.data.datasets import ImageDataset
-from util.data.loader import EpochSampler, ShardSampler, StepSampler, build_loader
+from util.data.loader import EpochSampler, ShardSampler, build_loader
 from util.data.sources import ShapesSource
 from util.data.transforms import RandomCrop
 
@@ -62,7 +62,7 @@ def test_steps_run_through_one_permutation_after_another():
     for epoch in range(4):
         by_epoch.position = (epoch, 0)
         expected += list(by_epoch)
-    sampler = StepSampler(7, 23, 2, accum_iter=2, seed=5)
+    sampler = EpochSampler(23, 2, accum_iter=2, seed=5, steps=7)
     assert len(sampler) == 14
     found = []
     for epoch in range(2):
@@ -75,8 +75,8 @@ def test_steps_run_through_one_permutation_after_another():
 
 
 def test_steps_are_the_same_on_any_topology():
-    whole = StepSampler(7, 23, 4, seed=5)
-    halves = [StepSampler(7, 23, 2, rank=rank, world_size=2, seed=5) for rank in range(2)]
+    whole = EpochSampler(23, 4, seed=5, steps=7)
+    halves = [EpochSampler(23, 2, rank=rank, world_size=2, seed=5, steps=7) for rank in range(2)]
     for sampler in (whole, *halves):
         sampler.position = (1, 0)
     assert list(whole) == [a + b for a, b in zip(*halves, strict=True)]

@@ -21,6 +21,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     takes the r-th part of each. One rank with batch size 2b, two ranks with b, and one rank with b and two accumulation
     steps see the same samples in each optimizer step. The last incomplete optimizer step is dropped.
 
+    With `steps`, for schedules that count steps, an epoch has that many optimizer steps: it takes samples from one
+    permutation after another, and the epoch of a sample is the number of its permutation.
+
     `position` is where the next iteration starts: an epoch, and a batch within it (for a mid-epoch resume).
 
     Raises:
@@ -28,23 +31,32 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, accum_iter: int = 1, rank: int = 0, world_size: int = 1, seed: int = 0
+        self,
+        num_samples: int,
+        batch_size: int,
+        accum_iter: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        steps: int | None = None,
     ) -> None:
         self.num_samples, self.batch_size, self.accum_iter = num_samples, batch_size, accum_iter
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.global_batch = batch_size * accum_iter * world_size
-        if num_samples < self.global_batch:
+        self._pass_steps = num_samples // self.global_batch  # optimizer steps of a permutation
+        if self._pass_steps == 0:
             raise ValueError(
                 f"{num_samples:,} images do not fill one optimizer step of {self.global_batch:,} (--batch_size "
                 f"{batch_size} x --accum_iter {accum_iter} x {world_size} ranks): lower --global_batch, or "
                 "--batch_size and --accum_iter"
             )
-        self.num_batches = num_samples // self.global_batch * accum_iter  # per rank
+        self.num_batches = (steps or self._pass_steps) * accum_iter  # per rank
         self.position = (0, 0)
 
     def of_step(self, epoch: int, step: int) -> list[int]:
         """Indices of all images of an optimizer step, over all ranks and micro-batches."""
-        return self._order(epoch)[step * self.global_batch : (step + 1) * self.global_batch].tolist()
+        number, step = divmod(epoch * self.num_batches // self.accum_iter + step, self._pass_steps)
+        return self._order(number)[step * self.global_batch : (step + 1) * self.global_batch].tolist()
 
     def _order(self, epoch: int) -> torch.Tensor:
         return torch.randperm(
@@ -56,43 +68,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, first_batch = self.position
-        order = self._order(epoch)
-        for batch in range(first_batch, self.num_batches):
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(epoch, index) for index in order[start : start + self.batch_size].tolist()]
-
-
-class StepSampler(EpochSampler):
-    """`EpochSampler` for schedules that count steps: each of its epochs has `steps` optimizer steps.
-
-    The samples come from one permutation of the data set after another, and the epoch of a sample is the number of its
-    permutation.
-    """
-
-    def __init__(
-        self,
-        steps: int,
-        num_samples: int,
-        batch_size: int,
-        accum_iter: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(num_samples, batch_size, accum_iter, rank, world_size, seed)
-        self._pass_steps = self.num_batches // accum_iter
-        self.num_batches = steps * accum_iter
-
-    def of_step(self, epoch: int, step: int) -> list[int]:
-        number, step = divmod(epoch * self.num_batches // self.accum_iter + step, self._pass_steps)
-        return super().of_step(number, step)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, first_batch = self.position
         current, order = -1, torch.empty(0, dtype=torch.long)
         for batch in range(first_batch, self.num_batches):
-            total = epoch * self.num_batches + batch
-            number, batch = divmod(total, self._pass_steps * self.accum_iter)
+            number, batch = divmod(epoch * self.num_batches + batch, self._pass_steps * self.accum_iter)
             if number != current:
                 current, order = number, self._order(number)
             start = (batch * self.world_size + self.rank) * self.batch_size
