@@ -1,9 +1,10 @@
-"""Training and exact evaluation of classifiers, and the extraction of features.
+"""Training of classifiers and segmentation models, exact evaluation of classifiers, and the extraction of features.
 
 Shapes: B micro-batch, C channels, H, W image, E width, K classes, S heads trained side by side (1 in fine-tuning).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +19,21 @@ from util.run.loop import Loop
 
 def train_one_epoch(
     model: nn.Module,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    criterion: Callable[[Any, Tensor], Tensor],
     loader: Iterable,
     optimizer: torch.optim.Optimizer,
     amp: Amp,
     loop: Loop,
     *,
-    augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    augment: Callable[[Any, Tensor], tuple[Tensor, Tensor]],
     clip_grad: float = 0.0,
 ) -> dict[str, float]:
     """Train to the end of the epoch, or to where the run stops. Arguments as in engine_pretrain, and:
 
     Args:
-        criterion: float32 logits (B, K) or (S, B, K) and targets -> scalar.
-        augment: uint8 images and labels (B,) -> normalised images on the device, and targets (B,) or (B, K).
+        criterion: what the model returns, such as logits (B, K) or (S, B, K), and targets -> scalar.
+        augment: what a sample holds, such as uint8 images, and labels (B,) -> normalised images on the device, and
+            targets: (B,) or (B, K); for segmentation (B, H, W).
 
     Returns:
         Means over the epoch and all ranks: loss, grad_norm.
@@ -40,11 +42,11 @@ def train_one_epoch(
     parameters = [p for p in model.parameters() if p.requires_grad]
     for batches in loop.steps(loader):
         for images, labels, *_ in batches:
-            images, targets = augment(images, labels)  # (B, C, H, W), (B,) or (B, K)
+            images, targets = augment(images, labels)  # (B, C, H, W), (B, ...)
             with loop.no_sync(model):
                 with amp.autocast():
-                    logits = model(images)  # (B, K) or (S, B, K)
-                loss = criterion(logits.float(), targets)
+                    outputs = model(images)
+                loss = criterion(outputs, targets)
                 amp.backward(loss / loop.accum_iter)
             loop.meter.update(loss=loss)
         loop.meter.update(grad_norm=amp.step(optimizer, parameters, clip_grad))

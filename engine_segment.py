@@ -1,9 +1,9 @@
-"""Training and exact evaluation of segmentation models.
+"""Exact evaluation of segmentation models. Training is engine_finetune.train_one_epoch.
 
 Shapes: B micro-batch, S crop, H, W original image, h, w image at its inference size, K classes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,43 +13,6 @@ from util.data.datasets import Sample
 from util.miou import ConfusionMatrix, Scores
 from util.run.amp import Amp
 from util.run.distributed import all_reduce_sum, from_rank_zero
-from util.run.loop import Loop
-
-
-def train_one_epoch(
-    model: nn.Module,
-    criterion: Callable[[Sequence[Tensor], Tensor], Tensor],
-    loader: Iterable[Sample],
-    optimizer: torch.optim.Optimizer,
-    amp: Amp,
-    loop: Loop,
-    *,
-    to_model_input: Callable[[Tensor], Tensor],
-) -> dict[str, float]:
-    """Train to the end of the epoch (the steps up to the next evaluation), or to where the run stops.
-
-    Args:
-        model: (B, 3, S, S) -> logits of one or several heads, each (B, K, h, w).
-        criterion: these logits and labels (B, S, S) -> scalar.
-        loader: samples whose `image` is a tuple: images and labels, padded to S, and the sizes without padding.
-
-    Returns:
-        Means over the epoch and all ranks: loss, grad_norm.
-    """
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for batches in loop.steps(loader):
-        for (images, labels, sizes), *_ in batches:
-            images = blank_padding(to_model_input(images), sizes.to(amp.device, non_blocking=True))
-            labels = labels.to(amp.device, non_blocking=True)
-            with loop.no_sync(model):
-                with amp.autocast():
-                    outputs = model(images)
-                loss = criterion(outputs, labels)
-                amp.backward(loss / loop.accum_iter)
-            loop.meter.update(loss=loss)
-        loop.meter.update(grad_norm=amp.step(optimizer, parameters, 0.0))
-    return loop.meter.mean(all_reduce_sum)
 
 
 def blank_padding(images: Tensor, sizes: Tensor) -> Tensor:

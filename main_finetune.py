@@ -161,7 +161,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> models_vit.Vision
 
 def build_augmentation(
     args: argparse.Namespace, device: torch.device
-) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], nn.Module]:
+) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]:
     """Augmentation of a batch on the device (flip, normalise, erase, mix), and the loss that fits its targets."""
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=True)
     erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)
@@ -186,7 +186,10 @@ def build_augmentation(
             images = erase(images)
         return (images, labels) if mix is None else mix(images, labels)
 
-    return augment, criterion
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return criterion(logits.float(), targets)
+
+    return augment, loss
 
 
 def load_weights(args: argparse.Namespace, model: nn.Module, weights: dict[str, Tensor] | None) -> None:

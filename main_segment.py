@@ -18,8 +18,9 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import models_segment
 import models_vit
+from engine_finetune import train_one_epoch
 from engine_probe import probe
-from engine_segment import evaluate, train_one_epoch
+from engine_segment import blank_padding, evaluate
 from util import rng
 from util.data import segmentation
 from util.data.datasets import ImageDataset, Sample
@@ -283,9 +284,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     stateful = {"state_dict": model, "optimizer": optimizer, "loss_scaler": amp}
     loop = Loop(run, vars(args), stateful, sampler, sources["train"], amp)
 
+    def augment(sample: tuple[Tensor, Tensor, Tensor], _: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels, sizes = sample  # (B, 3, S, S), (B, S, S), (B, 2)
+        images = blank_padding(to_model_input(images), sizes.to(device, non_blocking=True))
+        return images, labels.to(device, non_blocking=True)
+
     results = {}
     for epoch in loop.epochs():
-        stats = train_one_epoch(student, criterion, loader, optimizer, amp, loop, to_model_input=to_model_input)
+        stats = train_one_epoch(student, criterion, loader, optimizer, amp, loop, augment=augment)
         if loop.stopped:
             break
         loop.save_mid_epoch()
