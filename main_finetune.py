@@ -29,7 +29,7 @@ from util.data.sources import Source
 from util.lr_decay import param_groups_lrd
 from util.run import classwise, distributed, options, resolve
 from util.run.checkpoint import Run, read_resumed
-from util.run.folder import BEST, LAST, run_folder
+from util.run.folder import BEST, LAST, create, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.splits import evaluation_loader, read_splits
@@ -121,7 +121,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     args.classes = recorded.get("classes")
     resolve.resolve_settings(args, meta)
     resolve.resolve_val_fraction(args, recorded)
-    resolve.resolve_crop(args, recorded)
+    resolve.fill_in(args, {"crop_pct": resolve.evaluation_crop(args.input_size, recorded)})
     if args.eval and meta.get("script", SCRIPT) == SCRIPT:  # an export names no script
         args.global_pool = recorded.get("global_pool", args.global_pool)
     resolve.resolve_training(args, world, warmup_epochs=5, num_workers=10)
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = run_folder(args.output_dir, args.experiment, SCRIPT)
         run = None
         if args.eval:
-            distributed.from_rank_zero(lambda: classwise.check_folder(folder))
+            distributed.from_rank_zero(lambda: create(folder, "--output_dir"))
         else:
             run = Run(folder, SCRIPT, args.resume, args.auto_resume)
         resumed = run is not None and run.state is not None

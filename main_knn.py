@@ -8,7 +8,6 @@ Exact, and the same from any number of processes. docs/eval.md has the commands 
 
 import argparse
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from util.data.sources import Source, build_splits
 from util.run import distributed, folder, options, resolve
 from util.run.amp import Amp
 from util.run.logger import log
-from util.run.splits import evaluation_loader, record_val_split, warn_of_range
+from util.run.splits import data_settings, evaluation_loader, record_val_split, warn_of_range
 from util.weights.load import load_pretrained, read_meta
 from util.weights.read import read_file
 
@@ -96,7 +95,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         raise ValueError("--features pixels runs no encoder and reads images: omit --load_features and --compile")
     meta = read_meta(args.finetune) if args.finetune else {}
     resolve.resolve_settings(args, meta)
-    resolve.resolve_crop(args, meta.get("options", {}) if meta.get("script") != "main_pretrain" else {})
+    resolve.fill_in(args, {"crop_pct": resolve.evaluation_crop(args.input_size, meta.get("options", {}))})
     resolve.resolve_workers(args, world, 4)
     with torch.device("meta"):  # checks the sizes of the model at no cost
         args.patch_size = build_encoder(args).patch_embed.patch_size[0]
@@ -106,15 +105,6 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
 def build_encoder(args: argparse.Namespace) -> models_vit.VisionTransformer:
     settings = {"num_classes": 0, "global_pool": args.global_pool, "pooled_norm": False}
     return models_vit.build(args.model, args.input_size, args.patch_size, **settings)
-
-
-def build_encode(
-    args: argparse.Namespace, encoder: models_vit.VisionTransformer, amp: Amp
-) -> Callable[[Tensor], Tensor]:
-    """(B, C, H, W) -> (B, E): the pooled features, L2-normalised."""
-    amp.choose_attention(encoder)
-    forward = torch.compile(encoder.forward) if args.compile else encoder.forward
-    return lambda images: F.normalize(forward(images).float(), dim=-1)
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -165,15 +155,8 @@ def main(argv: list[str] | None = None) -> dict[int | str, tuple[float, float]]:
                 )
             args.nb_classes = args.nb_classes or needed
         else:
-            splits = build_splits(
-                args.data_path,
-                (args.shapes_train, args.shapes_val),
-                args.cache_dir,
-                distributed.from_rank_zero,
-                val_fraction=args.val_fraction,
-                value_range=args.value_range,
-                max_image_pixels=args.max_image_pixels,
-            )
+            counts = (args.shapes_train, args.shapes_val)
+            splits = build_splits(args.data_path, counts, val_fraction=args.val_fraction, **data_settings(args))
             warn_of_range(args, splits[0])
             record_val_split(args, splits[1])
             sources = dict(zip(SPLITS, splits, strict=True))
@@ -231,8 +214,7 @@ def extract_all(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Features and labels of both splits, the same on every rank."""
     if args.features == "pixels":
-        encode: Callable[[Tensor], Tensor] = pixels
-        width = 3 * min(args.input_size, THUMBNAIL) ** 2
+        encode, width = pixels, 3 * min(args.input_size, THUMBNAIL) ** 2
     else:
         rng.seed_all(args.seed)
         if weights is None:
@@ -245,7 +227,14 @@ def extract_all(
                     weights, *shape, global_pool=args.global_pool, path=args.finetune
                 )
             log.info("weights of %s\n%s", args.finetune, loaded)
-        encode, width = build_encode(args, encoder.to(device), amp), encoder.embed_dim
+        amp.choose_attention(encoder.to(device))
+        if args.compile:
+            encoder.compile()
+
+        def encode(images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, E), L2-normalised
+            return F.normalize(encoder(images).float(), dim=-1)
+
+        width = encoder.embed_dim
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=False)
     crop = transforms.CenterCrop(args.input_size, args.crop_pct)
     loaders = {split: evaluation_loader(args, source, crop, world) for split, source in sources.items()}

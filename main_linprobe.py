@@ -27,7 +27,7 @@ from util.data.sources import Source
 from util.lars import LARS
 from util.run import classwise, distributed, options, resolve
 from util.run.checkpoint import Run, find_resume
-from util.run.folder import run_folder
+from util.run.folder import create, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.splits import evaluation_loader, read_splits
@@ -148,21 +148,24 @@ def main(argv: list[str] | None = None) -> None:
         pin_memory = args.pin_mem and device.type == "cuda"
         folder = run_folder(args.output_dir, args.experiment, SCRIPT)
         run, trained = None, None
-        if args.eval:  # reads the run, and writes what it says about classes
-            found = distributed.from_rank_zero(lambda: find_resume(folder, args.resume, args.auto_resume))
+        if args.eval:  # reads the run, and writes its per-class results
+            newest = args.auto_resume and not args.resume
+            found = distributed.from_rank_zero(lambda: find_resume(folder, args.resume, newest))
             if found is None:
                 raise ValueError(f"--eval: name the probe's checkpoint with --resume; {folder} holds none")
             trained = found[1]
             if trained["script"] != SCRIPT:
                 raise ValueError(f"--eval: {found[0]} is of a run of {trained['script']}, not of {SCRIPT}")
-            distributed.from_rank_zero(lambda: classwise.check_folder(folder))
+            log.info("probe     %s", found[0])
+            distributed.from_rank_zero(lambda: create(folder, "--output_dir"))
             for name in (*FIXED, "classes"):  # the probe is evaluated as it was trained
                 setattr(args, name, trained["options"].get(name))
         else:
             run = Run(folder, SCRIPT, args.resume, args.auto_resume)
             args.classes = run.state["options"].get("classes") if run.state is not None else None
         recorded = trained or (run.state if run is not None else None) or {}
-        resolve.resolve_crop(args, recorded.get("options", {}))
+        crop_pct = resolve.evaluation_crop(args.input_size, recorded.get("options", {}))
+        resolve.fill_in(args, {"crop_pct": crop_pct})
         resolve.resolve_val_fraction(args, recorded.get("options", {}))
         weights = load_pretrained(args.finetune, args.which) if args.finetune else None
         if weights is not None:

@@ -119,7 +119,7 @@ def resolve_schedule(args: argparse.Namespace, world: distributed.World) -> None
     if args.steps % args.eval_interval:
         raise ValueError(f"--eval_interval {args.eval_interval} does not divide --steps {args.steps}: give a divisor")
     if args.warmup_steps >= args.steps:
-        raise ValueError(f"--warmup_steps {args.warmup_steps} leaves nothing of --steps {args.steps}: lower it")
+        raise ValueError(f"--warmup_steps {args.warmup_steps} must be less than --steps {args.steps}")
     args.epochs, args.warmup_epochs = args.steps // args.eval_interval, args.warmup_steps / args.eval_interval
     args.min_lr, args.accum_iter, args.steps_per_epoch = 0.0, None, args.eval_interval
     resolve.resolve_training(args, world, warmup_epochs=0, num_workers=4)

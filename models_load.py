@@ -148,7 +148,7 @@ def describe_weights(
         raise ValueError(f"{path} takes images of {channels} channels; only RGB is supported")
     own_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
     size = input_size or settings_of(meta).get("input_size") or own_size
-    recorded = meta.get("options", {}) if meta.get("script") != "main_pretrain" else {}
+    recorded = meta.get("options", {})
     pixels = {**DEFAULTS, **settings_of(meta), **{key: value for key, value in image.items() if value}}
     transform = EvaluationTransform(
         size, crop_pct or evaluation_crop(size, recorded), pixels["mean"], pixels["std"], pixels["value_range"]

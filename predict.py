@@ -3,13 +3,13 @@
     python predict.py --checkpoint output_dir/finetune/checkpoint-best.pth --data_path photos/
     python predict.py --checkpoint output_dir/finetune/checkpoint-best.pth --data_path a.jpg more.tar --features a.npz
 
-Images need no labels: any folder, archive or file, several too. One process. FINETUNE.md describes the output.
+Images need no labels; --data_path takes any number of folders, archives and files. It runs in one process. FINETUNE.md
+describes the output.
 """
 
 import argparse
 import copy
 import logging
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,9 @@ from util.data.transforms import ToModelInput
 from util.run import distributed, options, resolve
 from util.run.amp import Amp
 from util.run.classwise import write_csv
-from util.run.folder import write_atomic
+from util.run.folder import create, write_atomic
 from util.run.logger import track
 from util.run.splits import evaluation_loader
-from util.weights.meta import settings_of
 
 log = logging.getLogger("hpm")
 
@@ -83,7 +82,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     args = copy.copy(args)
     if world.size > 1:
         raise ValueError(f"predict.py runs in one process, not {world.size}: start it with python, without torchrun")
-    args.paths, args.origins = {}, {}
+    args.paths = {}
     if args.data_path is None and args.split not in (None, "train", "val"):
         raise ValueError(f"--split {args.split}: Shapes have train and val")
     for name, path, suffixes in (
@@ -116,11 +115,9 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[models_vit.VisionTransfor
     Raises:
         ValueError: no such weights, or no classifier and no --features to store.
     """
-    settings = {name: getattr(args, name) for name in ("input_size", "crop_pct", "model", *PIXELS)}
     weights, meta = models_load.read_weights(args.checkpoint, args.which, args.encoder, args.head)
-    for name in PIXELS:
-        found = "default" if settings_of(meta).get(name) is None else "checkpoint"
-        args.origins[name] = "option" if getattr(args, name) else found
+    resolve.resolve_settings(args, meta, PIXELS)
+    settings = {name: getattr(args, name) for name in ("input_size", "crop_pct", "model", *PIXELS)}
     if "head.weight" not in weights and args.features and not args.output and not args.class_names:
         model, transform = models_load.encoder_of(
             args.checkpoint, weights, meta, global_pool=args.global_pool, **settings
@@ -227,13 +224,11 @@ def main(argv: list[str] | None = None) -> None:
         source = read_images(args, transform.value_range)
         if not names:
             del args.paths["output"]
-        for path in args.paths.values():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()  # raises before the work if nothing can be written there
+        for name, path in args.paths.items():
+            create(path.parent, f"--{name}")
 
     log.info("model     %s, %d classes, %d pixels", args.checkpoint, len(names), model.patch_embed.img_size[0])
     args.device, args.precision = device.type, amp.name
-    args.mean, args.std, args.value_range = transform.mean, transform.std, transform.value_range
     resolve.describe(get_args_parser(), args, f"{len(source):,} images")
     model = model.to(device)
     amp.choose_attention(model)

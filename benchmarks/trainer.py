@@ -57,14 +57,8 @@ class Case:
     def options(self) -> list[str]:
         """For main_pretrain.py."""
         words = ["--model", self.model, "--precision", self.precision, "--batch_size", str(self.batch_size)]
-        if self.compile == "yes":
-            words.append("--compile")
-        return [
-            *words,
-            *METHODS[self.method],
-            "--epochs",
-            "2",
-        ]  # the second one masks by predicted loss, so the teacher runs
+        words += [*METHODS[self.method], "--epochs", "2"]  # the second one masks by score, so the teacher runs
+        return [*words, "--compile"] if self.compile == "yes" else words
 
 
 class Steps(Loop):

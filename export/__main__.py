@@ -49,10 +49,10 @@ def get_args_parser() -> options.OptionParser:
     options.add_crop_option(parser)
     group = parser.add_argument_group("files that do not record how they were trained (official HPM, MAE, timm)")
     group.add_argument("--model", choices=list(models_vit.MODELS), help="size; default: by width and depth")
-    group.add_argument("--mean", type=float, nargs=3, help="image mean of the training; default: ImageNet's")
+    group.add_argument("--mean", type=options.NUMBER, nargs=3, help="image mean of the training; default: ImageNet's")
     group.add_argument("--std", type=options.POSITIVE, nargs=3, help="image std of the training; default: ImageNet's")
     group.add_argument(
-        "--norm_pix_loss", action=options.SWITCH, default=False, help="hf_mae: the model predicts normalised pixels"
+        "--norm_pix_loss", action=options.SWITCH, default=None, help="hf_mae: the model predicts normalised pixels"
     )
     group.add_argument("--mask_ratio", type=options.FRACTION, help="hf_mae: mask ratio; default: the run's, or 0.75")
     group = parser.add_argument_group("linear probes, which are exported as classifiers")
@@ -89,8 +89,11 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     defaults = DEFAULTS | settings_of(args.meta)
     resolve.fill_in(args, {name: defaults[name] for name in ("mean", "std")})
     resolve.fill_in(args, {"mask_ratio": recorded.get("mask_ratio", 0.75)})
-    if "target" in recorded:
-        args.norm_pix_loss = recorded["target"] == "norm_pixel"
+    norm_pix_loss = recorded["target"] == "norm_pixel" if "target" in recorded else bool(args.norm_pix_loss)
+    if args.norm_pix_loss not in (None, norm_pix_loss):
+        switch = "--norm_pix_loss" if args.norm_pix_loss else "--no-norm_pix_loss"
+        raise ValueError(f"{switch} contradicts {args.checkpoint} (target {recorded['target']}): omit it")
+    args.norm_pix_loss = norm_pix_loss
     return args
 
 
@@ -120,8 +123,7 @@ def open_source(args: argparse.Namespace) -> Source:
     channels, patch = weights["patch_embed.proj.weight"].shape[1:3]
     own_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
     args.input_size = size = args.input_size or own_size
-    recorded = args.meta.get("options", {}) if args.meta.get("script") != "main_pretrain" else {}
-    resolve.resolve_crop(args, recorded)
+    resolve.fill_in(args, {"crop_pct": resolve.evaluation_crop(size, args.meta.get("options", {}))})
     has_decoder = "decoder_pred.weight" in weights
     if size != own_size and has_decoder and FORMATS[args.format].holds_decoder:
         raise ValueError(

@@ -118,6 +118,9 @@ def test_a_head_alone_is_the_head_among_others(tmp_path, pretrained):
         run("main_linprobe", *FINETUNE, "--blr", *rates, "--finetune", pretrained, "--output_dir", tmp_path / name)
     one, two = checkpoint(tmp_path / "one")["state_dict"], checkpoint(tmp_path / "two")["state_dict"]
     torch.testing.assert_close(one["heads.0.weight"], two["heads.0.weight"], rtol=1e-4, atol=1e-6)
+    for named, evaluated in ((["--resume", tmp_path / "one/checkpoint-last.pth"], "one"), ([], "two")):
+        given = ["--finetune", pretrained, "--output_dir", tmp_path / "two", "--eval", *named]
+        assert f"probe     {tmp_path}/{evaluated}/checkpoint-last.pth" in run("main_linprobe", *FINETUNE, *given)
 
 
 def test_heads_go_on_with_their_own_encoder_alone(tmp_path, pretrained, capsys):

@@ -72,6 +72,14 @@ def test_hf_vit(tmp_path, pretrained):
     assert names["output"].last_hidden_state.shape == (1, 17, 128)
 
 
+def test_a_target_that_contradicts_the_checkpoint(tmp_path, pretrained, capsys):
+    message = rejected(
+        capsys, "--checkpoint", pretrained, "--format", "hf_mae", "--norm_pix_loss", "--output", tmp_path / "m"
+    )
+    assert "--norm_pix_loss contradicts" in message
+    assert "(target pixel): omit it" in message
+
+
 @pytest.mark.parametrize("norm_pix", [False, True])
 def test_hf_mae(tmp_path, pretrained, norm_pix):
     """Encoder and decoder with every patch visible, in the order of a given noise; and the loss of a masked image."""

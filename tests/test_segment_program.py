@@ -207,7 +207,7 @@ def test_probes(tmp_path, pretrained, data, head):
     ("options", "message"),
     [
         (["--eval_interval", 3], r"--eval_interval 3 does not divide --steps 4"),
-        (["--warmup_steps", 4], r"--warmup_steps 4 leaves nothing of --steps 4"),
+        (["--warmup_steps", 4], r"--warmup_steps 4 must be less than --steps 4"),
         (["--stride", 40], r"--stride 40 leaves gaps between windows of --crop 16"),
         (["--crop", 30], r"patch size 4 does not divide an image of 30 x 30"),
         (["--head", "knn", "--eval"], r"--head knn is fitted at every start: omit --eval"),

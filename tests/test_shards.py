@@ -231,7 +231,7 @@ def test_shards_are_in_the_order_of_their_numbers(tmp_path):
 def test_names_must_say_which_split_shards_are_of(tmp_path):
     write_shards(tmp_path / "d/{}.tar")
     path = str(tmp_path / "d")
-    assert len(find_images(path, "train", whole=True)) == 12
+    assert len(build_source(path, "train", whole=True)) == 12
     with pytest.raises(ValueError, match=r"looked for train/CLASS/\*.jpg, .*train-000000.tar, found 0000.tar"):
         find_images(path, "train")
     with pytest.raises(ValueError, match="none of 0000.tar, 0001.tar has train in its name"):

@@ -7,7 +7,6 @@ from images import picture
 from programs import run
 from torchvision import transforms as tv
 
-import main_linprobe
 from util.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -17,7 +16,7 @@ from util.data.transforms import (
     ToModelInput,
     one_draw_box,
 )
-from util.run.resolve import resolve_crop
+from util.run.resolve import evaluation_crop
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (64, 64), (97, 106)])
@@ -73,11 +72,9 @@ def test_the_probe_trains_on_that_crop(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("size", "share"), [(224, 0.875), (256, 1.0), (384, 1.0)])
 def test_evaluation_above_224_pixels_sees_the_whole_shorter_side(size, share):
     """Up to there 7/8 of it, as in MAE."""
-    args = main_linprobe.get_args_parser().parse_args(["--input_size", str(size)])
-    resolve_crop(args, {})
     side = 1024
     rows = np.repeat(np.arange(side, dtype=np.float32)[:, None] / side * 255, 1500, axis=1).astype(np.uint8)
-    seen = CenterCrop(size, args.crop_pct)(np.repeat(rows[..., None], 3, axis=2)).float()
+    seen = CenterCrop(size, evaluation_crop(size, {}))(np.repeat(rows[..., None], 3, axis=2)).float()
     assert (seen.max() - seen.min()).item() / 255 == pytest.approx(share, abs=0.015)
 
 

@@ -317,6 +317,8 @@ MISTAKES = {
     "--checkpoint HPM --mask_ratio 0.999": "--mask_ratio 0.999 masks 16 of 16 patches",
     "--checkpoint sparse.pth --mask_ratio 0.9": "--mask_ratio 0.9 does not go with the checkpoint's options",
     "--checkpoint HPM --input_size 18": "patch size 4 does not divide an image of 18 x 18",
+    f"--checkpoint HPM --seed {2**63}": "--seed",
+    "--checkpoint HPM --mean nan 0 0": "expected a number, got 'nan'",
     "--checkpoint HPM --split test": "--split test: Shapes have train and val",
     "--checkpoint HPM --images nowhere.jpg": "--images nowhere.jpg does not exist",
     "--checkpoint HPM --images broken.jpg": "broken.jpg",

@@ -9,7 +9,6 @@ start and at the end of training, the reconstruction, and the true error. docs/v
 
 import argparse
 import copy
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from util.data.sources import ShapesSource, Source, find_images, limited
 from util.masking import MaskSampler
 from util.pos_embed import interpolate_pos_embed
 from util.run import distributed, options
-from util.run.folder import write_atomic
+from util.run.folder import create, write_atomic
 from util.run.logger import log, setup_logging
 from util.targets import PIXEL_TARGETS
 from util.weights.load import load_into, load_pretrained, read_meta
@@ -65,7 +64,7 @@ def get_args_parser() -> options.OptionParser:
         "--epoch", type=options.COUNT_OR_ZERO, help="epoch whose mask to draw and reconstruct from (default: the last)"
     )
     group.add_argument("--mask_ratio", type=options.FRACTION, help="default: the run's, or 0.75")
-    group.add_argument("--seed", type=options.COUNT_OR_ZERO, default=0, help="seed of the choice of images and masks")
+    group.add_argument("--seed", type=options.SEED, default=0, help="seed of the choice of images and masks")
     group.add_argument(
         "--patch_stats",
         choices=list(PATCH_STATS),
@@ -106,7 +105,7 @@ def get_args_parser() -> options.OptionParser:
         help="the predictor ranks patches; otherwise it predicts loss values",
     )
     group.add_argument("--epochs", type=options.COUNT, help=f"length of the training (default: {FOREIGN['epochs']})")
-    group.add_argument("--mean", type=float, nargs=3, help="mean of the training images (default: ImageNet's)")
+    group.add_argument("--mean", type=options.NUMBER, nargs=3, help="mean of the training images (default: ImageNet's)")
     group.add_argument("--std", type=options.POSITIVE, nargs=3, help="their standard deviation (default: ImageNet's)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if available)")
     return parser
@@ -261,8 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         suffix = output.suffix.lower()
         if suffix not in formats or output.is_dir():
             raise ValueError(f"--output {output}: expected the name of a picture, {', '.join(formats)}")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output.parent).close()  # raises before the work if nothing can be written there
+        create(output.parent, "--output")
         if args.runs:
             try:
                 from visualize import curves

@@ -70,7 +70,6 @@ def find_images(
     cache_dir: str | None = None,
     *,
     labels_needed: bool = True,
-    whole: bool = False,
 ) -> Files:
     """List the images of a split; with `split` None, every image under the path (for pictures and benchmarks).
 
@@ -80,15 +79,13 @@ def find_images(
             WebDataset shards or a Hugging Face data set (docs/data.md).
         cache_dir: default ~/.cache/hpm.
         labels_needed: without it, images need no class folders.
-        whole: without labels, or if a part is held out: where there is no "train" split, every image under the path
-            belongs to it.
 
     Raises:
         ValueError: no such images.
     """
     labels_needed = labels_needed and split is not None
-    whole = whole or not labels_needed
-    return _read_place(find_place(data_path, split, whole), data_path, split, cache_dir, labels_needed, whole)
+    place = find_place(data_path, split, not labels_needed)
+    return _read_place(place, data_path, split, cache_dir, labels_needed, not labels_needed)
 
 
 def _read_place(
@@ -176,7 +173,9 @@ def build_source(
     Args:
         data_path: a path or pattern; several if they are shards, or without `labels_needed` any, whose images follow
             each other.
-        labels_needed, whole: as in `find_images`; pre-training needs no labels.
+        labels_needed: without it, as for pre-training, images need no class folders.
+        whole: without labels, or if a part is held out: where there is no "train" split, every image under the path
+            belongs to it.
         value_range, max_image_pixels: as in `decode_rgb`.
         on_rank_zero: lists on rank 0 and broadcasts the result (util.run.distributed.from_rank_zero).
 

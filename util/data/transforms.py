@@ -5,7 +5,7 @@ matches Pillow to 2 of 255 levels and is several times faster. Shapes: B batch, 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ from util.data.decode import ValueRange, to_8_bits
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Transform = Callable[[np.ndarray], Tensor]
 
 
 class RandomCrop:

@@ -1,4 +1,4 @@
-"""What an evaluation says about each class: accuracies and the confusion matrix, as CSV files.
+"""Per-class results of an evaluation: accuracies and the confusion matrix, as CSV files.
 
 Shapes: K classes.
 """
@@ -6,7 +6,6 @@ Shapes: K classes.
 import csv
 import io
 import logging
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,6 @@ from util.run.folder import write_text
 log = logging.getLogger("hpm")
 
 PER_CLASS, CONFUSION = "eval_classes.csv", "eval_confusion.csv"
-
-
-def check_folder(folder: Path) -> None:
-    """Create the folder of the files; OSError, before the evaluation, if it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"{folder} cannot be written to ({error.strerror}): choose another --output_dir") from error
 
 
 def output_names(record: dict[str, Any] | None, num_classes: int) -> list[str]:

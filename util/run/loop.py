@@ -22,7 +22,7 @@ from util.run.distributed import all_reduce_sum, from_rank_zero, shutdown
 from util.run.folder import BEST, LAST, events_folder
 from util.run.logger import Progress, RunLogger
 from util.run.options import user_mistakes
-from util.run.watch import Preempted, Watch
+from util.run.watch import EXIT_STATUS, Watch
 from util.schedules import adjust_learning_rate
 
 log = logging.getLogger("hpm")
@@ -260,7 +260,7 @@ class Loop:
         """The end of the script.
 
         Raises:
-            Preempted: a signal stopped the run.
+            SystemExit: with status 75, a signal stopped the run, which is saved and can be started again.
         """
         if not self.opened:  # no epoch was left
             self.run.close()
@@ -275,4 +275,4 @@ class Loop:
         self.run.close()
         shutdown()
         if self.watch.stopped_by:
-            raise Preempted()
+            raise SystemExit(EXIT_STATUS)

@@ -133,13 +133,13 @@ class OneOrMore(argparse.Action):
 DATA_LAYOUT = (
     "folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with train.txt and val.txt (lines of PATH LABEL), or with "
     "train.tar and val.tar; or one .tar or .tar.gz of such a tree; or WebDataset shards (a folder with train-000.tar, "
-    "..., or a pattern as 'imagenet-{train-{000..123},val-{00..07}}.tar'); or a Hugging Face data set (a saved folder, "
-    "or parquet files) (default: Shapes, images that the program draws itself, which need no file)"
+    "..., or a pattern such as 'imagenet-{train-{000..123},val-{00..07}}.tar'); or a Hugging Face data set (a saved "
+    "folder, or parquet files) (default: Shapes, images that the program draws itself, which need no file)"
 )
 
 
 IMAGES = "image files, folders and archives of images, with or without labels (default: Shapes)"
-UNLABELLED = ". Labels are not needed: any folder or archive of images will do, and there may be several paths"
+UNLABELLED = ". Labels are not needed; several paths are allowed"
 
 
 def add_data_options(

@@ -74,7 +74,9 @@ def add_pretraining_options(
         default=False,
         help="recompute activations in the backward pass to save memory",
     )
-    group.add_argument("--load_from", "--finetune", default="", help="initial weights of a new run (HPM, MAE, ours)")
+    group.add_argument(
+        "--load_from", "--finetune", default="", help="initial weights of a new run (HPM's, MAE's or this project's)"
+    )
 
     group = parser.add_argument_group("target and loss predictor")
     group.add_argument(

@@ -50,18 +50,12 @@ def resolve_which(given: argparse.Namespace) -> None:
     given.which = "ema" if given.teacher else given.which or "student"
 
 
-def resolve_crop(given: argparse.Namespace, recorded: dict[str, Any]) -> None:
-    """Crop of the evaluation, in place: the recorded one if it was for images of this size, else MAE's.
+def evaluation_crop(input_size: int, recorded: dict[str, Any]) -> float:
+    """The default of --crop_pct: the recorded one if it was for images of this size, else MAE's.
 
     Args:
         recorded: options of the checkpoint that is evaluated or resumed; {} without one.
     """
-    if given.crop_pct is None:
-        given.crop_pct = evaluation_crop(given.input_size, recorded)
-
-
-def evaluation_crop(input_size: int, recorded: dict[str, Any]) -> float:
-    """The default of --crop_pct: the recorded one if it was for images of this size, else MAE's."""
     same = recorded.get("input_size") == input_size
     return (recorded.get("crop_pct") if same else None) or (224 / 256 if input_size <= 224 else 1.0)
 
@@ -101,9 +95,9 @@ def resolve_training(given: argparse.Namespace, world: World, *, warmup_epochs: 
     if given.warmup_epochs is None:
         given.warmup_epochs = min(warmup_epochs, given.epochs // 5)
     elif given.warmup_epochs >= given.epochs and given.warmup_epochs > 0:
-        raise ValueError(f"--warmup_epochs {given.warmup_epochs:g} leaves nothing of --epochs {given.epochs}: lower it")
+        raise ValueError(f"--warmup_epochs {given.warmup_epochs:g} must be less than --epochs {given.epochs}")
     if given.start_epoch >= given.epochs:
-        raise ValueError(f"--start_epoch {given.start_epoch} leaves nothing of --epochs {given.epochs}")
+        raise ValueError(f"--start_epoch {given.start_epoch} must be less than --epochs {given.epochs}")
     resolve_workers(given, world, num_workers)
 
 

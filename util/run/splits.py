@@ -34,7 +34,7 @@ def read_splits(given: argparse.Namespace, num_outputs: int | None, owner: str) 
     Raises:
         ValueError: no such images, or classes that the classifier does not have.
     """
-    settings, trained = _settings(given), given.val_split
+    settings, trained = data_settings(given), given.val_split
     train: Source | None
     if given.eval:
         val = _read_val(given, settings)
@@ -62,7 +62,7 @@ def read_pretraining(given: argparse.Namespace) -> tuple[Source, Source | None]:
     Raises:
         ValueError: no such images.
     """
-    settings: dict[str, Any] = {"labels_needed": False, **_settings(given)}
+    settings: dict[str, Any] = {"labels_needed": False, **data_settings(given)}
     train: Source
     val: Source | None = None
     if given.val_fraction is not None:
@@ -84,7 +84,8 @@ def record_val_split(given: argparse.Namespace, val: Source | None) -> None:
         log.info("held out  %s images (--val_fraction %g)", f"{len(val):,}", given.val_fraction)
 
 
-def _settings(given: argparse.Namespace) -> dict[str, Any]:
+def data_settings(given: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `build_source` and `build_splits` that follow from the options."""
     return {
         "cache_dir": given.cache_dir,
         "value_range": given.value_range,
@@ -121,7 +122,7 @@ def read_knn_splits(given: argparse.Namespace) -> dict[str, Source]:
     if path is None:  # the images of the run
         path, val_fraction = given.data_path, given.val_fraction
     try:
-        train, val = build_splits(path, counts, val_fraction=val_fraction, **_settings(given))
+        train, val = build_splits(path, counts, val_fraction=val_fraction, **data_settings(given))
         count_classes(train, val, None)
     except ValueError as error:
         raise ValueError(f"--knn_interval needs labelled images, give them as --knn_data_path: {error}") from error

@@ -1,4 +1,4 @@
-"""How far a run is, and by its exit status whether to start it again; for job scripts (recipes/slurm.sh).
+"""Progress of a run; the exit status says whether to start it again, for job scripts (recipes/slurm.sh).
 
     python -m util.run.status output_dir/pretrain_hpm_base_200 output_dir/finetune_hpm_base_200
 

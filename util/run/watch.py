@@ -37,13 +37,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 EXIT_STATUS = 75
 
 
-class Preempted(SystemExit):
-    """Exit of a script that was told to stop, saved its state, and can be started again."""
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_STATUS)
-
-
 class TooManyBadImages(RuntimeError):
     """End of a run with too many unreadable images."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from util.data.files import summarize
 from util.pos_embed import interpolate_pos_embed
 from util.weights.hugging_face import from_hugging_face, is_hugging_face
 from util.weights.meta import count_blocks, meta_of_folder, meta_of_header
@@ -142,9 +143,9 @@ def load_into(
         file_shape, own_shape = tuple(state_dict[name].shape), tuple(own[name].shape)
         problems.append(f"shape mismatch: {name} is {file_shape} in the file, {own_shape} in the model")
     if missing:
-        problems.append(f"missing: {_first_names(missing)}")
+        problems.append(f"missing: {summarize(missing, 4)}")
     if unexpected:
-        problems.append(f"unexpected: {_first_names(unexpected)}")
+        problems.append(f"unexpected: {summarize(unexpected, 4)}")
     if problems:
         hint = _hint(state_dict, own, missing, mismatched)
         raise ValueError(f"the weights do not fit the model ({'; '.join(problems)}): {hint}")
@@ -173,11 +174,6 @@ def _hint(weights: dict[str, Tensor], own: dict[str, Tensor], missing: list[str]
     if mismatched or count_blocks(weights, "blocks") != count_blocks(own, "blocks"):
         return "is this the right --model?"
     return "they are of another architecture"
-
-
-def _first_names(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
