@@ -39,7 +39,7 @@ def train_one_epoch(
             `teacher` itself, whose patch tokens are then the target. None reconstructs pixels.
         loader: batches of `util.data.datasets.Sample`; their images are uint8.
         masks: draws the masks from the scores, by the easy-to-hard schedule.
-        loop: the course of the run: its steps, their micro-batches, learning rate, log and checkpoints.
+        loop: the training loop: its steps, their micro-batches, learning rate, log and checkpoints.
         to_model_input: uint8 images -> normalised images (B, C, H, W), randomly flipped, on the device.
         clip_grad: maximum norm of the gradient; 0 disables clipping.
 

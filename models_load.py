@@ -118,7 +118,7 @@ def has_pooled_norm(weights: dict[str, Tensor], global_pool: bool | None, path: 
     """Whether the weights were fine-tuned with global pooling: they then have `fc_norm` instead of the final norm.
 
     Raises:
-        ValueError: the class token is asked for, which such weights do not normalise.
+        ValueError: the class token is requested, which such weights do not normalise.
     """
     pooled = "fc_norm.weight" in weights and "norm.weight" not in weights
     if pooled and global_pool is False:

@@ -13,7 +13,7 @@ def subset(data_path: str, counts: dict[str, int | None], folder: Path) -> str:
     """An archive of evenly chosen images of both splits, the same number from each class; written once.
 
     Raises:
-        ValueError: there are fewer images than asked for.
+        ValueError: there are fewer images than requested.
     """
     path = folder / f"{Path(data_path).name.split('.')[0]}-{'-'.join(str(n or 'all') for n in counts.values())}.tar"
     if path.exists():

@@ -13,7 +13,7 @@ where it has them:
     epoch, step         the next epoch, and the next optimizer step in it
     stopped             name of the signal that stopped the run here, empty otherwise
     options             every option, resolved
-    image               mean and std of the images
+    image               mean, std and value range of the images
     extra               running means of an unfinished epoch, best accuracy
 """
 
@@ -102,7 +102,7 @@ def read_resumed(folder: Path, resume: str, auto_resume: bool) -> dict[str, Any]
 
 
 def is_finished(epoch: int, step: int, options: dict[str, Any]) -> bool:
-    """Whether a run at this position (the next epoch and step) has done what its options ask for."""
+    """Whether a run at this position (the next epoch and step) has done what its options request."""
     taken, most = epoch * options["steps_per_epoch"] + step, options["max_steps"]
     return epoch >= options["epochs"] or (most is not None and taken >= most)
 

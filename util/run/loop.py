@@ -1,4 +1,4 @@
-"""The course of a training run, shared by the scripts: epochs, steps, micro-batches, learning rate, log, checkpoints.
+"""The training loop, shared by the scripts: epochs, steps, micro-batches, learning rate, log, checkpoints.
 
 What is trained, on what, and with which loss is up to the scripts and their engines.
 """
@@ -116,7 +116,7 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Whether everything that the options ask for is done."""
+        """Whether everything that the options request is done."""
         return is_finished(self.epoch, self.step, self.options)
 
     def epochs(self) -> Iterator[int]:

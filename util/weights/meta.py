@@ -27,7 +27,7 @@ def classifier_name(pretrained: str) -> str:
 
 
 def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """Model, sizes, mean and std in a checkpoint's metadata (`read_meta`), as far as it has them."""
+    """Model, sizes, mean, std and value range in a checkpoint's metadata (`read_meta`), as far as it has them."""
     if not meta:
         return {}
     sizes = {name: meta["options"][name] for name in ("input_size", "patch_size") if name in meta["options"]}
