@@ -10,6 +10,7 @@ import main_finetune
 import main_knn
 import main_linprobe
 import main_pretrain
+import main_segment
 from export import __main__ as export
 from models_teacher import KINDS
 from util import losses, masking, targets
@@ -18,7 +19,7 @@ from util.run import resolve as resolving
 from visualize import __main__ as visualize
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = [main_pretrain, main_finetune, main_linprobe, main_knn, visualize, export]
+SCRIPTS = [main_pretrain, main_finetune, main_linprobe, main_knn, main_segment, visualize, export]
 ONE = distributed.World(0, 1, 0, 1)
 
 OFFICIAL_PRETRAIN = """--batch_size 32 --accum_iter 8 --model mae_vit_base_patch16_dec512d8b --input_size 224
