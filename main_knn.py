@@ -32,6 +32,11 @@ from util.weights.read import read_file
 
 # Files of --dump_features, as DINO names them.
 FEATURES, LABELS = "{}feat.pth", "{}labels.pth"
+# Options that say how features are computed, from which images.
+OF_FEATURES = [
+    *["data_path", "val_fraction", "shapes_train", "shapes_val", "value_range", "max_image_pixels", "mean", "std"],
+    *["model", "input_size", "patch_size", "crop_pct", "global_pool", "which", "teacher", "compile"],
+]
 THUMBNAIL = 16  # pixels per side of --features pixels
 SPLITS = {"train": "train", "test": "val"}
 
@@ -86,11 +91,14 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         ValueError: options that contradict each other, or a checkpoint that cannot be read.
     """
     args = copy.copy(args)
+    if args.load_features:
+        defaults = get_args_parser().parse_args([])
+        for name in OF_FEATURES:
+            if getattr(args, name) != getattr(defaults, name):
+                raise ValueError(f"--{name} has no effect on the stored features of --load_features: omit it")
     resolve.resolve_which(args)
     if args.load_features and (args.dump_features or args.finetune):
         raise ValueError("--load_features takes stored features: omit --dump_features and --finetune")
-    if args.load_features and args.val_fraction is not None:
-        raise ValueError("--load_features takes features of both splits: omit --val_fraction")
     if args.features == "pixels" and (args.load_features or args.compile):
         raise ValueError("--features pixels runs no encoder and reads images: omit --load_features and --compile")
     meta = read_meta(args.finetune) if args.finetune else {}

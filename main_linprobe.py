@@ -84,6 +84,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         args.lr = [blr * args.global_batch / 256 for blr in args.blr]
     elif args.blr is not None:
         raise ValueError("--lr and --blr both set the learning rate: give one")
+    if args.min_lr > 0 and len(args.lr) > 1:  # the schedule scales it with the learning rate of a head
+        raise ValueError(f"--min_lr {args.min_lr:g} is for one learning rate, {len(args.lr)} were given: omit it")
     with torch.device("meta"):  # checks the sizes of the model at no cost
         args.patch_size = build_encoder(args).patch_embed.patch_size[0]
     return args
@@ -164,6 +166,10 @@ def main(argv: list[str] | None = None) -> None:
             run = Run(folder, SCRIPT, args.resume, args.auto_resume)
             args.classes = run.state["options"].get("classes") if run.state is not None else None
         recorded = trained or (run.state if run is not None else None) or {}
+        for name, value in recorded.get("image", {}).items():  # the probe's, which may not be those of its encoder
+            if args.origins[name] != "option":
+                setattr(args, name, value)
+                args.origins[name] = "checkpoint"
         crop_pct = resolve.evaluation_crop(args.input_size, recorded.get("options", {}))
         resolve.fill_in(args, {"crop_pct": crop_pct})
         resolve.resolve_val_fraction(args, recorded.get("options", {}))
@@ -188,7 +194,9 @@ def main(argv: list[str] | None = None) -> None:
             log.info("weights of %s\n%s", args.finetune, load_into(encoder, weights, allow_missing, allow_unexpected))
         args.encoder = fingerprint(encoder.state_dict())
         if trained is not None and trained["options"].get("encoder") != args.encoder:
-            raise ValueError("--eval: the probe was trained on another encoder: give the --finetune of its training")
+            raise ValueError(
+                "--eval: the probe was trained on another encoder: give --finetune and --which of its training"
+            )
     probe = models_vit.LinearProbe(encoder, len(args.lr), args.nb_classes).to(device)
     amp.choose_attention(probe)
     if args.compile:
@@ -211,7 +219,12 @@ def main(argv: list[str] | None = None) -> None:
     assert run is not None
     assert train is not None
     with options.user_mistakes():
-        run.check(vars(args), [*FIXED, "encoder", "val_fraction"])
+        if run.state is not None and run.state["options"].get("encoder") != args.encoder:
+            raise ValueError(
+                f"{run.path} was trained on another encoder: give --finetune and --which of its training, or choose "
+                "another --output_dir for a new run"
+            )
+        run.check(vars(args), [*FIXED, "val_fraction"])
     student = distributed.wrap_ddp(probe, device) if world.size > 1 else probe
     optimizer = build_optimizer(args, probe.heads)
     crop = transforms.RandomCrop(args.input_size, (0.08, 1.0), one_draw=True)

@@ -7,6 +7,7 @@ Shapes: B batch, H, W image, L patches, E width, K classes.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,9 @@ def describe_weights(
     model: str | None = None,
     input_size: int | None = None,
     crop_pct: float | None = None,
-    **image: Any,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    value_range: Sequence[float] | None = None,
 ) -> tuple[tuple[str, int, int], EvaluationTransform]:
     """Size name, image size and patch size of weights, and their transform; what is given replaces what is recorded.
 
@@ -149,7 +152,8 @@ def describe_weights(
     own_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
     size = input_size or settings_of(meta).get("input_size") or own_size
     recorded = meta.get("options", {})
-    pixels = {**DEFAULTS, **settings_of(meta), **{key: value for key, value in image.items() if value}}
+    given = {"mean": mean, "std": std, "value_range": value_range}
+    pixels = {**DEFAULTS, **settings_of(meta), **{key: value for key, value in given.items() if value is not None}}
     transform = EvaluationTransform(
         size, crop_pct or evaluation_crop(size, recorded), pixels["mean"], pixels["std"], pixels["value_range"]
     )
@@ -190,6 +194,8 @@ def read_weights(
     """
     meta = read_meta(path)
     if meta.get("script") == "main_linprobe":
+        if which != meta["options"]["which"] and which != "student":
+            raise ValueError(f"{path} is a linear probe on the weights of the student: omit --which {which}")
         weights = join_probe(Path(path), meta, encoder, head)
     elif encoder or head:
         raise ValueError("--encoder and --head apply only to checkpoints of main_linprobe.py")

@@ -19,8 +19,9 @@ from util.weights.meta import header_of
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # what is compared -> (theirs, ours)
 
-# Options of pre-training that pictures of an export need: how masks are chosen, what the loss predictor predicts.
+# Options of pre-training that pictures of an export need: target, masks, what the loss predictor predicts.
 PICTURED = (
+    *("target", "decoder_num_heads"),
     *("epochs", "mask_strategy", "mask_block", "mask_regular", "alpha_0", "alpha_T"),
     *("teacher_keep", "score_by", "predictor_loss", "relative"),
 )
@@ -76,12 +77,13 @@ class Source:
             "patch_size": self.patch_size,
             "crop_pct": self.crop_pct,
         }
-        if self.autoencoder is not None:
-            options["target"] = "norm_pixel" if self.autoencoder.norm_pix_loss else "pixel"
-            options["mask_ratio"] = self.mask_ratio
-            options["decoder_num_heads"] = self.autoencoder.decoder_blocks[0].attn.num_heads
+        if "decoder_pred.weight" in self.weights:
             recorded = self.meta.get("options", {})
             options |= {name: recorded[name] for name in PICTURED if recorded.get(name) is not None}
+            options["mask_ratio"] = self.mask_ratio
+        if self.autoencoder is not None:
+            options["target"] = "norm_pixel" if self.autoencoder.norm_pix_loss else "pixel"
+            options["decoder_num_heads"] = self.autoencoder.decoder_blocks[0].attn.num_heads
         if self.classes:
             options["global_pool"] = self.mean_pooled
         if self.class_record:

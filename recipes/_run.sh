@@ -72,7 +72,14 @@ finetune() {
 # [same_as=NAME] ablation OPTIONS...: pre-train ViT-B for 200 epochs in HPM's settings with these options, then
 # fine-tune. Where pretrain_NAME.sh and finetune_NAME.sh are the same two runs, it uses their folders.
 ablation() {
-    local pretrained=$OUT/$name/pretrain finetuned=$OUT/$name/finetune
+    local pretrained=$OUT/$name/pretrain finetuned=$OUT/$name/finetune word
+    for word in "${first[@]}"; do
+        case $word in
+            --output_dir* | --experiment*)
+                echo "$name: the fine-tuning would not find the weights in another folder: set OUT instead of $word" >&2
+                exit 2 ;;
+        esac
+    done
     if [ -n "${same_as:-}" ]; then
         pretrained=$OUT/pretrain_$same_as finetuned=$OUT/finetune_$same_as
     fi

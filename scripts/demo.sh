@@ -8,6 +8,10 @@ bash scripts/setup.sh
 out=${1:-output_dir/demo}
 python=.venv/bin/python
 shipped=demo/hpm_micro_tiny_imagenet.pth
+if [ -e "$out/hpm" ]; then
+    echo "demo.sh: $out has the runs of an earlier demo: remove it, or name another folder, bash scripts/demo.sh FOLDER" >&2
+    exit 2
+fi
 mkdir -p "$out"
 
 # One thread for each of two runs side by side is faster than two threads for one after the other.

@@ -17,6 +17,7 @@ if ! $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
     exit 0
 fi
 
+: > "$report" # fails now if it cannot be written
 SECONDS=0
 limit=${LIMIT:-580}
 logs=$(mktemp -d)

@@ -123,11 +123,33 @@ def test_a_head_alone_is_the_head_among_others(tmp_path, pretrained):
         assert f"probe     {tmp_path}/{evaluated}/checkpoint-last.pth" in run("main_linprobe", *FINETUNE, *given)
 
 
+def test_a_probe_keeps_its_pixels(tmp_path, pretrained):
+    """Mean, std and value range given in its training, not those of the encoder, for --eval and on resume."""
+    given = [*FINETUNE, "--finetune", pretrained, "--output_dir", tmp_path]
+    run("main_linprobe", *given, "--mean", 0.1, 0.2, 0.3, "--value_range", 0, 4095, "--max_steps", 3)
+    for more in (["--max_steps", 4], ["--eval"]):
+        log = run("main_linprobe", *given, *more)
+        assert "pixels    mean 0.1 0.2 0.3 (checkpoint), " in log
+        assert "value_range 0 4095 (checkpoint)" in log
+
+
 def test_heads_go_on_with_their_own_encoder_alone(tmp_path, pretrained, capsys):
     start("main_linprobe", tmp_path / "run", pretrained, "--max_steps", 3)
     with pytest.raises(SystemExit):
         start("main_linprobe", tmp_path / "run", pretrained, "--which", "ema")
-    assert "was trained with --encoder" in capsys.readouterr().err
+    assert "was trained on another encoder: give --finetune and --which of its training" in capsys.readouterr().err
+
+
+def test_a_run_resumed_elsewhere_has_a_best_checkpoint_of_its_own(tmp_path):
+    """That of the other folder stays there."""
+    run("main_finetune", *FINETUNE, "--epochs", 3, "--output_dir", tmp_path / "a", "--max_steps", 4)
+    path = tmp_path / "a/checkpoint-last.pth"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"extra": state["extra"] | {"best": 101.0}}, path)
+    options = ["--epochs", 3, "--resume", path, "--start_epoch", 2, "--output_dir", tmp_path / "b"]
+    log = run("main_finetune", *FINETUNE, *options)
+    assert (tmp_path / "b/checkpoint-best.pth").exists()
+    assert f"--start_epoch 2 has no effect: the checkpoint says epoch {state['epoch']}" in log
 
 
 @pytest.mark.parametrize("script", TRAINING)
@@ -422,10 +444,13 @@ MISTAKES = [
     ("main_finetune", "--layer_decay 0", "expected a number > 0 and <= 1, got '0'"),
     ("main_linprobe", "--lr 1 --blr 1", "both set the learning rate"),
     ("main_linprobe", "--eval", "name the probe's checkpoint with --resume"),
+    ("main_linprobe", "--lr 1 0.1 --min_lr 0.01", "--min_lr 0.01 is for one learning rate, 2 were given: omit it"),
     ("main_linprobe", "--blr 0", "expected a number > 0, got '0'"),
     ("main_knn", "--nb_knn 3000", "--nb_knn 3000 of 2,000 training images"),
     ("main_knn", "--logreg --nb_knn 2 --shapes_train 9", "holds out a tenth of the training images, and there are 9"),
     ("main_knn", "--load_features x --finetune y", "omit --dump_features and --finetune"),
+    ("main_knn", "--load_features x --global_pool", "--global_pool has no effect on the stored features"),
+    ("main_knn", "--load_features x --data_path y", "--data_path has no effect on the stored features"),
     ("main_knn", "--load_features /nowhere", "checkpoint /nowhere/trainfeat.pth does not exist"),
     ("main_knn", "--input_size 100", "patch size 16 does not divide an image of 100 x 100"),
 ]

@@ -92,6 +92,13 @@ def test_decoder_settings_survive_an_export(tmp_path):
     assert (found["teacher_keep"], found["alpha_T"], found["epochs"]) == (0.5, 0.25, 2)
 
 
+def test_a_target_of_features_survives_an_export(tmp_path, capsys):
+    """ViT-B has as many features as a patch has values, so that the weights alone look like those of pixels."""
+    run("main_pretrain", *PRETRAIN, "--max_steps", 1, "--target", "ema", "--output_dir", tmp_path / "run")
+    path = export("safetensors", tmp_path / "run/checkpoint-last.pth", tmp_path)
+    assert read_meta(path)["options"]["target"] == "ema"
+
+
 def test_table_of_widths_is_that_of_the_models():
     assert {sizes["embed_dim"]: name for name, sizes in models_vit.SIZES.items()} == MODEL_OF_WIDTH
 

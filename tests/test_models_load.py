@@ -93,6 +93,13 @@ def test_what_cannot_be_loaded(folder, tmp_path):
         models_load.load_classifier(folder / "pretrain/checkpoint-last.pth")
     with pytest.raises(ValueError, match="fine-tuned with global pooling and has no class token norm"):
         models_load.load_encoder(folder / "mean/checkpoint-last.pth", global_pool=False)
+    with pytest.raises(ValueError, match="is a linear probe on the weights of the student: omit --which ema"):
+        models_load.load_encoder(folder / "probe/checkpoint-last.pth", "ema")
+    for settings in ({"img_size": 96}, {"means": [0, 0, 0]}):  # no settings of this project
+        with pytest.raises(TypeError):
+            models_load.load_encoder(folder / "pretrain/checkpoint-last.pth", **settings)
+    with pytest.raises(TypeError):
+        models_load.load_classifier(folder / "mean/checkpoint-last.pth", global_pool=True)
     torch.save({"model": {"w": torch.ones(1)}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other.pth has no cls_token: it is not a ViT of this family"):
         models_load.load_encoder(tmp_path / "other.pth")

@@ -157,6 +157,7 @@ MISTAKES = {
     "--checkpoint TUNED --head 2": "--encoder and --head apply only to checkpoints of main_linprobe.py",
     "--checkpoint PROBE --head 3": "--head 3",
     "--checkpoint TUNED --data_path /nowhere": "--data_path /nowhere does not exist",
+    "--checkpoint TUNED --data_path UNSPLIT --split val": "looked for val/CLASS/*.jpg",
     "--checkpoint TUNED --split test": "--split test: Shapes have train and val",
     "--checkpoint /nowhere.pth": "checkpoint /nowhere.pth does not exist",
 }
@@ -166,13 +167,14 @@ MISTAKES = {
 def test_mistakes_end_in_a_line(folder, tmp_path, monkeypatch, capsys, text, message):
     monkeypatch.chdir(tmp_path)
     places = {"ENCODER": "pretrain/checkpoint-last.pth", "TUNED": "tune/checkpoint-best.pth"}
-    for name, path in {**places, "PROBE": "probe/checkpoint-last.pth"}.items():
+    for name, path in {**places, "PROBE": "probe/checkpoint-last.pth", "UNSPLIT": "data/train"}.items():
         text = text.replace(name, str(folder / path))
     with pytest.raises(SystemExit) as stop:
         run("predict", *text.split())
     assert stop.value.code == 2
     written = capsys.readouterr().err
     assert message in written
+    assert "--val_fraction" not in written  # which predict.py does not have
     assert written.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -177,6 +177,16 @@ def test_options_at_the_end_override_the_recipe():
     assert second.endswith("--epochs 3")
 
 
+@pytest.mark.parametrize("option", ["--output_dir=x", "--experiment"])
+def test_an_ablation_trains_and_fine_tunes_in_its_folder(option):
+    """Fine-tuning would load the weights of another run."""
+    environment = {**os.environ, "DATA": "/data", "DRY": "1"}
+    command = ["bash", str(ROOT / "recipes/ablation_mask_random.sh"), option, "x"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"set OUT instead of {option}" in done.stderr
+
+
 def test_data_is_required():
     environment = {name: value for name, value in os.environ.items() if name != "DATA"}
     done = subprocess.run(["bash", str(RECIPES[0])], env=environment, capture_output=True, text=True, check=False)

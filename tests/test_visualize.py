@@ -230,6 +230,12 @@ def test_columns_of_each_kind_of_run(drawn, tmp_path, options, expected):
         assert model.vis_mask_ratio == 0
 
 
+def test_device_and_cache_are_those_of_this_machine(tmp_path):
+    path = save(tmp_path / "run.pth", "--device cpu --cache_dir /elsewhere")
+    args = visualize.resolve_options(visualize.get_args_parser().parse_args(["--checkpoint", str(path)]))
+    assert (args.device, args.cache_dir) == (None, None)
+
+
 def test_losses_are_coloured_relative_to_their_spread(monkeypatch, tmp_path):
     """Predicted hardness is in units of its own; losses that differ by a tenth would all have nearly one colour."""
     found = []

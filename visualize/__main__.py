@@ -22,6 +22,7 @@ from util.data import transforms
 from util.data.decode import MAX_PIXELS
 from util.data.files import SeveralFiles
 from util.data.sources import ShapesSource, Source, find_images, limited
+from util.data.split_names import HINT_HOLD_OUT
 from util.masking import MaskSampler
 from util.pos_embed import interpolate_pos_embed
 from util.run import distributed, options
@@ -138,7 +139,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(f"--{name} {given} contradicts {args.checkpoint} ({trained[name]}): omit the option")
     model = {"model": f"mae_{classifier_name(meta['model'])}"} if meta else {}
     for name, value in {**FOREIGN, **model, **trained, **image}.items():
-        if getattr(args, name, "") is None:
+        if name not in ("device", "cache_dir") and getattr(args, name, "") is None:  # those are of this machine
             setattr(args, name, value)
     if args.value_range and args.value_range[0] >= args.value_range[1]:
         raise ValueError(f"--value_range {args.value_range[0]:g} {args.value_range[1]:g}: LOW must be below HIGH")
@@ -201,7 +202,7 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
         try:
             parts = [find_images(path, args.split, args.cache_dir, labels_needed=False) for path in args.images]
         except ValueError as error:
-            raise ValueError(str(error).replace("--data_path", "--images")) from error
+            raise ValueError(str(error).replace("--data_path", "--images").replace(HINT_HOLD_OUT, "")) from error
         limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
         source = SeveralFiles([limited(part, **limits) for part in parts])
         named = len(source) == len(args.images)  # one per path: no folder or archive of several

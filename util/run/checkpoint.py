@@ -179,8 +179,11 @@ class Run:
             self._lock.close()
 
 
-# What the checkpoint's options hold that is no option: derived from the data and from torchrun.
-DERIVED = ("steps_per_epoch", "processes", "encoder", "initial", "classes", "origins", "val_split")
+# What the checkpoint's options hold that is no option, or has no effect on what follows.
+DERIVED = (
+    *("steps_per_epoch", "processes", "encoder", "initial", "classes", "origins", "val_split", "weights"),
+    *("teacher_path", "start_epoch", "resume"),
+)
 
 
 def check_resumable(

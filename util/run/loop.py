@@ -90,12 +90,17 @@ class Loop:
             else:
                 part.load_state_dict(state[name])
         self.epoch, self.step, extra = state["epoch"], state["step"], state["extra"]
-        self.best = extra.get("best")
+        if self.run.path is not None and self.run.path.parent == self.run.folder:  # elsewhere is its file
+            self.best = extra.get("best")
         if self.step:
             self.meter.load_state_dict(extra["meter"], self.amp.device, holder=self.sampler.rank == 0)
         log.info("Resuming from %s (epoch %d, step %d)", self.run.path, self.epoch, self.step)
         for change in self.run.changes:
             log.info("Changed since the checkpoint: %s", change)
+        if self.options["start_epoch"] not in (0, self.epoch):
+            log.warning(
+                "--start_epoch %d has no effect: the checkpoint says epoch %d", self.options["start_epoch"], self.epoch
+            )
         before, now = state["options"].get("processes"), self.options["processes"]
         if before != now:
             log.warning(

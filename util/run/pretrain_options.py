@@ -125,14 +125,14 @@ def add_pretraining_options(
     group.add_argument(
         "--alpha_0",
         type=SHARE,
-        default=0.0,
-        help="fraction of masked patches chosen by predicted loss in the first epoch",
+        help="fraction of masked patches chosen by predicted loss in the first epoch, of hard_to_easy in the last "
+        "(default: 0)",
     )
     group.add_argument(
         "--alpha_T",
         type=SHARE,
-        default=0.5,
-        help="fraction of masked patches chosen by predicted loss in the last epoch (1.0 does worse than random masks)",
+        help="fraction of masked patches chosen by predicted loss in the last epoch, of hard_to_easy in the first, of "
+        "constant in all (default: 0.5; 1.0 does worse than random masks)",
     )
     group.add_argument("--mask_block", action=SWITCH, default=False, help="keep one square visible, no mining (UM-MAE)")
     group.add_argument(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from util.data.files import summarize
+from util.masking import STRATEGIES
 from util.run.distributed import World
 from util.run.options import OptionParser
 from util.weights.meta import DEFAULTS, settings_of
@@ -159,6 +160,14 @@ def resolve_method(given: argparse.Namespace, networks: Iterable[str]) -> None:
             f"--mask_strategy {given.mask_strategy} needs the loss predictor: omit --no-learning_loss, or give "
             "--score_by loss"
         )
+
+    strategy = STRATEGIES[given.mask_strategy]
+    for name, default in (("alpha_0", 0.0), ("alpha_T", 0.5)):
+        if getattr(given, name) is None:
+            setattr(given, name, default)
+        elif name not in (strategy.start, strategy.end):
+            masks = "a mask pattern" if pattern else f"--mask_strategy {given.mask_strategy}"
+            raise ValueError(f"--{name} has no effect with {masks}: omit it")
 
     if given.predictor_depth is not None and not given.learning_loss:
         raise ValueError("--predictor_depth is for the loss predictor: omit it, or omit --no-learning_loss")
