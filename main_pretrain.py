@@ -88,7 +88,12 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
             f"--target {args.target} is a network of patch size {size[1]} at {size[0]} pixels: give --input_size "
             f"{size[0]} --patch_size {size[1]}"
         )
-    masking.MaskSampler.from_options(vars(args), grid)  # checks ratio, pattern and grid
+    masks = masking.MaskSampler.from_options(vars(args), grid)  # checks ratio, pattern and grid
+    if masks.num_hidden == max(masks.num_hardest) > 0:
+        raise ValueError(
+            f"the teacher scores {masks.num_hidden} of {masks.num_patches} patches, and up to as many are masked by "
+            "score, which is a random mask: give a lower --teacher_keep, or another --mask_strategy or --alpha_T"
+        )
     return args
 
 

@@ -110,8 +110,15 @@ def resolve_schedule(args: argparse.Namespace, world: distributed.World) -> None
     """
     large = args.model in ("vit_large_patch16", "vit_huge_patch14")
     resolve.fill_in(args, LINEAR if args.head == "linear" else LARGE if large else UPERNET)
-    resolve.fill_in(args, {"decay_positions": True, "global_batch": GLOBAL_BATCH})
-    resolve.fill_in(args, {"batch_size": max(1, args.global_batch // world.size)})
+    resolve.fill_in(args, {"decay_positions": True})
+    resolve.fill_in(args, {"batch_size": max(1, (args.global_batch or GLOBAL_BATCH) // world.size)})
+    if args.eval:  # of one image at a time, without an optimizer
+        args.global_batch = args.batch_size * world.size
+    elif args.global_batch is None:
+        per_step = args.batch_size * world.size
+        args.global_batch = GLOBAL_BATCH if GLOBAL_BATCH % per_step == 0 else per_step
+        if args.global_batch != GLOBAL_BATCH and world.rank == 0:
+            log.warning("global batch size %d, not the protocol's %d: look at --lr", args.global_batch, GLOBAL_BATCH)
     args.lr_schedule = "cosine" if args.head == "linear" else "linear"
     resolve.fill_in(args, {"warmup_steps": min(WARMUP_STEPS, args.steps // 10)})
     parts = next(n for n in range(10, 0, -1) if args.steps % n == 0)
@@ -124,7 +131,7 @@ def resolve_schedule(args: argparse.Namespace, world: distributed.World) -> None
     args.min_lr, args.accum_iter, args.steps_per_epoch = 0.0, None, args.eval_interval
     resolve.resolve_training(args, world, warmup_epochs=0, num_workers=4)
     alone = world.size == 1 or distributed.pick_device(args.device, world).type == "cpu"
-    if args.head == "upernet" and args.batch_size == 1 and alone:
+    if args.head == "upernet" and args.batch_size == 1 and alone and not args.eval:
         raise ValueError(
             "--batch_size 1: UPerNet's batch norm needs at least two images, on CUDA over all processes: raise it"
         )
@@ -199,6 +206,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             trust_zero=args.reduce_zero_label is True,
             on_rank_zero=distributed.from_rank_zero,
         )
+        if args.head in PROBES and len(sources["train"]) < 2:
+            raise ValueError(
+                f"--head {args.head} holds out a tenth of the training images, and there is one: give more"
+            )
         args.nb_classes, args.reduce_zero_label = len(names), label_format.reduce_zero
         path, pin_memory = run_folder(args.output_dir, args.experiment, SCRIPT), args.pin_mem and device.type == "cuda"
         run = None
@@ -245,20 +256,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             with torch.no_grad(), amp.autocast():
                 return model(to_model_input(images)).float()
 
-        with options.user_mistakes():
-            scores, chosen = probe(
-                args.head,
-                encode,
-                train,
-                val,
-                amp,
-                num_images=len(sources["train"]),
-                num_classes=args.nb_classes,
-                ignore_index=args.ignore_index,
-                max_patches=args.max_patches,
-                seed=args.seed,
-                on_prediction=report.save,
-            )
+        scores, chosen = probe(
+            args.head,
+            encode,
+            train,
+            val,
+            amp,
+            num_images=len(sources["train"]),
+            num_classes=args.nb_classes,
+            ignore_index=args.ignore_index,
+            max_patches=args.max_patches,
+            seed=args.seed,
+            on_prediction=report.save,
+        )
         for name in sorted(scores, key=lambda name: name == chosen):  # the chosen one last, iou.tsv is its
             report.scores(scores[name], f"{name}  ")
         distributed.shutdown()

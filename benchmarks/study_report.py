@@ -2,8 +2,8 @@
 
     python -m benchmarks.study_report docs/study/study.jsonl --plots docs/study
 
-The tables go to standard output, in Markdown; runs of different data or budgets are never mixed. ± is the standard
-deviation over seeds (n - 1). Plots need matplotlib.
+The tables go to standard output, in Markdown. Runs of different data, budgets, machines or PyTorch versions share no
+table. ± is the standard deviation over seeds (n - 1). Plots need matplotlib.
 """
 
 import math

@@ -4,12 +4,15 @@
 #   bash scripts/gpu_check.sh [gpu_check.md]
 # The result is one Markdown file. Without a GPU the script says so and ends with status 0. What fails, or does not fit in
 # the time, is named in the file, and the status is 1.
-# PYTHON is an interpreter that has the packages already (default: .venv, which is set up first), BATCH the batch size
+# PYTHON is an interpreter, used as it is if it has PyTorch and else to set up .venv (the default); BATCH is the batch size
 # (default 256, for 80 GB), LIMIT the seconds after which the remaining checks are skipped (default 580, without set-up).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -n "${PYTHON:-}" ] || bash scripts/setup.sh dev
 python=${PYTHON:-.venv/bin/python}
+if [ -z "${PYTHON:-}" ] || ! $python -c 'import torch' 2> /dev/null; then
+    bash scripts/setup.sh dev
+    python=.venv/bin/python
+fi
 report=${1:-gpu_check.md}
 $python -c 'import torch' # a broken installation is an error, not a missing GPU
 if ! $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

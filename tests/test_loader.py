@@ -51,7 +51,7 @@ def test_iteration_can_start_mid_epoch():
 
 
 def test_too_few_images_are_rejected():
-    with pytest.raises(ValueError, match=r"31 images do not fill one optimizer step of 32 .*lower --global_batch"):
+    with pytest.raises(ValueError, match=r"31 images do not fill one optimizer step of 32 .*lower --batch_size"):
         EpochSampler(31, 8, accum_iter=2, world_size=2)
 
 

@@ -37,7 +37,7 @@ def source(path, split="train", form=REDUCED):
 
 def classes_of(path, num_classes=None, form=REDUCED, trust_zero=False):
     counts = [check_files(source(path, split, form)) for split in ("train", "val")]
-    names = class_names(find_images(str(path), None), form.reduce_zero)
+    names = class_names(find_images(str(path), None), form)
     return count_classes(counts, names, num_classes, form, trust_zero)
 
 
@@ -60,7 +60,7 @@ def test_a_folder_and_an_archive_hold_the_same_pairs(tmp_path, kind, top):
     expected = labels_of(3, size=(49, 50))
     assert image.shape == (49, 50, 3)
     np.testing.assert_array_equal(label, np.where(expected == 0, 255, expected - 1))
-    assert class_names(train.files, True) == NAMES
+    assert class_names(train.files, REDUCED) == NAMES
     assert classes_of(path) == 3
 
 
@@ -75,19 +75,21 @@ def test_names_of_classes(tmp_path):
     for name in [name for name in files if name.endswith(".txt")]:
         del files[name]
     path = write_tree(tmp_path, files)
-    assert class_names(find_images(str(path), None), True) == []
+    assert class_names(find_images(str(path), None), REDUCED) == []
     assert classes_of(path) == 3  # the largest label
     text = "index\tname\tshare\n0\tvoid\t0.2\n1\twall\t0.5\n2\tsky, heaven\t0.3\n"
     write_tree(tmp_path, {"objectInfo2.txt": text.encode()})
-    assert class_names(find_images(str(path), None), True) == ["wall", "sky, heaven"]
-    assert class_names(find_images(str(path), None), False) == ["void", "wall", "sky, heaven"]
+    assert class_names(find_images(str(path), None), REDUCED) == ["wall", "sky, heaven"]
+    assert class_names(find_images(str(path), None), PLAIN) == ["void", "wall", "sky, heaven"]
     text = "Idx\tName\n1\twall\n3\tsky\n"  # label 2 is missing; without the shift, so is label 0
     write_tree(tmp_path, {"objectInfo2.txt": text.encode()})
-    assert class_names(find_images(str(path), None), True) == ["wall", "label 2", "sky"]
-    assert class_names(find_images(str(path), None), False) == ["label 0", "wall", "label 2", "sky"]
+    assert class_names(find_images(str(path), None), REDUCED) == ["wall", "label 2", "sky"]
+    assert class_names(find_images(str(path), None), PLAIN) == ["label 0", "wall", "label 2", "sky"]
+    write_tree(tmp_path, {"objectInfo2.txt": b"Idx\tName\n0\twall\n1\tsky\n255\tvoid\n"})
+    assert class_names(find_images(str(path), None), PLAIN) == ["wall", "sky"]
     write_tree(tmp_path, {"objectInfo2.txt": b"1 wall\n2 sky\n"})
     with pytest.raises(ValueError, match=r"objectInfo2.txt: expected a tab-separated table with a column 'name'"):
-        class_names(find_images(str(path), None), True)
+        class_names(find_images(str(path), None), REDUCED)
 
 
 @pytest.mark.parametrize(

@@ -256,22 +256,33 @@ def test_what_cannot_change_on_resume(trained, pretrained, data, options, messag
     assert message in mistake.value.message
 
 
-def test_the_global_batch_size_does_not_depend_on_the_number_of_processes():
-    def resolved(processes, *options):
-        args = main_segment.get_args_parser().parse_args(["--data_path", "x", "--model", "vit_micro_patch16", *options])
-        return main_segment.resolve_options(args, World(0, processes, 0, processes))
+@pytest.mark.parametrize(
+    ("processes", "options", "expected"),
+    [
+        (1, [], (16, 16, 1)),
+        (2, [], (16, 8, 1)),
+        (8, [], (16, 2, 1)),
+        (1, ["--batch_size", "4"], (16, 4, 4)),
+        (6, [], (12, 2, 1)),
+        (32, ["--head", "linear"], (32, 1, 1)),
+        (6, ["--global_batch", "18"], (18, 3, 1)),
+    ],
+)
+def test_the_global_batch_size_is_16_where_the_processes_allow_it(processes, options, expected, log):
+    given = ["--data_path", "x", "--model", "vit_micro_patch16", *options]
+    args = main_segment.get_args_parser().parse_args(given)
+    args = main_segment.resolve_options(args, World(0, processes, 0, processes))
+    assert (args.global_batch, args.batch_size, args.accum_iter) == expected
+    warned = "not the protocol's 16: look at --lr" in log.text
+    assert warned == (expected[0] != 16 and "--global_batch" not in options)
 
-    found = [resolved(processes) for processes in (1, 2, 8)]
-    assert [(args.global_batch, args.batch_size, args.accum_iter) for args in found] == [
-        (16, 16, 1),
-        (16, 8, 1),
-        (16, 2, 1),
-    ]
-    with pytest.raises(
-        ValueError, match=r"--global_batch 16 is not .* 6 processes: give a --global_batch that is a multiple"
-    ):
-        resolved(6)
-    assert resolved(6, "--global_batch", "18").batch_size == 3
+
+@pytest.mark.parametrize(("processes", "batch"), [(1, 1), (3, 2), (6, 5)])
+def test_evaluation_has_no_global_batch_size(trained, processes, batch):
+    path = trained[0] / "checkpoint-last.pth"
+    given = ["--data_path", "x", "--eval", "--finetune", str(path), "--batch_size", str(batch)]
+    args = main_segment.get_args_parser().parse_args(given)
+    assert main_segment.resolve_options(args, World(0, processes, 0, processes)).crop == 16
 
 
 def test_classifiers_without_a_norm_for_patches(tmp_path, data):
@@ -307,7 +318,7 @@ def test_too_few_images_to_choose_hyper_parameters(tmp_path, pretrained):
             "--output_dir",
             tmp_path,
         )
-    assert "1 training images are too few" in mistake.value.message
+    assert "--head logreg holds out a tenth of the training images, and there is one" in mistake.value.message
 
 
 # ------------------------------------------------------------------------------------------------------ data

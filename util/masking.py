@@ -160,7 +160,7 @@ class MaskSampler:
 
     Raises:
         ValueError: a ratio leaves all patches or none, the pattern does not fit the ratio or the grid, or the teacher
-            scores no more patches than are chosen by score, which would be no choice.
+            scores fewer patches than are chosen by score.
     """
 
     def __init__(
@@ -185,11 +185,11 @@ class MaskSampler:
                 f"--mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_patches} patches: leave some of each"
             )
         self.num_hidden = self.num_patches - int(self.num_patches * teacher_keep)  # from the teacher
-        if teacher_keep < 1 and not max(self.num_hardest) < self.num_hidden < self.num_patches:
+        if teacher_keep < 1 and not max(1, *self.num_hardest) <= self.num_hidden < self.num_patches:
             raise ValueError(
                 f"--teacher_keep {teacher_keep}: the teacher scores {self.num_hidden} of {self.num_patches} patches, "
-                f"and up to {max(self.num_hardest)} are masked by score. It must see some patches, and score more than "
-                "are chosen: give another value, or another --mask_strategy or --alpha_T"
+                f"and up to {max(self.num_hardest)} are masked by score: give another value, or another "
+                "--mask_strategy or --alpha_T"
             )
         if pattern is not None:
             if mask_ratio != 0.75:

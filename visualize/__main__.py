@@ -222,6 +222,8 @@ def draw_pictures(args: argparse.Namespace) -> list[Image.Image]:
     try:
         masks = MaskSampler.from_options(settings, model.patch_embed.grid_size)
     except ValueError as error:
+        if args.mask_ratio == args.trained.get("mask_ratio"):
+            raise
         raise ValueError(
             f"--mask_ratio {args.mask_ratio} does not go with the checkpoint's options: {error}"
         ) from error

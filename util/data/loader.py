@@ -45,10 +45,10 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.global_batch = batch_size * accum_iter * world_size
         self._pass_steps = num_samples // self.global_batch  # optimizer steps of a permutation
         if self._pass_steps == 0:
+            fix = "--global_batch" if steps else "--batch_size or --accum_iter, or --global_batch"
             raise ValueError(
                 f"{num_samples:,} images do not fill one optimizer step of {self.global_batch:,} (--batch_size "
-                f"{batch_size} x --accum_iter {accum_iter} x {world_size} ranks): lower --global_batch, or "
-                "--batch_size and --accum_iter"
+                f"{batch_size} x --accum_iter {accum_iter} x {world_size} ranks): lower {fix}"
             )
         self.num_batches = (steps or self._pass_steps) * accum_iter  # per rank
         self.position = (0, 0)

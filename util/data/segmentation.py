@@ -154,7 +154,7 @@ def read_label(files: ImageFiles, position: int) -> np.ndarray:
     )
 
 
-def class_names(files: ImageFiles, reduce_zero: bool) -> list[str]:
+def class_names(files: ImageFiles, form: LabelFormat) -> list[str]:
     """Names from objectInfo*.txt of the data set, by class; empty without such a file.
 
     The file is tab-separated with a header that has a column "name"; the first column is the label. A label that is
@@ -172,7 +172,9 @@ def class_names(files: ImageFiles, reduce_zero: bool) -> list[str]:
         raise ValueError(f"{path}: expected a tab-separated table with a column 'name', found {header[:6]}")
     column = header.index("name")
     names = {int(row[0]): row[column].strip() for row in rows[1:] if len(row) > column and row[0].strip().isdecimal()}
-    return [names.get(label, f"label {label}") for label in range(int(reduce_zero), max(names, default=-1) + 1)]
+    if not form.reduce_zero:
+        names.pop(form.ignore_index, None)
+    return [names.get(label, f"label {label}") for label in range(int(form.reduce_zero), max(names, default=-1) + 1)]
 
 
 def _object_info(files: ImageFiles) -> tuple[str | None, str]:
@@ -309,7 +311,7 @@ def checked_sources(
     """
     sources = {split: find_pairs(files, split, form) for split in splits}
     counts = on_rank_zero(lambda: [check_files(source) for source in sources.values()])
-    names = on_rank_zero(lambda: class_names(files, form.reduce_zero))
+    names = on_rank_zero(lambda: class_names(files, form))
     total = count_classes(counts, names, num_classes, form, trust_zero)
     names += [f"class {index}" for index in range(len(names), total)]
     for (split, source), count in zip(sources.items(), counts, strict=True):
