@@ -111,11 +111,11 @@ WRONG = {
     "paths": (lambda: table({"image": ["a.jpg"], "label": [0]}), "column `image` is Value.*expected an Image"),
     "minus one": (
         lambda: rows("train", lambda number: number - 1),
-        r"4 rows have no label, the first of them row 0 \(-1\)",
+        r"4 of 12 rows have no label, the first is 0 \(-1\)",
     ),
     "null": (
         lambda: table({"image": [IMAGE] * 2, "label": [0, None]}, BINARY | {"label": datasets.Value("int64")}),
-        r"row 1 has no label \(None\)",
+        r"1 of 2 rows have no label, the first is 1 \(None\)",
     ),
     "floats": (lambda: table({"image": [IMAGE], "label": [0.5]}), "column `label` is Value.*expected ClassLabel"),
 }

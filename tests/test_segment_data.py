@@ -95,8 +95,8 @@ def test_names_of_classes(tmp_path):
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
-        ("annotations/training/p_002.png", r"1 files have no label map, the first of them .*training/p_002.jpg"),
-        ("images/training/p_004.jpg", r"1 files have no image, the first of them .*training/p_004.png"),
+        ("annotations/training/p_002.png", r"1 of 8 images have no label map, the first is .*training/p_002.jpg"),
+        ("images/training/p_004.jpg", r"1 of 8 label maps have no image, the first is .*training/p_004.png"),
         ("validation", r"looked for images/validation/NAME.jpg and annotations/validation/NAME.png, found 16 other"),
     ],
 )

@@ -134,8 +134,8 @@ def _read_labels(dataset: Any, root: str, labels_needed: bool) -> tuple[np.ndarr
     missing = [row for row, label in enumerate(column) if label is None or label == -1]
     if missing and labels_needed:
         raise ValueError(
-            f"{root}: {len(missing):,} rows have no label, the first of them row {missing[0]} ({column[missing[0]]}); "
-            "only pre-training needs none"
+            f"{root}: {len(missing):,} of {len(column):,} rows have no label, the first is {missing[0]} "
+            f"({column[missing[0]]}); only pre-training needs none"
         )
     if all(isinstance(label, str) or label is None for label in column):
         names = sorted({label for label in column if label is not None})

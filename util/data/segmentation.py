@@ -117,11 +117,10 @@ def find_pairs(files: ImageFiles, split: str, label_format: LabelFormat) -> Segm
     layout = LAYOUT.format(SPLITS[split])
     if not images and not annotations:
         raise ValueError(f"{files.root}: looked for {layout}, found {len(files):,} other images")
-    for kind, alone in (("label map", images.keys() - annotations), ("image", annotations.keys() - images)):
-        if alone:
-            first = min(alone)
+    for what, kind, of in (("images", "label map", images), ("label maps", "image", annotations)):
+        if alone := of.keys() - (annotations if of is images else images):
             raise ValueError(
-                f"{len(alone):,} files have no {kind}, the first of them {files.name((images | annotations)[first])} "
+                f"{len(alone):,} of {len(of):,} {what} have no {kind}, the first is {files.name(of[min(alone)])} "
                 f"({layout} must pair)"
             )
     stems = sorted(images)
