@@ -60,8 +60,8 @@ def smaller(script, options, files, out):
         checkpoint = files / ("encoder.pth" if "CKPT" in options else "classifier.pth")
         return [*options, *added, "--checkpoint", str(checkpoint), "--data_path", str(files / "data/val")]
     if script == "main_segment":
-        trained = ["--crop", "32", "--stride", "21", "--global_batch", "2", "--steps", "1"]
-        added += ["--input_size", "32"] if {"knn", "logreg"} & set(options) else trained
+        trained = "--crop 32 --stride 21 --global_batch 2 --steps 1 --eval_interval 1 --warmup_steps 0"
+        added += ["--input_size", "32"] if {"knn", "logreg"} & set(options) else trained.split()
     if "--data_path" in options:
         kind = "unsplit" if "--val_fraction" in options else "data"
         added += ["--data_path", str(files / ("segmentation" if script == "main_segment" else kind))]
