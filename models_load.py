@@ -194,8 +194,8 @@ def read_weights(
     """
     meta = read_meta(path)
     if meta.get("script") == "main_linprobe":
-        if which != meta["options"]["which"] and which != "student":
-            raise ValueError(f"{path} is a linear probe on the weights of the student: omit --which {which}")
+        if which == "ema" and meta["options"]["which"] != "ema":
+            raise ValueError(f"{path} is a linear probe on the weights of the student: omit --which ema")
         weights = join_probe(Path(path), meta, encoder, head)
     elif encoder or head:
         raise ValueError("--encoder and --head apply only to checkpoints of main_linprobe.py")

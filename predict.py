@@ -24,7 +24,6 @@ import models_vit
 from util.data.datasets import ImageDataset, Sample
 from util.data.decode import REASONS, UnreadableImage
 from util.data.sources import Source, build_source
-from util.data.split_names import HINT_HOLD_OUT
 from util.data.transforms import ToModelInput
 from util.run import distributed, options, resolve
 from util.run.amp import Amp
@@ -211,8 +210,9 @@ def read_images(args: argparse.Namespace, value_range: Any) -> Source:
             cache_dir=args.cache_dir,
         )
     except ValueError as error:
-        needed = "" if args.split or args.data_path is None else ". A Hugging Face data set needs --split train or val"
-        raise ValueError(str(error).replace(HINT_HOLD_OUT, "") + needed) from error
+        if args.split or args.data_path is None:
+            raise
+        raise ValueError(f"{error}. A Hugging Face data set needs --split train or val") from error
 
 
 def main(argv: list[str] | None = None) -> None:

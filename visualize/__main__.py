@@ -22,7 +22,6 @@ from util.data import transforms
 from util.data.decode import MAX_PIXELS
 from util.data.files import SeveralFiles
 from util.data.sources import ShapesSource, Source, find_images, limited
-from util.data.split_names import HINT_HOLD_OUT
 from util.masking import MaskSampler
 from util.pos_embed import interpolate_pos_embed
 from util.run import distributed, options
@@ -202,7 +201,7 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
         try:
             parts = [find_images(path, args.split, args.cache_dir, labels_needed=False) for path in args.images]
         except ValueError as error:
-            raise ValueError(str(error).replace("--data_path", "--images").replace(HINT_HOLD_OUT, "")) from error
+            raise ValueError(str(error).replace("--data_path", "--images")) from error
         limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
         source = SeveralFiles([limited(part, **limits) for part in parts])
         named = len(source) == len(args.images)  # one per path: no folder or archive of several

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from util.data.files import printable, summarize
 from util.data.listing import Listing, is_inside, is_skipped_folder, why_skipped
 from util.data.listing_cache import FEWEST, cache_folder, identity_of, read_listing, write_listing
-from util.data.split_names import HINT_HOLD_OUT, NoSuchSplit, is_named, names_of
+from util.data.split_names import NoSuchSplit, is_named, names_of
 
 log = logging.getLogger("hpm")
 
@@ -141,9 +141,7 @@ def below_split(listing: Listing, split: str, whole: bool) -> Listing:
     else:
         listing.log_skipped()
         found = summarize([printable(top) for top in tops]) or "no images"
-        raise NoSuchSplit(
-            f"{listing.root}: looked for {split}/CLASS/*.jpg, found {found} at the top level{HINT_HOLD_OUT}"
-        )
+        raise NoSuchSplit(f"{listing.root}: looked for {split}/CLASS/*.jpg, found {found} at the top level")
 
     def strip(names: Iterable[str]) -> dict[str, str]:
         return {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}

@@ -7,7 +7,6 @@ from util.data.archives import ARCHIVE_SUFFIXES, below_split, decompressed, list
 from util.data.arrow import is_saved
 from util.data.listing import contents, list_folder
 from util.data.split_names import (
-    HINT_HOLD_OUT,
     SHARD_SUFFIXES,
     NoSuchSplit,
     expand_braces,
@@ -52,7 +51,7 @@ def find_place(data_path: str | list[str], split: str | None, whole: bool) -> li
     if not place:
         raise NoSuchSplit(
             f"--data_path {data_path}: looked for {split}/CLASS/*.jpg, {split}.txt, {split}.tar or {split}-000000.tar, "
-            f"found {contents(path)}; give the folder that holds {split}/{HINT_HOLD_OUT}"
+            f"found {contents(path)}; give the folder that holds {split}/"
         )
     return place
 

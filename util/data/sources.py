@@ -22,7 +22,7 @@ from util.data.held_out import Subset, split_off
 from util.data.listing import from_list_file, list_folder, overlaps, to_files, why_skipped
 from util.data.places import COMPRESSED, find_place, has_split
 from util.data.shards import is_webdataset, list_shards, read_samples
-from util.data.split_names import SHARD_SUFFIXES, is_numbered, warn_of_gaps
+from util.data.split_names import SHARD_SUFFIXES, NoSuchSplit, is_numbered, warn_of_gaps
 
 Files = ImageFiles | SeveralFiles | ArrowImages
 OnRankZero = Callable[[Callable[[], Any]], Any]
@@ -231,11 +231,18 @@ def build_splits(
     settings |= {"cache_dir": cache_dir, "on_rank_zero": on_rank_zero}
     if val_fraction is not None:
         return hold_out(data_path, val_fraction, **settings)
-    train, val = (
-        build_source(data_path, split, shapes_count=count, **settings)
-        for split, count in zip(("train", "val"), shapes_counts, strict=True)
-    )
+    train = build_source(data_path, "train", shapes_count=shapes_counts[0], **settings)
+    val = build_val(data_path, shapes_counts[1], **settings)
     return train, match_classes(class_record(train), val, "the train split")
+
+
+def build_val(data_path: str | list[str] | None, shapes_count: int | None, **settings: Any) -> Source:
+    """`build_source` for val, where a part of the training images could be held out instead."""
+    try:
+        return build_source(data_path, "val", shapes_count=shapes_count, **settings)
+    except NoSuchSplit as error:
+        hint = "without a val split, --val_fraction holds out a part of the training images"
+        raise NoSuchSplit(f"{error}; {hint}") from error
 
 
 def hold_out(

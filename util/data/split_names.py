@@ -20,9 +20,6 @@ class NoSuchSplit(ValueError):
     """The data set has no such split."""
 
 
-HINT_HOLD_OUT = "; without a val split, --val_fraction holds out a part of the training images"
-
-
 def names_of(split: str) -> tuple[str, ...]:
     """The names that the folders and files of a split can have."""
     return _ALIASES.get(split, (split,))
@@ -59,9 +56,7 @@ def of_split(files: list[Path], split: str, whole: bool) -> list[Path]:
     chosen = [file for file in files if split in splits[file]]
     if not chosen:
         names = summarize([file.name for file in files])
-        raise NoSuchSplit(
-            f"--data_path: none of {names} has {split} in its name, as in {split}-000000.tar{HINT_HOLD_OUT}"
-        )
+        raise NoSuchSplit(f"--data_path: none of {names} has {split} in its name, as in {split}-000000.tar")
     return chosen
 
 

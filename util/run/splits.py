@@ -14,7 +14,7 @@ from util.data.held_out import Subset, fingerprint
 from util.data.loader import ShardSampler, build_loader
 from util.data.places import has_split
 from util.data.shapes import DEFAULT_SIZES
-from util.data.sources import Source, build_source, build_splits, check_value_range, hold_out
+from util.data.sources import Source, build_source, build_splits, build_val, check_value_range, hold_out
 from util.run.distributed import World, from_rank_zero
 
 log = logging.getLogger("hpm")
@@ -102,7 +102,7 @@ def _read_val(given: argparse.Namespace, settings: dict[str, Any]) -> Source:
             given.val_fraction = None
     if given.val_fraction is not None:
         return hold_out(given.data_path, given.val_fraction, **settings)[1]
-    return build_source(given.data_path, "val", shapes_count=given.shapes_val, **settings)
+    return build_val(given.data_path, given.shapes_val, **settings)
 
 
 def warn_of_range(given: argparse.Namespace, source: Source) -> None:
