@@ -140,14 +140,13 @@ def test_heads_go_on_with_their_own_encoder_alone(tmp_path, pretrained, capsys):
     assert "was trained on another encoder: give --finetune and --which of its training" in capsys.readouterr().err
 
 
-def test_a_run_resumed_elsewhere_has_a_best_checkpoint_of_its_own(tmp_path):
+def test_a_run_resumed_elsewhere_has_a_best_checkpoint_of_its_own(tmp_path, pretrained):
     """That of the other folder stays there."""
-    run("main_finetune", *FINETUNE, "--epochs", 3, "--output_dir", tmp_path / "a", "--max_steps", 4)
+    start("main_finetune", tmp_path / "a", pretrained, "--epochs", 3, "--max_steps", 4)
     path = tmp_path / "a/checkpoint-last.pth"
     state = torch.load(path, weights_only=True)
     torch.save(state | {"extra": state["extra"] | {"best": 101.0}}, path)
-    options = ["--epochs", 3, "--resume", path, "--start_epoch", 2, "--output_dir", tmp_path / "b"]
-    log = run("main_finetune", *FINETUNE, *options)
+    log = start("main_finetune", tmp_path / "b", pretrained, "--epochs", 3, "--resume", path, "--start_epoch", 2)
     assert (tmp_path / "b/checkpoint-best.pth").exists()
     assert f"--start_epoch 2 has no effect: the checkpoint says epoch {state['epoch']}" in log
 
