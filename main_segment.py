@@ -8,7 +8,6 @@ docs/segmentation.md has the protocols and the commands for ADE20K.
 
 import argparse
 import copy
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +22,10 @@ from engine_probe import probe
 from engine_segment import blank_padding, evaluate
 from util import rng
 from util.data import segmentation
-from util.data.datasets import ImageDataset, Sample
+from util.data.datasets import ImageDataset
 from util.data.files import ImageFiles
 from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCrop
-from util.data.loader import EpochSampler, ShardSampler, build_loader
+from util.data.loader import EpochSampler, build_loader
 from util.data.sources import build_source
 from util.data.transforms import ToModelInput
 from util.run import distributed, options, resolve
@@ -35,6 +34,7 @@ from util.run.folder import LAST, create, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.segment_options import FIXED, PROBES, UNREAD, add_segmentation_options
+from util.run.splits import data_settings, evaluation_loader
 from util.weights.load import fingerprint, load_into, load_pretrained, read_meta
 from visualize.segmentation import Report
 
@@ -187,14 +187,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         args = resolve_options(get_args_parser().parse_args(argv), world)
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
-        files = build_source(
-            args.data_path,
-            None,
-            cache_dir=args.cache_dir,
-            value_range=args.value_range,
-            max_image_pixels=args.max_image_pixels,
-            on_rank_zero=distributed.from_rank_zero,
-        )
+        files = build_source(args.data_path, None, **data_settings(args))
         if not isinstance(files, ImageFiles):
             raise ValueError(f"--data_path {args.data_path}: give one folder or archive with images and label maps")
         label_format = segmentation.LabelFormat(args.reduce_zero_label is not False, args.ignore_index)
@@ -244,13 +237,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # Evaluation
     report = Report(path, sources["val"], names, protocol, args.save_predictions, args.save_preview)
 
-    def shard(split: str, transform: EvaluationResize | ProbeResize, batch_size: int) -> Iterable[Sample]:
-        sampler = ShardSampler(len(sources[split]), batch_size, world.rank, world.size)
-        return build_loader(ImageDataset(sources[split], transform), sampler, args.num_workers, pin_memory)
-
     if args.head in PROBES:
-        train = shard("train", ProbeResize(args.input_size, resize_labels=True), args.batch_size)
-        val = shard("val", ProbeResize(args.input_size, resize_labels=False), 1)
+        train = evaluation_loader(args, sources["train"], ProbeResize(args.input_size, resize_labels=True), world)
+        val = evaluation_loader(args, sources["val"], ProbeResize(args.input_size, resize_labels=False), world, 1)
 
         def encode(images: Tensor) -> Tensor:
             with torch.no_grad(), amp.autocast():
@@ -274,7 +263,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         distributed.shutdown()
         return {name: score.miou for name, score in scores.items()}
 
-    val = shard("val", EvaluationResize(args.short_side), 1)
+    val = evaluation_loader(args, sources["val"], EvaluationResize(args.short_side), world, 1)
     score = partial(evaluate, model, val, amp, to_model_input, stride=args.stride, ignore_index=args.ignore_index)
     if args.eval:
         scores = score(on_prediction=report.save)

@@ -30,7 +30,7 @@ from util.run.amp import Amp
 from util.run.classwise import write_csv
 from util.run.folder import create, write_atomic
 from util.run.logger import track
-from util.run.splits import evaluation_loader
+from util.run.splits import data_settings, evaluation_loader
 
 log = logging.getLogger("hpm")
 
@@ -193,24 +193,18 @@ def write_features(path: Path, features: Tensor, files: list[str]) -> None:
         write_atomic(path, partial(np.savez, features=features.numpy(), files=np.array(files)))
 
 
-def read_images(args: argparse.Namespace, value_range: Any) -> Source:
+def read_images(args: argparse.Namespace) -> Source:
     """The images of --data_path, of all its splits unless --split names one.
 
     Raises:
         ValueError: there are none.
     """
+    split = args.split or ("val" if args.data_path is None else None)
+    settings: dict[str, Any] = {"labels_needed": False, "shapes_count": args.shapes_val, **data_settings(args)}
     try:
-        return build_source(
-            args.data_path,
-            args.split or ("val" if args.data_path is None else None),
-            labels_needed=False,
-            value_range=value_range,
-            max_image_pixels=args.max_image_pixels,
-            shapes_count=args.shapes_val,
-            cache_dir=args.cache_dir,
-        )
+        return build_source(args.data_path, split, **settings)
     except ValueError as error:
-        if args.split or args.data_path is None:
+        if split is not None:
             raise
         raise ValueError(f"{error}. A Hugging Face data set needs --split train or val") from error
 
@@ -221,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         args = resolve_options(get_args_parser().parse_args(argv), world)
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         model, transform, names = open_checkpoint(args)
-        source = read_images(args, transform.value_range)
+        source = read_images(args)
         if not names:
             del args.paths["output"]
         for name, path in args.paths.items():

@@ -38,7 +38,7 @@ from util.data import decode
 from util.data.datasets import ImageDataset
 from util.data.files import ImageFiles
 from util.data.loader import EpochSampler, build_loader
-from util.data.sources import find_images
+from util.data.sources import build_source
 from util.data.transforms import IMAGENET_MEAN, IMAGENET_STD, RandomCrop, ToModelInput
 from util.run import distributed, options
 from util.run.amp import Amp
@@ -107,11 +107,12 @@ def pack(files: ImageFiles, folder: Path) -> dict[str, ImageFiles]:
             tar.add(files.path(index), f"train/{os.fsdecode(files.names[index])}", recursive=False)
     with open(folder / "images.tar", "rb") as plain, gzip.open(folder / "images.tar.gz", "wb", 1) as packed:
         shutil.copyfileobj(plain, packed)
-    cache = str(folder / "cache")
-    archives: dict[str, Any] = {
-        name: find_images(str(folder / name), "train", cache) for name in ("images.tar", "images.tar.gz")
+    read: Callable[[str], Any] = partial(build_source, split="train", cache_dir=str(folder / "cache"))
+    return {
+        "folder": files,
+        "tar": read(str(folder / "images.tar")),
+        "tar.gz cache": read(str(folder / "images.tar.gz")),
     }
-    return {"folder": files, "tar": archives["images.tar"], "tar.gz cache": archives["images.tar.gz"]}
 
 
 def each(work: Callable[[int], object], count: int) -> Callable[[], int]:
@@ -125,19 +126,14 @@ def each(work: Callable[[int], object], count: int) -> Callable[[], int]:
     return run
 
 
-def _get(dataset: ImageDataset, index: int) -> object:
-    return dataset[0, index]
-
-
 def one_thread(sources: dict[str, ImageFiles], size: int, batch_size: int) -> dict[str, Callable[[], int]]:
     """Passes over the images in this process; the first is the official pipeline."""
     files = sources["folder"]
     data, count = [files.read(index) for index in range(len(files))], len(files)
-    official, pillow = OfficialDataset(files, size), ImageDataset(as_pillow(files), RandomCrop(size))
+    official, pillow = OfficialDataset(files, size), ImageDataset(PillowFiles(**vars(files)), RandomCrop(size))
     passes = {"official: Pillow, torchvision, float32": each(lambda index: official[0, index], count)}
     for name, source in sources.items():
-        dataset = ImageDataset(source, RandomCrop(size))
-        passes[f"this project, {name}"] = each(partial(_get, dataset), count)
+        passes[f"this project, {name}"] = each(ImageDataset(source, RandomCrop(size)).__getitem__, count)
     passes["this project, folder, without simplejpeg"] = each(lambda index: pillow[0, index], count)
     for name, source in sources.items():
         passes[f"only reading, {name}"] = each(source.read, count)
@@ -152,10 +148,6 @@ def one_thread(sources: dict[str, ImageFiles], size: int, batch_size: int) -> di
 
     passes["flip and normalise, which the device does"] = normalise
     return passes
-
-
-def as_pillow(files: ImageFiles) -> PillowFiles:
-    return PillowFiles(**{name: getattr(files, name) for name in ("root", "names", "labels", "classes", "extents")})
 
 
 def through_loader(
@@ -261,7 +253,7 @@ def choose_images(data_path: str, count: int, batch_size: int) -> ImageFiles:
     Raises:
         ValueError: an archive, or fewer images than a batch has.
     """
-    files = find_images(data_path, "train")
+    files = build_source(data_path, "train")
     if not isinstance(files, ImageFiles) or files.extents is not None:
         raise ValueError(f"--data_path {data_path} is an archive: give the folder of its files, they are packed here")
     chosen = np.random.default_rng(0).permutation(len(files))[:count]

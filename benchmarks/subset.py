@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 from util.data.files import ImageFiles
-from util.data.sources import find_images
+from util.data.sources import build_source
 
 
 def subset(data_path: str, counts: dict[str, int | None], folder: Path) -> str:
@@ -22,7 +22,7 @@ def subset(data_path: str, counts: dict[str, int | None], folder: Path) -> str:
     partial = path.with_suffix(".partial")
     with tarfile.open(partial, "w") as tar:
         for split, count in counts.items():
-            files = find_images(data_path, split)
+            files = build_source(data_path, split)
             if not isinstance(files, ImageFiles):
                 raise ValueError(f"--data_path {data_path}: expected a folder, list files or one archive")
             if count is not None and count > len(files):

@@ -89,8 +89,6 @@ class Trainer:
         self.teacher = EMATeacher(self.model) if args.learning_loss or args.score_by == "loss" else None
         self.optimizer = main_pretrain.build_optimizer(self.model, args)
         self.masks = MaskSampler.from_options(vars(args), self.model.patch_embed.grid_size)
-        self.to_model_input: Callable = ToModelInput(args.mean, args.std, device, flip=True)
-        self.student: Callable = self.model
         if case.compile == "yes":
             self.model.compile(fullgraph=True)
             if self.teacher is not None:
@@ -98,7 +96,7 @@ class Trainer:
         shape = (case.batch_size, 3, args.input_size, args.input_size)
         self.images = torch.randint(256, shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.marks: list[tuple[str, Any]] = []  # (part that ends here, time)
-        self.to_model_input = self._timed("data", self.to_model_input)
+        self.to_model_input = self._timed("data", ToModelInput(args.mean, args.std, device, flip=True))
         setattr(self.masks, "draw", self._timed("mask", self.masks.draw))  # noqa: B010 - for mypy
         setattr(self.amp, "backward", self._timed("backward", self.amp.backward, before="forward"))  # noqa: B010
         setattr(self.amp, "step", self._timed("optimizer", self.amp.step))  # noqa: B010

@@ -9,7 +9,7 @@ from timm.data import ImageNetInfo
 
 from util.data.classes import class_record, count_classes, imagenet_record, label_as, match_classes
 from util.data.files import ImageFiles
-from util.data.sources import ShapesSource, build_splits, find_images
+from util.data.sources import ShapesSource, build_source, build_splits
 
 IMAGE = encode(picture())
 
@@ -58,7 +58,7 @@ def test_unicode_forms_of_a_name_agree(tmp_path):
     assert train.classes == val.classes
     assert set(val.labels.tolist()) == {0, 1}
     with pytest.raises(ValueError, match="two classes have the same name in different Unicode forms"):
-        find_images(str(write_tree(tmp_path / "e", {f"train/{form}/1.jpg": IMAGE for form in forms})), "train")
+        build_source(str(write_tree(tmp_path / "e", {f"train/{form}/1.jpg": IMAGE for form in forms})), "train")
 
 
 def test_a_val_split_may_lack_classes_but_not_add_one(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from images import encode, members, picture, write_tar, write_tree
 
 from util.data.datasets import ImageDataset, build_dataset
-from util.data.sources import ShapesSource, build_source, find_images
+from util.data.sources import ShapesSource, build_source
 from util.data.transforms import RandomCrop
 
 
@@ -55,11 +55,11 @@ def layouts(tmp_path):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_every_layout_gives_the_same_images_labels_and_order(tmp_path, split):
     paths = layouts(tmp_path)
-    expected = content(find_images(str(paths["folder"]), split))
+    expected = content(build_source(str(paths["folder"]), split))
     assert len(expected) == 12
     assert [label for _, label in expected] == [0] * 4 + [1] * 4 + [2] * 4
     for name, path in paths.items():
-        source = find_images(str(path), split)
+        source = build_source(str(path), split)
         assert content(source) == expected, name
         assert source.classes == ["cat", "cat-2", "dog"], name
         assert source.numbered == (name == "list files")
@@ -67,18 +67,18 @@ def test_every_layout_gives_the_same_images_labels_and_order(tmp_path, split):
 
 def test_an_archive_is_decompressed_once(tmp_path):
     path = write_tar(tmp_path / "a.tar.gz", mode="w:gz")
-    first = find_images(str(path), "train", cache_dir=str(tmp_path / "c"))
+    first = build_source(str(path), "train", cache_dir=str(tmp_path / "c"))
     made = os.stat(first.root).st_mtime_ns
-    assert find_images(str(path), "val", cache_dir=str(tmp_path / "c")).root == first.root
+    assert build_source(str(path), "val", cache_dir=str(tmp_path / "c")).root == first.root
     assert os.stat(first.root).st_mtime_ns == made
     assert not list((tmp_path / "c").rglob("*.partial"))
 
 
 def test_a_changed_archive_is_decompressed_again(tmp_path):
     path = write_tar(tmp_path / "a.tar.gz", mode="w:gz")
-    first = find_images(str(path), "train")
+    first = build_source(str(path), "train")
     write_tar(path, members(per_class=2), mode="w:gz")
-    second = find_images(str(path), "train")
+    second = build_source(str(path), "train")
     assert first.root != second.root
     assert len(second) == 6
 
@@ -88,21 +88,21 @@ def test_hidden_and_other_files_are_skipped(tmp_path):
     (tree / "train/cat/._0.jpg").write_bytes(b"x")
     (tree / "train/cat/notes.txt").write_bytes(b"x")
     (tree / "train/.cache").mkdir()
-    assert len(find_images(str(tree), "train")) == 12
+    assert len(build_source(str(tree), "train")) == 12
 
 
 def test_nested_folders_belong_to_their_class(tmp_path):
     tree = write_tree(tmp_path / "d", {**members(), "train/dog/puppies/a.JPEG": encode(picture())})
-    source = find_images(str(tree), "train")
+    source = build_source(str(tree), "train")
     assert len(source) == 13
     assert source.classes == ["cat", "cat-2", "dog"]
 
 
 def test_without_a_split_every_image_is_found(tmp_path):
     files = {name.removeprefix("train/"): data for name, data in members(("train",)).items()}
-    assert len(find_images(str(write_tar(tmp_path / "a.tar", files)), None)) == 12
-    assert len(find_images(str(write_tree(tmp_path / "d", files)), None)) == 12
-    assert len(find_images(str(write_tree(tmp_path / "e", {"a.jpg": encode(picture())})), None)) == 1
+    assert len(build_source(str(write_tar(tmp_path / "a.tar", files)), None)) == 12
+    assert len(build_source(str(write_tree(tmp_path / "d", files)), None)) == 12
+    assert len(build_source(str(write_tree(tmp_path / "e", {"a.jpg": encode(picture())})), None)) == 1
 
 
 WRONG = {
@@ -152,7 +152,7 @@ WRONG = {
 def test_a_wrong_layout_error_names_what_was_found_and_the_fix(tmp_path, make, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
-        find_images(str(make(tmp_path)), "train")
+        build_source(str(make(tmp_path)), "train")
 
 
 def test_a_truncated_archive_is_rejected(tmp_path):
@@ -160,11 +160,11 @@ def test_a_truncated_archive_is_rejected(tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(ValueError, match=r"truncated|unexpected end"):
-        find_images(str(path), "train")
+        build_source(str(path), "train")
     packed = write_tar(tmp_path / "b.tar.gz", mode="w:gz")
     packed.write_bytes(packed.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a complete gzip file"):
-        find_images(str(packed), "train")
+        build_source(str(packed), "train")
     assert not list((tmp_path / "cache").rglob("*.tar"))
 
 
@@ -184,7 +184,7 @@ def test_links_devices_and_members_that_point_outside_are_skipped(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = 3
             tar.addfile(info, io.BytesIO(b"abc"))
-    names = find_images(str(path), "train").names.tolist()
+    names = build_source(str(path), "train").names.tolist()
     assert len(names) == 12
     assert all(b".." not in name and not name.startswith(b"/") for name in names)
 
@@ -192,7 +192,7 @@ def test_links_devices_and_members_that_point_outside_are_skipped(tmp_path):
 def test_names_and_labels_are_arrays(tmp_path):
     """The reference counts of Python lists would copy their memory into every worker."""
     for path in (write_tree(tmp_path / "d"), write_tar(tmp_path / "a.tar")):
-        files = find_images(str(path), "train")
+        files = build_source(str(path), "train")
         assert files.names.dtype.kind == "S"
         assert files.labels.dtype == np.int64
 

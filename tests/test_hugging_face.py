@@ -10,7 +10,7 @@ from programs import PRETRAIN, assert_same_training, run
 from util.data.classes import class_record, match_classes
 from util.data.decode import UnreadableImage
 from util.data.places import has_split
-from util.data.sources import build_source, check_value_range, find_images
+from util.data.sources import build_source, check_value_range
 from util.run.options import UserMistake
 
 datasets = pytest.importorskip("datasets")
@@ -85,7 +85,7 @@ def test_a_run_on_rows_is_the_run_on_their_folder_and_resumes(tmp_path):
 
 
 def test_labels_are_names_or_numbers(tmp_path):
-    record = class_record(find_images(str(write_tree(tmp_path / "tree")), "train"))
+    record = class_record(build_source(str(write_tree(tmp_path / "tree")), "train"))
     for name, label in (("names", lambda number: CLASSES[number]), ("numbers", lambda number: number)):
         rows("val", label).save_to_disk(tmp_path / name / "val")
         source = build_source(str(tmp_path / name), "val")
@@ -125,7 +125,7 @@ WRONG = {
 def test_what_fine_tuning_cannot_use_is_an_error(tmp_path, make, message):
     make().save_to_disk(tmp_path / "d/train")
     with pytest.raises(ValueError, match=message):
-        find_images(str(tmp_path / "d"), "train")
+        build_source(str(tmp_path / "d"), "train")
 
 
 def test_pre_training_needs_no_labels(tmp_path):
@@ -136,7 +136,7 @@ def test_pre_training_needs_no_labels(tmp_path):
         assert source.classes == []
     assert not has_split(str(tmp_path / "null"), "val", None)
     with pytest.raises(ValueError, match="looked for train/CLASS"):
-        find_images(str(tmp_path / "null"), "train")
+        build_source(str(tmp_path / "null"), "train")
 
 
 def test_rows_without_an_image_are_unreadable_images(tmp_path):
@@ -154,12 +154,12 @@ def test_rows_without_an_image_are_unreadable_images(tmp_path):
 
 def test_parquet_is_converted_once_and_again_after_a_change(tmp_path):
     folder = write_parquet(tmp_path / "d", parts=1)
-    first = find_images(str(folder), "train", str(tmp_path / "c"))
+    first = build_source(str(folder), "train", cache_dir=str(tmp_path / "c"))
     files = sorted(file.stat().st_mtime_ns for file in (tmp_path / "c/parquet").rglob("*.arrow"))
-    assert content(find_images(str(folder), "train", str(tmp_path / "c"))) == content(first)
+    assert content(build_source(str(folder), "train", cache_dir=str(tmp_path / "c"))) == content(first)
     assert sorted(file.stat().st_mtime_ns for file in (tmp_path / "c/parquet").rglob("*.arrow")) == files
     write_parquet(folder, parts=1, data=lambda split: rows(split).select(range(11, -1, -1)))
-    again = find_images(str(folder), "train", str(tmp_path / "c"))
+    again = build_source(str(folder), "train", cache_dir=str(tmp_path / "c"))
     assert again.labels.tolist() == first.labels.tolist()[::-1]
     assert (again.load(11) == first.load(0)).all()
 
@@ -171,7 +171,7 @@ def test_damaged_files_are_named(tmp_path):
     }.items():
         write_tree(tmp_path / name, files)
         with pytest.raises(ValueError, match=r"train.* cannot be read by `datasets`"):
-            find_images(str(tmp_path / name.split("/")[0]), "train")
+            build_source(str(tmp_path / name.split("/")[0]), "train")
 
 
 def test_metadata_next_to_shards_is_no_data_set(tmp_path):
@@ -198,6 +198,6 @@ def test_images_as_plain_bytes(tmp_path):
     nested = [{"bytes": IMAGE, "path": "x"}] * 2
     table({"image": nested, "label": [0, 1]}).to_parquet(tmp_path / "val-0.parquet")
     for split in ("train", "val"):
-        source = find_images(str(tmp_path), split)
+        source = build_source(str(tmp_path), split)
         assert np.array_equal(source.load(1), source.load(0))
         assert source.labels.tolist() == [0, 1]

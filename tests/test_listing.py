@@ -14,7 +14,7 @@ from util.data import files as files_module
 from util.data import listing
 from util.data.decode import UnreadableImage
 from util.data.files import printable
-from util.data.sources import build_source, find_images
+from util.data.sources import build_source
 
 IMAGE = encode(picture())
 
@@ -40,7 +40,7 @@ def test_hidden_and_tool_folders_are_skipped_at_any_depth(tmp_path, kind, log):
     extra |= {"train/dog/._1.jpg": b"x", "train/dog/Thumbs.db": b"x", "train/dog/notes.txt": b"x"}
     everything = {**members(), **extra}
     path = write_tree(tmp_path / "d", everything) if kind == "folder" else write_tar(tmp_path / "a.tar", everything)
-    source = find_images(str(path), "train")
+    source = build_source(str(path), "train")
     assert names(source) == [name.removeprefix("train/") for name in members(("train",))]
     assert source.classes == ["cat", "cat-2", "dog"]
     assert "skipped 2 files without an image extension, 7 hidden and tool folders, 1 hidden files" in log.text
@@ -51,7 +51,7 @@ def test_each_real_folder_is_listed_once(tmp_path, target, log):
     """A link to a folder above, beside or below does not multiply images, nor give them another label."""
     tree = write_tree(tmp_path / "d")
     (tree / "train/cat/back").symlink_to(tree / target, target_is_directory=True)
-    source = find_images(str(tree), "train")
+    source = build_source(str(tree), "train")
     assert names(source) == [name.removeprefix("train/") for name in members(("train",))]
     assert "1 links to folders that are listed elsewhere" in log.text
 
@@ -63,7 +63,7 @@ def test_links_to_other_places_are_followed_once(tmp_path):
     tree = write_tree(tmp_path / "d")
     (tree / "train/fox").symlink_to(elsewhere, target_is_directory=True)
     (tree / "train/dog/9.jpg").symlink_to(elsewhere / "1.jpg")
-    source = find_images(str(tree), "train")
+    source = build_source(str(tree), "train")
     assert [name for name in names(source) if "fox" in name] == ["fox/1.jpg", "fox/self.jpg", "fox/sub/2.jpg"]
     assert "dog/9.jpg" in names(source)
 
@@ -80,7 +80,7 @@ def test_an_unreadable_folder_is_an_error_that_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", denied)
     for split, labels_needed in (("train", True), ("train", False), (None, True)):
         with pytest.raises(ValueError, match=r"train/dog/private/? cannot be read: Permission denied"):
-            find_images(str(tree), split, labels_needed=labels_needed)
+            build_source(str(tree), split, labels_needed=labels_needed)
 
 
 def test_the_last_version_of_a_member_counts(tmp_path, log):
@@ -93,7 +93,7 @@ def test_the_last_version_of_a_member_counts(tmp_path, log):
         link = tarfile.TarInfo(removed)
         link.type, link.linkname = tarfile.SYMTYPE, "1.jpg"
         tar.addfile(link)
-    source = find_images(str(path), "train")
+    source = build_source(str(path), "train")
     assert names(source) == sorted(
         {n.removeprefix("train/") for n in members(("train",))} - {"dog/2.jpg"}, key=by_parts
     )
@@ -109,7 +109,7 @@ def test_the_packed_folder_itself_is_no_hidden_folder(tmp_path, log):
     tree = write_tree(tmp_path / "d")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:  # as by tar -cf a.tar -C d .
         tar.add(tree, ".")
-    assert len(find_images(str(tmp_path / "a.tar"), "train")) == 12
+    assert len(build_source(str(tmp_path / "a.tar"), "train")) == 12
     assert "skipped" not in log.text
 
 
@@ -124,7 +124,7 @@ def test_hard_links_in_an_archive_are_files_as_in_a_folder(tmp_path, log):
         for name in ("cat/0.jpg", *names_of_links, "dog/1.jpg", "cat-2/1.jpg"):
             tar.add(tree / "train" / name, f"./train/{name}")
         assert sum(member.islnk() for member in tar) == 4
-    source = find_images(str(tmp_path / "a.tar"), "train")
+    source = build_source(str(tmp_path / "a.tar"), "train")
     assert names(source) == ["cat/0.jpg", "cat/again.jpg", "cat-2/1.jpg", "dog/1.jpg", "dog/again.jpg"]
     assert source.read(1) == source.read(4) == members()["train/cat/0.jpg"]
     assert source.labels.tolist() == [0, 0, 1, 2, 2]
@@ -135,7 +135,7 @@ def test_links_that_lead_nowhere_are_named_as_such(tmp_path, log):
     """A link to a class folder on storage that is not mounted; one into a folder of somebody else is an error."""
     tree = write_tree(tmp_path / "d")
     (tree / "train/fox").symlink_to(tmp_path / "not mounted")
-    assert find_images(str(tree), "train").classes == ["cat", "cat-2", "dog"]
+    assert build_source(str(tree), "train").classes == ["cat", "cat-2", "dog"]
     assert "skipped 1 broken links" in log.text
 
     class Denied:
@@ -153,7 +153,7 @@ def test_an_error_says_what_was_skipped(tmp_path, log):
     hidden = write_tree(tmp_path / "d", {"train/.x/1.jpg": IMAGE, "train/cat/.1.jpg": IMAGE})
     for path, skipped in ((absolute, "24 links, devices and names that point outside"), (hidden, "1 hidden files")):
         with pytest.raises(ValueError, match="no images"):
-            find_images(str(path), "train")
+            build_source(str(path), "train")
         assert skipped in log.text
 
 
@@ -161,7 +161,7 @@ def test_images_outside_class_folders_are_counted(tmp_path, log):
     everything = {**members(), "train/preview.jpg": IMAGE}
     for path in (write_tree(tmp_path / "d", everything), write_tar(tmp_path / "a.tar", everything)):
         log.clear()
-        assert len(find_images(str(path), "train")) == 12
+        assert len(build_source(str(path), "train")) == 12
         assert "skipped 1 images outside class folders" in log.text
 
 
@@ -170,8 +170,8 @@ def test_a_folder_next_to_its_archive_is_ambiguous(tmp_path):
     write_tar(tree / "train.tar", {"cat/1.jpg": IMAGE})
     for labels_needed in (True, False):
         with pytest.raises(ValueError, match="contains both train and train.tar, which may differ"):
-            find_images(str(tree), "train", labels_needed=labels_needed)
-    assert len(find_images(str(tree), "val")) == 12
+            build_source(str(tree), "train", labels_needed=labels_needed)
+    assert len(build_source(str(tree), "val")) == 12
 
 
 # ----------------------------------------------------------------------------------- images without labels
@@ -213,7 +213,7 @@ def test_a_train_split_is_taken_where_there_is_one(tmp_path):
 def test_labels_are_the_only_difference(tmp_path):
     """The same images in the same order, so that a run continues as before."""
     tree = str(write_tree(tmp_path / "d"))
-    with_labels, without = find_images(tree, "train"), find_images(tree, "train", labels_needed=False)
+    with_labels, without = build_source(tree, "train"), build_source(tree, "train", labels_needed=False)
     assert names(with_labels) == names(without)
     assert without.classes == []
 
@@ -252,7 +252,7 @@ def test_names_of_any_bytes_are_read_and_can_be_logged(tmp_path):
         os.makedirs(folder)
         with open(folder + b"/" + name + b".jpg", "wb") as file:
             file.write(IMAGE)
-    source = find_images(str(tmp_path / "d"), "train")
+    source = build_source(str(tmp_path / "d"), "train")
     assert len(source) == 4
     assert sorted(source.classes) == sorted(["caf\\xe9", "日本", "new\\nline", "é"])
     for index in range(4):
@@ -261,7 +261,7 @@ def test_names_of_any_bytes_are_read_and_can_be_logged(tmp_path):
         assert "\n" not in source.name(index)
     assert printable("日本/é.jpg") == "日本/é.jpg"
     archive = shutil.make_archive(str(tmp_path / "packed"), "gztar", tmp_path / "d")
-    packed = find_images(archive, "train")
+    packed = build_source(archive, "train")
     assert [packed.classes, packed.read(0)] == [source.classes, IMAGE]
 
 
@@ -269,7 +269,7 @@ def test_names_of_any_bytes_are_read_and_can_be_logged(tmp_path):
 def test_list_files_may_have_a_byte_order_mark_and_windows_line_ends(tmp_path, encoding):
     tree = write_tree(tmp_path / "d")
     (tree / "train.txt").write_bytes("cat/0.jpg 0\r\ndog/1.jpg 1\r\n".encode(encoding))
-    source = find_images(str(tree), "train")
+    source = build_source(str(tree), "train")
     assert names(source) == ["cat/0.jpg", "dog/1.jpg"]
     assert source.labels.tolist() == [0, 1]
 
@@ -277,7 +277,7 @@ def test_list_files_may_have_a_byte_order_mark_and_windows_line_ends(tmp_path, e
 def test_invisible_characters_of_a_list_file_are_shown(tmp_path):
     tree = write_tree(tmp_path / "d", {**members(), "train.txt": "\u200bcat/0.jpg 0\n".encode()})
     with pytest.raises(ValueError, match=r"lists '\\u200bcat/0.jpg', but .*u200bcat/0.jpg does not exist"):
-        find_images(str(tree), "train")
+        build_source(str(tree), "train")
 
 
 # ----------------------------------------------------------------------------------------------- I/O errors
@@ -293,7 +293,7 @@ def waits(monkeypatch):
 @pytest.mark.parametrize("kind", ["folder", "archive"])
 def test_reading_is_tried_again_while_storage_is_gone(tmp_path, kind, waits, monkeypatch):
     path = write_tree(tmp_path / "d") if kind == "folder" else write_tar(tmp_path / "d.tar")
-    source = find_images(str(path), "train")
+    source = build_source(str(path), "train")
     content = source.read(0)
     files_module._descriptors.clear()
     away = path.rename(tmp_path / "away")
@@ -305,7 +305,7 @@ def test_reading_is_tried_again_while_storage_is_gone(tmp_path, kind, waits, mon
 
 
 def test_an_io_error_that_remains_is_no_damage(tmp_path, waits, monkeypatch):
-    source = find_images(str(write_tree(tmp_path / "d")), "train")
+    source = build_source(str(write_tree(tmp_path / "d")), "train")
 
     def fails(*_):
         raise OSError(5, "Input/output error")
@@ -319,7 +319,7 @@ def test_an_io_error_that_remains_is_no_damage(tmp_path, waits, monkeypatch):
 
 def test_a_missing_file_is_not_waited_for(tmp_path, waits):
     tree = write_tree(tmp_path / "d")
-    source = find_images(str(tree), "train")
+    source = build_source(str(tree), "train")
     os.remove(tree / "train/cat/0.jpg")
     with pytest.raises(UnreadableImage, match="does not exist") as error:
         source.load(0)
@@ -328,7 +328,7 @@ def test_a_missing_file_is_not_waited_for(tmp_path, waits):
 
 def test_an_archive_that_was_replaced_by_a_shorter_one_is_an_io_error(tmp_path, waits):
     path = write_tar(tmp_path / "a.tar")
-    source = find_images(str(path), "train")
+    source = build_source(str(path), "train")
     os.truncate(path, 600)
     with pytest.raises(UnreadableImage, match="has become shorter"):
         source.load(int(np.argmax(source.extents[:, 0])))

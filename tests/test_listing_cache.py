@@ -10,7 +10,7 @@ from images import encode, members, picture, write_shards, write_tar
 
 from util.data import archives, listing_cache
 from util.data.archives import list_archive
-from util.data.sources import find_images
+from util.data.sources import build_source
 
 IMAGE = encode(picture())
 
@@ -52,10 +52,10 @@ def test_a_stored_listing_is_the_listing(tmp_path, opened):
 def test_only_changed_shards_are_listed_again(tmp_path, opened):
     path = write_shards(tmp_path / "d/train-{}.tar")
     opened.clear()
-    before = find_images(str(path), "train")
+    before = build_source(str(path), "train")
     assert sorted(opened) == ["train-0000.tar", "train-0001.tar", "train-0002.tar"]
     opened.clear()
-    again = find_images(str(path), "train")
+    again = build_source(str(path), "train")
     assert (opened, again.read(7), again.labels.tolist()) == ([], before.read(7), before.labels.tolist())
 
     newer = encode(picture(seed=99))
@@ -64,7 +64,7 @@ def test_only_changed_shards_are_listed_again(tmp_path, opened):
         info.size = len(newer)
         tar.addfile(info, io.BytesIO(newer))
     opened.clear()
-    assert find_images(str(path), "train").read(5) == newer
+    assert build_source(str(path), "train").read(5) == newer
     assert opened == ["train-0001.tar"]
     assert len(stored(tmp_path / "cache")) == 3  # replaced, not added
 
@@ -110,15 +110,15 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, opened, log):
 
 def test_small_archives_are_not_stored(tmp_path):
     write_shards(tmp_path / "d/train-{}.tar")
-    find_images(str(tmp_path / "d"), "train")
+    build_source(str(tmp_path / "d"), "train")
     assert stored(tmp_path / "cache") == []
     path = write_tar(tmp_path / "a.tar", {f"train/a/{i}.jpg": b"x" for i in range(listing_cache.FEWEST)})
-    find_images(str(path), "train")
+    build_source(str(path), "train")
     assert len(stored(tmp_path / "cache")) == 1
     files = {f"{i}.jpg": b"x" for i in range(-(-listing_cache.FEWEST // 3))}
     for number in range(3):  # a few small shards are not stored, but many are
         write_tar(tmp_path / f"d/train-{number:04d}.tar", files)
-    find_images(str(tmp_path / "d"), "train", labels_needed=False)
+    build_source(str(tmp_path / "d"), "train", labels_needed=False)
     assert len(stored(tmp_path / "cache")) == 4
 
 

@@ -22,7 +22,7 @@ from util.data.segmentation import (
     describe_labels,
     find_pairs,
 )
-from util.data.sources import find_images
+from util.data.sources import build_source
 
 REDUCED, PLAIN = LabelFormat(), LabelFormat(reduce_zero=False)
 
@@ -32,12 +32,12 @@ def png(array):
 
 
 def source(path, split="train", form=REDUCED):
-    return find_pairs(find_images(str(path), None), split, form)
+    return find_pairs(build_source(str(path), None), split, form)
 
 
 def classes_of(path, num_classes=None, form=REDUCED, trust_zero=False):
     counts = [check_files(source(path, split, form)) for split in ("train", "val")]
-    names = class_names(find_images(str(path), None), form)
+    names = class_names(build_source(str(path), None), form)
     return count_classes(counts, names, num_classes, form, trust_zero)
 
 
@@ -75,21 +75,21 @@ def test_names_of_classes(tmp_path):
     for name in [name for name in files if name.endswith(".txt")]:
         del files[name]
     path = write_tree(tmp_path, files)
-    assert class_names(find_images(str(path), None), REDUCED) == []
+    assert class_names(build_source(str(path), None), REDUCED) == []
     assert classes_of(path) == 3  # the largest label
     text = "index\tname\tshare\n0\tvoid\t0.2\n1\twall\t0.5\n2\tsky, heaven\t0.3\n"
     write_tree(tmp_path, {"objectInfo2.txt": text.encode()})
-    assert class_names(find_images(str(path), None), REDUCED) == ["wall", "sky, heaven"]
-    assert class_names(find_images(str(path), None), PLAIN) == ["void", "wall", "sky, heaven"]
+    assert class_names(build_source(str(path), None), REDUCED) == ["wall", "sky, heaven"]
+    assert class_names(build_source(str(path), None), PLAIN) == ["void", "wall", "sky, heaven"]
     text = "Idx\tName\n1\twall\n3\tsky\n"  # label 2 is missing; without the shift, so is label 0
     write_tree(tmp_path, {"objectInfo2.txt": text.encode()})
-    assert class_names(find_images(str(path), None), REDUCED) == ["wall", "label 2", "sky"]
-    assert class_names(find_images(str(path), None), PLAIN) == ["label 0", "wall", "label 2", "sky"]
+    assert class_names(build_source(str(path), None), REDUCED) == ["wall", "label 2", "sky"]
+    assert class_names(build_source(str(path), None), PLAIN) == ["label 0", "wall", "label 2", "sky"]
     write_tree(tmp_path, {"objectInfo2.txt": b"Idx\tName\n0\twall\n1\tsky\n255\tvoid\n"})
-    assert class_names(find_images(str(path), None), PLAIN) == ["wall", "sky"]
+    assert class_names(build_source(str(path), None), PLAIN) == ["wall", "sky"]
     write_tree(tmp_path, {"objectInfo2.txt": b"1 wall\n2 sky\n"})
     with pytest.raises(ValueError, match=r"objectInfo2.txt: expected a tab-separated table with a column 'name'"):
-        class_names(find_images(str(path), None), REDUCED)
+        class_names(build_source(str(path), None), REDUCED)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_an_ignored_label_that_is_a_class(tmp_path):
 def test_names_that_lead_out_of_the_folder(tmp_path):
     """Predictions are written under the names of the images."""
     files = {f"{kind}/training/../../x.{end}": b"" for kind, end in (("images", "jpg"), ("annotations", "png"))}
-    listed = find_images(str(write_tree(tmp_path, ade_files())), None)
+    listed = build_source(str(write_tree(tmp_path, ade_files())), None)
     with pytest.raises(ValueError, match="x.jpg leads out of its folder"):
         find_pairs(replace(listed, names=pack([*files])), "train", REDUCED)
 

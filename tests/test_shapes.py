@@ -32,7 +32,7 @@ def test_every_class_is_drawn_and_differs():
     assert sorted({shapes.draw_shape(0, "train", i)[1] for i in range(10)}) == list(range(10))
     axis = np.linspace(-1.2, 1.2, 64)
     x, y = np.meshgrid(axis, axis)
-    covers = [(shapes._DISTANCE[name](x, y) < 0) for name in shapes.CLASSES]
+    covers = [(shapes._SHAPES[name][0](x, y) < 0) for name in shapes.CLASSES]
     for i, cover in enumerate(covers):
         assert 0.05 < cover.mean() < 0.7, shapes.CLASSES[i]
         for other in covers[i + 1 :]:
@@ -43,9 +43,10 @@ def test_all_classes_cover_the_same_area():
     """Otherwise the mean colour would say something about the class."""
     axis = np.linspace(-1.6, 1.6, 400)
     for name in shapes.CLASSES:
-        scale = np.sqrt(1.6 / shapes._AREA[name])
+        distance, area = shapes._SHAPES[name]
+        scale = np.sqrt(1.6 / area)
         x, y = np.meshgrid(axis / scale, axis / scale)
-        assert (shapes._DISTANCE[name](x, y) < 0).mean() * 3.2**2 == pytest.approx(1.6, rel=0.02), name
+        assert (distance(x, y) < 0).mean() * 3.2**2 == pytest.approx(1.6, rel=0.02), name
 
 
 def test_pixels_say_little_about_the_class():

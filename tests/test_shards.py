@@ -12,7 +12,7 @@ from programs import PRETRAIN, assert_same_training, log_lines, run
 from util.data import files as files_module
 from util.data.classes import class_record, count_classes, match_classes
 from util.data.places import has_split
-from util.data.sources import build_source, find_images
+from util.data.sources import build_source
 from util.data.split_names import expand_braces
 from util.run.options import UserMistake
 
@@ -60,7 +60,7 @@ def test_a_run_on_shards_is_the_run_on_their_folder_and_resumes(tmp_path):
 
 def test_classes_are_matched_by_name(tmp_path):
     """A classifier of class folders is evaluated on shards with names, also of some of its classes."""
-    record = class_record(find_images(str(write_tree(tmp_path / "tree")), "train"))
+    record = class_record(build_source(str(write_tree(tmp_path / "tree")), "train"))
     some = members(classes=("cat-2", "dog"))
     write_shards(tmp_path / "named/val-{}.tar", "val", files=some)
     write_shards(tmp_path / "numbers/val-{}.tar", "val", files=some, label="numbers")
@@ -77,7 +77,7 @@ def test_folders_in_the_keys_name_the_numbers(tmp_path):
     files = {"n1/a.jpg": IMAGE, "n1/a.cls": b"1", "n2/b.jpg": IMAGE, "n2/b.cls": b"0"}
     (tmp_path / "d").mkdir()
     write_tar(tmp_path / "d/train-0.tar", files)
-    source = find_images(str(tmp_path / "d"), "train")
+    source = build_source(str(tmp_path / "d"), "train")
     assert (source.classes, source.numbered) == (["n2", "n1"], True)
 
 
@@ -100,7 +100,7 @@ def test_keys_with_dots(tmp_path, log):
     files |= {"b.left.jpg": IMAGE, "b.right.jpg": IMAGE, "b.cls": b"2"}  # two images of a sample
     files |= {"c.jpg": IMAGE, "c.mask.png": IMAGE, "c.png": IMAGE, "c.cls": b"3"}  # one image, and what else it has
     files |= {"x.y/d.JPEG": IMAGE, "x.y/d.cls": b"4"}
-    source = find_images(shard(tmp_path, files), "train")
+    source = build_source(shard(tmp_path, files), "train")
     expected = [("a.1.jpg", 0), ("a.2.jpg", 1), ("b.left.jpg", 2), ("b.right.jpg", 2), ("c.jpg", 3), ("x.y/d.JPEG", 4)]
     assert pairs(source) == expected
     assert "2 further images of a sample" in log.text
@@ -114,7 +114,7 @@ def test_cls_comes_before_json_and_other_members_are_counted(tmp_path, log):
         "b.txt": b"another",
         "__MACOSX/b.jpg": IMAGE,
     }
-    assert pairs(find_images(shard(tmp_path, files), "train")) == [("a.jpg", 7), ("b.jpg", 4)]
+    assert pairs(build_source(shard(tmp_path, files), "train")) == [("a.jpg", 7), ("b.jpg", 4)]
     assert "skipped 2 files without an image extension, 1 hidden and tool folders" in log.text
 
 
@@ -134,7 +134,7 @@ def test_a_missing_label_matters_in_fine_tuning_only(tmp_path, files):
     assert len(build_source(path, "train", labels_needed=False)) == 2
     match = r"train-000000.tar/k.jpg has no label: expected k.cls .*or k.json with `label` or `cls`. 1 of 2 images"
     with pytest.raises(ValueError, match=match):
-        find_images(path, "train")
+        build_source(path, "train")
 
 
 def test_shards_without_any_label(tmp_path):
@@ -143,20 +143,20 @@ def test_shards_without_any_label(tmp_path):
     assert len(build_source(f"{tmp_path}/d/{{0000..0001}}.tar", "train", labels_needed=False)) == 10
     write_shards(tmp_path / "e/train-{}.tar", label=None, per_shard=99)
     with pytest.raises(ValueError, match=r"train-0000.tar/000000.jpg has no label"):
-        find_images(str(tmp_path / "e"), "train")
+        build_source(str(tmp_path / "e"), "train")
 
 
 def test_numbers_among_names_are_an_error(tmp_path):
     path = shard(tmp_path, {"a.jpg": IMAGE, "a.cls": b"1", "b.jpg": IMAGE, "b.cls": b"dog"})
     with pytest.raises(ValueError, match=r"a.jpg has the label '1' and .*b.jpg 'dog': expected numbers only, or names"):
-        find_images(path, "train")
+        build_source(path, "train")
     path = shard(tmp_path, {"a.jpg": IMAGE, "a.cls": b"123456789012345678901234567890"})
     with pytest.raises(ValueError, match="a.jpg has the label 1234.*: expected numbers of classes"):
-        find_images(path, "train")
+        build_source(path, "train")
 
 
 def test_labels_of_any_bytes(tmp_path):
-    source = find_images(
+    source = build_source(
         shard(tmp_path, {"a.jpg": IMAGE, "a.cls": b"caf\xe9", "b.jpg": IMAGE, "b.cls": b"x\0y"}), "train"
     )
     assert source.classes == ["caf\\xe9", "x\\x00y"]
@@ -171,7 +171,7 @@ def test_the_last_version_of_a_member_counts(tmp_path, log):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    source = find_images(str(path), "train")
+    source = build_source(str(path), "train")
     assert source.read(1) == newer
     assert source.labels.tolist() == [2, 0, 0, 0] + [1] * 4 + [2] * 4
     assert "2 earlier versions of a file" in log.text
@@ -182,7 +182,7 @@ def test_the_last_version_of_a_member_counts(tmp_path, log):
 
 def test_what_could_be_out_of_date_is_reported(tmp_path):
     path = write_shards(tmp_path / "d/train-{}.tar")
-    assert len(find_images(str(path), "train")) == 12
+    assert len(build_source(str(path), "train")) == 12
     stale = {
         "train.tar": "contains both train.tar and train-0000.tar, ...",
         "imagenet-train-00.tar": "contains both imagenet-train-00.tar and train-0000.tar, ...",
@@ -193,21 +193,21 @@ def test_what_could_be_out_of_date_is_reported(tmp_path):
         write_tar(path / name, {"cat/1.jpg": IMAGE})
         for labels_needed in (True, False):
             with pytest.raises(ValueError, match=message):
-                find_images(str(path), "train", labels_needed=labels_needed)
+                build_source(str(path), "train", labels_needed=labels_needed)
         (path / name).unlink()
     write_tree(path / "train", {"cat/1.jpg": IMAGE})
     with pytest.raises(ValueError, match=r"contains both train and train-0000.tar, \.\.\., which may differ"):
-        find_images(str(path), "train")
+        build_source(str(path), "train")
     other = write_tree(tmp_path / "e")
     write_tree(other / "validation", {"cat/1.jpg": IMAGE})
     with pytest.raises(ValueError, match="contains both val and validation"):
-        find_images(str(other), "val")
+        build_source(str(other), "val")
 
 
 def test_archives_next_to_images_in_a_split_are_no_shards(tmp_path, log):
     tree = write_tree(tmp_path / "d")
     write_tar(tree / "train/cat.tar", {"1.jpg": IMAGE})
-    assert len(find_images(str(tree), "train")) == 12
+    assert len(build_source(str(tree), "train")) == 12
     assert "skipped 1 files without an image extension" in log.text
 
 
@@ -215,17 +215,17 @@ def test_missing_shards_are_reported(tmp_path, log):
     path = write_shards(tmp_path / "d/train-{}.tar", per_shard=2)
     (path / "train-0002.tar").unlink()
     (path / "train-0004.tar").unlink()
-    assert len(find_images(str(path), "train")) == 8
+    assert len(build_source(str(path), "train")) == 8
     assert "train-0000.tar and 3 others: numbers 2, 4 are missing" in log.text
     with pytest.raises(ValueError, match="train-0002.tar does not exist"):
-        find_images(f"{path}/train-{{0000..0005}}.tar", "train")
+        build_source(f"{path}/train-{{0000..0005}}.tar", "train")
 
 
 def test_shards_are_in_the_order_of_their_numbers(tmp_path):
     (tmp_path / "d").mkdir()
     for number in range(12):
         write_tar(tmp_path / f"d/train-{number}.tar", {"a.jpg": IMAGE, "a.cls": b"%d" % number})
-    assert find_images(str(tmp_path / "d"), "train").labels.tolist() == list(range(12))
+    assert build_source(str(tmp_path / "d"), "train").labels.tolist() == list(range(12))
 
 
 def test_names_must_say_which_split_shards_are_of(tmp_path):
@@ -233,14 +233,14 @@ def test_names_must_say_which_split_shards_are_of(tmp_path):
     path = str(tmp_path / "d")
     assert len(build_source(path, "train", whole=True)) == 12
     with pytest.raises(ValueError, match=r"looked for train/CLASS/\*.jpg, .*train-000000.tar, found 0000.tar"):
-        find_images(path, "train")
+        build_source(path, "train")
     with pytest.raises(ValueError, match="none of 0000.tar, 0001.tar has train in its name"):
-        find_images(f"{path}/{{0000,0001}}.tar", "train")
+        build_source(f"{path}/{{0000,0001}}.tar", "train")
     with pytest.raises(ValueError, match="twice"):
-        find_images([f"{path}/0000.tar"] * 2, "train", labels_needed=False)
+        build_source([f"{path}/0000.tar"] * 2, "train", labels_needed=False)
     write_shards(tmp_path / "d/train-{}.tar")
     with pytest.raises(ValueError, match="which split is .*0000.tar. A name must contain either train or val"):
-        find_images([f"{path}/0000.tar", f"{path}/train-0001.tar"], "train")
+        build_source([f"{path}/0000.tar", f"{path}/train-0001.tar"], "train")
     assert not has_split(path, "val", None)
 
 
@@ -257,7 +257,7 @@ def test_patterns():
 
 def test_more_shards_than_files_that_may_be_open(tmp_path, monkeypatch):
     path = write_shards(tmp_path / "d/train-{}.tar", per_shard=1)
-    source = find_images(str(path), "train")
+    source = build_source(str(path), "train")
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (32, 32))
     files_module._descriptors.clear()
     data = [source.read(i) for i in (*range(12), *range(12))]
@@ -279,7 +279,7 @@ def test_other_files_that_end_in_cls_are_no_labels(tmp_path):
     path = write_tar(
         tmp_path / "a.tar", {**members(), "train/article.cls": b"LaTeX", "train/cat/0.json": b'{"label": 1}'}
     )
-    assert find_images(str(path), "train").classes == ["cat", "cat-2", "dog"]
+    assert build_source(str(path), "train").classes == ["cat", "cat-2", "dog"]
 
 
 # ----------------------------------------------------------------------------------------------- programs

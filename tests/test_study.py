@@ -9,7 +9,7 @@ from images import write_tar
 from benchmarks import ranking, study, study_report
 from benchmarks.subset import subset
 from models_hpm import mae_vit_micro_patch16
-from util.data.sources import find_images
+from util.data.sources import build_source
 from util.masking import MaskSampler
 
 
@@ -116,7 +116,7 @@ def test_a_run_is_done_if_a_line_of_the_same_budget_says_so(tmp_path, monkeypatc
 def test_a_subset_has_as_many_images_of_each_class(tmp_path):
     whole = write_tar(tmp_path / "whole.tar")
     part = subset(str(whole), {"train": 3, "val": None}, tmp_path / "work")
-    files = find_images(part, "train")
+    files = build_source(part, "train")
     assert sorted(set(files.labels)) == [0, 1, 2]
     assert len(files) == 3
     with pytest.raises(ValueError, match="--train_images 9999"):

@@ -8,7 +8,7 @@ from images import encode, members, picture, write_shards, write_tar, write_tree
 from programs import PRETRAIN, checkpoint, log_lines, ranks, run
 
 from util.data.held_out import Subset, fingerprint, split_off
-from util.data.sources import build_splits, find_images, hold_out
+from util.data.sources import build_source, build_splits, hold_out
 from util.run.checkpoint import check_resumable
 from util.run.folder import read_config
 from util.run.options import UserMistake
@@ -64,7 +64,7 @@ def test_the_parts_depend_on_names_alone(tmp_path):
     held_out = set(names(splits(tree(tmp_path / "d"))[1]))
     assert set(names(splits(tree(tmp_path / "no train folder", prefix=""))[1])) == held_out
     lists = tree(tmp_path / "lists")
-    found = find_images(str(lists), "train")
+    found = build_source(str(lists), "train")
     lines = [f"{os.fsdecode(name)} {9 - label}" for name, label in zip(found.names, found.labels, strict=True)]
     (lists / "train.txt").write_text("\n".join(reversed(lines)))
     assert set(names(splits(lists)[1])) == held_out

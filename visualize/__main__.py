@@ -21,7 +21,7 @@ from models_teacher import TARGETS
 from util.data import transforms
 from util.data.decode import MAX_PIXELS
 from util.data.files import SeveralFiles
-from util.data.sources import ShapesSource, Source, find_images, limited
+from util.data.sources import ShapesSource, Source, build_source
 from util.masking import MaskSampler
 from util.pos_embed import interpolate_pos_embed
 from util.run import distributed, options
@@ -198,12 +198,18 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     source: Source = ShapesSource(args.split or "val")
     named = False
     if args.images is not None:
+        read = partial(
+            build_source,
+            split=args.split,
+            labels_needed=False,
+            value_range=args.value_range,
+            max_image_pixels=args.max_image_pixels,
+            cache_dir=args.cache_dir,
+        )
         try:
-            parts = [find_images(path, args.split, args.cache_dir, labels_needed=False) for path in args.images]
+            source = SeveralFiles([read(path) for path in args.images])
         except ValueError as error:
             raise ValueError(str(error).replace("--data_path", "--images")) from error
-        limits = {"value_range": args.value_range, "max_image_pixels": args.max_image_pixels}
-        source = SeveralFiles([limited(part, **limits) for part in parts])
         named = len(source) == len(args.images)  # one per path: no folder or archive of several
     if named and args.num_images is None:
         return read_crops(source, range(len(source)), range(len(source)), args.input_size, strict=True)

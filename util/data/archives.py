@@ -10,7 +10,6 @@ import shutil
 import tarfile
 import time
 import zlib
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from util.data.files import printable, summarize
@@ -143,14 +142,12 @@ def below_split(listing: Listing, split: str, whole: bool) -> Listing:
         found = summarize([printable(top) for top in tops]) or "no images"
         raise NoSuchSplit(f"{listing.root}: looked for {split}/CLASS/*.jpg, found {found} at the top level")
 
-    def strip(names: Iterable[str]) -> dict[str, str]:
-        return {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-
+    cut = len(prefix)
     return Listing(
         listing.root,
-        {short: listing.images[name] for name, short in strip(listing.images).items()},
-        set(strip(listing.folders).values()),
-        {short: listing.labels[name] for name, short in strip(listing.labels).items()},
+        {name[cut:]: extent for name, extent in listing.images.items() if name.startswith(prefix)},
+        {name[cut:] for name in listing.folders if name.startswith(prefix)},
+        {name[cut:]: label for name, label in listing.labels.items() if name.startswith(prefix)},
         listing.skipped,
     )
 

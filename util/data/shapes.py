@@ -63,32 +63,19 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.sort(_edge_distances(x, y, _PENTAGRAM), axis=0)[3]  # the second largest
 
 
-# Signed distances, negative inside, of shapes about as large as the unit circle.
-_DISTANCE = {
-    "arrow": _arrow,
-    "circle": _circle,
-    "crescent": lambda x, y: np.maximum(_circle(x, y), -_circle(x - 0.5, y, 0.8)),
-    "cross": lambda x, y: np.minimum(_box(x, y, 0.33, 1.0), _box(x, y, 1.0, 0.33)),
-    "diamond": lambda x, y: _polygon(x, y, [(0.0, 1.0), (-0.55, 0.0), (0.0, -1.0), (0.55, 0.0)]),
-    "half": lambda x, y: np.maximum(_circle(x, y), -y),
-    "ring": lambda x, y: np.maximum(_circle(x, y), -_circle(x, y, 0.6)),
-    "square": lambda x, y: _box(x, y, 0.8, 0.8),
-    "star": _star,
-    "triangle": lambda x, y: _polygon(x, y, _TRIANGLE),
-}
-
-# Their areas, to draw all of them equally large.
-_AREA = {
-    "arrow": 1.59,
-    "circle": 3.14,
-    "crescent": 1.53,
-    "cross": 2.21,
-    "diamond": 1.1,
-    "half": 1.57,
-    "ring": 2.01,
-    "square": 2.56,
-    "star": 1.13,
-    "triangle": 1.3,
+# Shapes about as large as the unit circle: signed distances, negative inside, and their areas, to draw all of them
+# equally large.
+_SHAPES = {
+    "arrow": (_arrow, 1.59),
+    "circle": (_circle, 3.14),
+    "crescent": (lambda x, y: np.maximum(_circle(x, y), -_circle(x - 0.5, y, 0.8)), 1.53),
+    "cross": (lambda x, y: np.minimum(_box(x, y, 0.33, 1.0), _box(x, y, 1.0, 0.33)), 2.21),
+    "diamond": (lambda x, y: _polygon(x, y, [(0.0, 1.0), (-0.55, 0.0), (0.0, -1.0), (0.55, 0.0)]), 1.1),
+    "half": (lambda x, y: np.maximum(_circle(x, y), -y), 1.57),
+    "ring": (lambda x, y: np.maximum(_circle(x, y), -_circle(x, y, 0.6)), 2.01),
+    "square": (lambda x, y: _box(x, y, 0.8, 0.8), 2.56),
+    "star": (_star, 1.13),
+    "triangle": (lambda x, y: _polygon(x, y, _TRIANGLE), 1.3),
 }
 
 
@@ -137,14 +124,15 @@ def draw_shape(seed: int, split: str, index: int, size: int = 64) -> tuple[np.nd
 
 def _paint_shape(draw: _Draw, image: np.ndarray, centres: np.ndarray, name: str, x0: float, y0: float) -> None:
     """One shape with its centre at (x0, y0), in place, bright or dark."""
-    scale = draw.uniform(0.24, 0.34) * np.sqrt(1.6 / _AREA[name])
+    distance_to, area = _SHAPES[name]
+    scale = draw.uniform(0.24, 0.34) * np.sqrt(1.6 / area)
     cosine, sine = draw.rotation(0.2)  # up to 23 degrees either way
     sign = 1 - 2 * draw.choice(2)
     reach = 1.2 * scale + 2 / len(centres)  # no shape is larger; the rest of the image stays as it is
     near = [slice(*np.searchsorted(centres, (middle - reach, middle + reach))) for middle in (-y0, x0)]
     image = image[tuple(near)]  # a view
     x, y = (centres[near[1]] - x0) / scale, ((-centres[near[0]] - y0) / scale)[:, None]
-    distance = _DISTANCE[name](x * cosine + y * sine, y * cosine - x * sine) * (scale * len(centres) / 2)  # in pixels
+    distance = distance_to(x * cosine + y * sine, y * cosine - x * sine) * (scale * len(centres) / 2)  # in pixels
     colour = 0.5 + sign * draw.uniform(0.3, 0.5) + draw.tint()
     image += (colour - image) * _cover(distance)
 

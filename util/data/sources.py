@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from util.data import shapes
 from util.data.archives import ARCHIVE_SUFFIXES, below_split, decompressed, list_archive
 from util.data.arrow import ArrowImages, is_arrow, open_arrow
-from util.data.classes import class_record, match_classes
+from util.data.classes import Labelled, class_record, match_classes
 from util.data.decode import MAX_PIXELS, UnreadableImage, ValueRange, default_range, read_values, to_8_bits
 from util.data.files import ImageFiles, SeveralFiles, pack
 from util.data.held_out import Subset, split_off
@@ -28,14 +28,8 @@ Files = ImageFiles | SeveralFiles | ArrowImages
 OnRankZero = Callable[[Callable[[], Any]], Any]
 
 
-class Source(Protocol):
+class Source(Labelled, Protocol):
     """Images by index. `labels` is (N,) int64, `classes` their names (empty if labels are only numbers)."""
-
-    @property
-    def labels(self) -> np.ndarray: ...
-
-    @property
-    def classes(self) -> list[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -62,30 +56,6 @@ class ShapesSource:
 
     def name(self, index: int) -> str:
         return f"Shapes {self.split} {index}"
-
-
-def find_images(
-    data_path: str | list[str],
-    split: str | None,
-    cache_dir: str | None = None,
-    *,
-    labels_needed: bool = True,
-) -> Files:
-    """List the images of a split; with `split` None, every image under the path (for pictures and benchmarks).
-
-    Args:
-        data_path: a folder with `SPLIT/CLASS/*.jpg`, or with `SPLIT.txt` (official list files), or with `SPLIT.tar`;
-            or a .tar archive that holds `SPLIT/CLASS/*.jpg`. `.tar.gz` is decompressed once into the cache. Or
-            WebDataset shards or a Hugging Face data set (docs/data.md).
-        cache_dir: default ~/.cache/hpm.
-        labels_needed: without it, images need no class folders.
-
-    Raises:
-        ValueError: no such images.
-    """
-    labels_needed = labels_needed and split is not None
-    place = find_place(data_path, split, not labels_needed)
-    return _read_place(place, data_path, split, cache_dir, labels_needed, not labels_needed)
 
 
 def _read_place(
@@ -153,7 +123,9 @@ def limited(files: Files, **limits: Any) -> Files:
 def _roots(files: Files) -> list[str]:
     if isinstance(files, SeveralFiles):
         return [root for part in files.parts for root in _roots(part)]
-    return [files.path(0) if is_one_file(files) else files.root]
+    if isinstance(files, ImageFiles) and files.extents is None and len(files) == 1:
+        return [files.path(0)]
+    return [files.root]
 
 
 def build_source(
@@ -168,15 +140,18 @@ def build_source(
     cache_dir: str | None = None,
     on_rank_zero: OnRankZero = lambda find: find(),
 ) -> Source:
-    """The images of a split ("train" or "val"); Shapes if `data_path` is None.
+    """The images of a split; with `split` None, every image under the path. Shapes if `data_path` is None.
 
     Args:
-        data_path: a path or pattern; several if they are shards, or without `labels_needed` any, whose images follow
-            each other.
+        data_path: a folder with `SPLIT/CLASS/*.jpg`, or with `SPLIT.txt` (official list files), or with `SPLIT.tar`;
+            or a .tar archive that holds `SPLIT/CLASS/*.jpg`. `.tar.gz` is decompressed once into the cache. Or
+            WebDataset shards or a Hugging Face data set (docs/data.md). A list of paths if they are shards, or without
+            `labels_needed` of any kind, whose images follow each other.
         labels_needed: without it, as for pre-training, images need no class folders.
         whole: without labels, or if a part is held out: where there is no "train" split, every image under the path
             belongs to it.
         value_range, max_image_pixels: as in `decode_rgb`.
+        cache_dir: default ~/.cache/hpm.
         on_rank_zero: lists on rank 0 and broadcasts the result (util.run.distributed.from_rank_zero).
 
     Raises:
@@ -206,10 +181,6 @@ def build_source(
                 if overlaps(root, other):
                     raise ValueError(f"--data_path: {other} and {root} overlap, so images would be used twice")
     return parts[0] if len(parts) == 1 else SeveralFiles(parts)
-
-
-def is_one_file(files: Files) -> TypeGuard[ImageFiles]:
-    return isinstance(files, ImageFiles) and len(files) == 1 and files.extents is None
 
 
 def build_splits(

@@ -164,7 +164,6 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, script: str) -> None:
-        self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
             if (path / CONFIG).exists() and (owner := read_config(path).get("script")) != script:

@@ -79,8 +79,7 @@ def resolve_training(given: argparse.Namespace, world: World, *, warmup_epochs: 
     """
     per_step = given.batch_size * world.size
     if given.global_batch is None:
-        given.accum_iter = given.accum_iter or 1
-        given.global_batch = per_step * given.accum_iter
+        given.global_batch = per_step * (given.accum_iter or 1)
     elif given.accum_iter is not None:
         raise ValueError(f"--global_batch {given.global_batch} sets --accum_iter: give one of the two, not both")
     elif given.global_batch % per_step:

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from util.data.classes import class_record, count_classes, label_as, match_classes
@@ -140,11 +139,12 @@ def read_knn_splits(given: argparse.Namespace) -> dict[str, Source]:
 def evaluation_loader(
     given: argparse.Namespace,
     source: Source,
-    crop: Callable[[Any], Tensor],
+    crop: Callable[[Any], Any],
     world: World,
+    batch_size: int | None = None,
     dataset: type[ImageDataset] = ImageDataset,
 ) -> DataLoader:
-    """Batches of this rank's part of the images, each image once over all ranks."""
-    sampler = ShardSampler(len(source), given.batch_size, world.rank, world.size)
+    """Batches of this rank's part of the images, each image once over all ranks; of --batch_size by default."""
+    sampler = ShardSampler(len(source), batch_size or given.batch_size, world.rank, world.size)
     pin_memory = given.pin_mem and given.device == "cuda"
     return build_loader(dataset(source, crop), sampler, given.num_workers, pin_memory)
