@@ -33,6 +33,16 @@ def test_it_equals_brute_force(k):
     assert knn.knn_classifier(*data(), k=k, T=0.07, num_classes=7) == pytest.approx(brute_force(*data(), k, 0.07, 7))
 
 
+@pytest.mark.parametrize("T", [0.07, 0.005])
+def test_similar_images_at_any_temperature(T):
+    """exp(0.99 / T) is beyond float32 for T < 0.011, in votes that are decided by the temperature."""
+    train, train_labels, test, labels = data()
+    together = [F.normalize(x + 20 * train[:1], dim=1) for x in (train, test)]
+    expected = knn.knn_classifier(together[0].double(), train_labels, together[1].double(), labels, 5, T, 7)
+    assert knn.knn_classifier(together[0], train_labels, together[1], labels, 5, T, 7) == expected
+    assert expected[0] < expected[1]
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64, 10_000])
 def test_chunks_change_nothing(chunk):
     train, _, test, _ = data()

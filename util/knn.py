@@ -39,7 +39,8 @@ def knn_correct(
 ) -> dict[int, tuple[int, int]]:
     """Features (N, E), labels (N,), queries (Q, E), their labels (Q,) -> per k, correct in the top 1 and the top 5.
 
-    Each of the k neighbours votes for its label with weight exp(similarity / T). Ties go to the lower class index.
+    Each of the k neighbours votes for its label with weight exp(similarity / T), up to a factor per query. Ties go to
+    the lower class index.
 
     Raises:
         ValueError: k exceeds the number of training features.
@@ -49,7 +50,8 @@ def knn_correct(
     correct = {k: [0, 0] for k in ks}
     for start in range(0, len(queries), query_chunk):
         similarity, index = nearest(train_features, queries[start : start + query_chunk], max(ks))
-        voted, weight = train_labels[index], (similarity / T).exp()  # (Q, K)
+        nearer = similarity - similarity[:, :1]  # relative to the nearest, so that small T cannot overflow
+        voted, weight = train_labels[index], (nearer / T).exp()  # (Q, K)
         target = labels[start : start + query_chunk, None]
         for k in ks:
             votes = weight.new_zeros(len(voted), num_classes).scatter_add_(1, voted[:, :k], weight[:, :k])
