@@ -16,7 +16,7 @@ from util.knn import nearest
 from util.miou import ConfusionMatrix, Scores
 from util.rng import generator
 from util.run.amp import Amp
-from util.run.distributed import all_reduce_sum
+from util.run.distributed import all_reduce_sum, gather
 
 log = logging.getLogger("hpm")
 
@@ -61,6 +61,9 @@ def extract_patches(
         for row, values, number in zip(rows, classes, index.tolist(), strict=True):
             chosen = torch.randperm(len(row), generator=generator(seed, number))[: labels.shape[1]].sort().values
             features[number], labels[number] = row[chosen], values[chosen]
+    shape = max(gather(tuple(features.shape[1:])), key=len)  # (P, E); a rank may have no image
+    if len(features) == 0:
+        features, labels = torch.zeros(count, *shape), torch.zeros(count, shape[0], dtype=torch.uint8)
     for part in [*features.split(64), *labels.split(65536)]:  # other ranks' rows are zero here
         part.copy_(all_reduce_sum(part.to(amp.device)))
     return features, labels

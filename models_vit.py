@@ -85,7 +85,8 @@ class VisionTransformer(timm_vit.VisionTransformer):
 class FeatureNorm(nn.Module):
     """Batch norm without affine parameters (MAE's linear probe), for features without gradients: (B, E) -> (B, E).
 
-    In training it uses the statistics of the batches of all ranks, so a probe does not depend on the world size.
+    In training it uses the statistics of a micro-batch of all ranks, so a probe depends on --accum_iter, but not on how
+    a micro-batch is spread over the ranks.
     """
 
     running_mean: Tensor

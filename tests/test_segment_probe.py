@@ -46,6 +46,13 @@ def test_patches_are_rows_in_the_order_of_the_grid():
     assert torch.equal(classes, probe.patch_labels(labels, (2, 3)))
 
 
+def test_a_rank_without_images_takes_part(monkeypatch):
+    """There may be more ranks than training images."""
+    monkeypatch.setattr(probe, "gather", lambda shape: [shape, (6, 3)])
+    features, classes = probe.extract_patches(encode, [], AMP, 5, 100, seed=0)
+    assert (features.shape, classes.shape) == ((5, 6, 3), (5, 6))
+
+
 def test_a_limit_on_memory_draws_patches_of_every_image():
     """The same ones whatever the order and the batches."""
     images, labels = torch.randn(5, 3, 8, 12), torch.randint(0, 3, (5, 8, 12), dtype=torch.uint8)

@@ -16,7 +16,7 @@ PROBES = ("knn", "logreg")
 # Options that must not change on resume: weights and schedule depend on them.
 FIXED = [
     *["head", "model", "patch_size", "crop", "nb_classes", "reduce_zero_label", "ignore_index"],
-    *["steps", "eval_interval", "global_batch"],
+    *["steps", "eval_interval", "global_batch", "decay_positions"],
 ]
 
 # Options that have no effect with a head.
