@@ -123,6 +123,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     resolve.resolve_val_fraction(args, recorded)
     resolve.fill_in(args, {"crop_pct": resolve.evaluation_crop(args.input_size, recorded)})
     if args.eval and meta.get("script", SCRIPT) == SCRIPT:  # an export names no script
+        resolve.reject_changes(args, get_args_parser(), recorded, ["global_pool"])
         args.global_pool = recorded.get("global_pool", args.global_pool)
     resolve.resolve_training(args, world, warmup_epochs=5, num_workers=10)
     if args.lr is None:

@@ -9,6 +9,7 @@ Each --blr trains a head of its own, all in one pass over the features. docs/eva
 import argparse
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from util.data.loader import EpochSampler, build_loader
 from util.data.sources import Source
 from util.lars import LARS
 from util.run import classwise, distributed, options, resolve
-from util.run.checkpoint import Run, find_resume
+from util.run.checkpoint import Run, find_resume, read_run
 from util.run.folder import create, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
@@ -144,15 +145,16 @@ def main(argv: list[str] | None = None) -> None:
     # Options and paths: mistakes end here, before a model is built.
     with options.user_mistakes():
         world = distributed.read_environment()
-        args = resolve_options(get_args_parser().parse_args(argv), world)
+        given = get_args_parser().parse_args(argv)
+        args = resolve_options(given, world)
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
         pin_memory = args.pin_mem and device.type == "cuda"
         folder = run_folder(args.output_dir, args.experiment, SCRIPT)
         run, trained = None, None
         if args.eval:  # reads the run, and writes its per-class results
-            newest = args.auto_resume and not args.resume
-            found = distributed.from_rank_zero(lambda: find_resume(folder, args.resume, newest))
+            named = args.resume and Path(args.resume)
+            found = distributed.from_rank_zero(lambda: (named, read_run(named)) if named else find_resume(folder))
             if found is None:
                 raise ValueError(f"--eval: name the probe's checkpoint with --resume; {folder} holds none")
             trained = found[1]
@@ -160,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--eval: {found[0]} is of a run of {trained['script']}, not of {SCRIPT}")
             log.info("probe     %s", found[0])
             distributed.from_rank_zero(lambda: create(folder, "--output_dir"))
+            resolve.reject_changes(given, get_args_parser(), trained["options"], FIXED)
             for name in (*FIXED, "classes"):  # the probe is evaluated as it was trained
                 setattr(args, name, trained["options"].get(name))
         else:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import main_finetune
 import models_vit
+from util.run import loop
 from util.run.distributed import World
 from util.run.folder import RunFolder
 
@@ -123,6 +124,18 @@ def test_a_head_alone_is_the_head_among_others(tmp_path, pretrained):
         assert f"probe     {tmp_path}/{evaluated}/checkpoint-last.pth" in run("main_linprobe", *FINETUNE, *given)
 
 
+@pytest.mark.parametrize(
+    ("script", "option", "trained"),
+    [("main_linprobe", ["--input_size", 32], 16), ("main_finetune", ["--cls_token"], True)],
+)
+def test_an_evaluation_changes_no_setting_of_the_training(tmp_path, pretrained, capsys, script, option, trained):
+    start(script, tmp_path, pretrained, "--max_steps", 1)
+    given = ["--resume", tmp_path / "checkpoint-last.pth", "--finetune", pretrained, "--output_dir", tmp_path, *option]
+    with pytest.raises(SystemExit):
+        run(script, "--eval", "--shapes_val", 21, *given)
+    assert f"the checkpoint was trained with {trained}: omit the option" in capsys.readouterr().err
+
+
 def test_a_probe_keeps_its_pixels(tmp_path, pretrained):
     """Mean, std and value range given in its training, not those of the encoder, for --eval and on resume."""
     given = [*FINETUNE, "--finetune", pretrained, "--output_dir", tmp_path]
@@ -149,6 +162,29 @@ def test_a_run_resumed_elsewhere_has_a_best_checkpoint_of_its_own(tmp_path, pret
     log = start("main_finetune", tmp_path / "b", pretrained, "--epochs", 3, "--resume", path, "--start_epoch", 2)
     assert (tmp_path / "b/checkpoint-best.pth").exists()
     assert f"--start_epoch 2 has no effect: the checkpoint says epoch {state['epoch']}" in log
+
+
+def test_killed_while_the_end_of_an_epoch_is_saved(tmp_path, pretrained, monkeypatch):
+    """The epoch is evaluated again; the log has it once, and the best checkpoint is that of the log."""
+    save_run, epochs = loop.save_run, []
+
+    def killed(folder, state, also):
+        epochs.append(state["epoch"])
+        if epochs.count(2) == 1 and state["epoch"] == 2:
+            raise OSError("killed")
+        save_run(folder, state, also)
+
+    monkeypatch.setattr(loop, "save_run", killed)
+    with pytest.raises(OSError, match="killed"):
+        start("main_finetune", tmp_path, pretrained, "--epochs", 3)
+    start("main_finetune", tmp_path, pretrained, "--epochs", 3)
+    lines = log_lines(tmp_path)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert [("epoch_seconds" in line) for line in lines] == [True, False, True]
+    accuracy = [line["test_acc1"] for line in lines]
+    best = checkpoint(tmp_path, "checkpoint-best.pth")
+    assert best["epoch"] - 1 == accuracy.index(max(accuracy))
+    assert lines[-1]["best_acc1"] == best["extra"]["best"] == max(accuracy)
 
 
 @pytest.mark.parametrize("script", TRAINING)

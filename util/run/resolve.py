@@ -40,6 +40,20 @@ def resolve_settings(given: argparse.Namespace, meta: dict[str, Any], names: Ite
             setattr(given, name, DEFAULTS[name])
 
 
+def reject_changes(
+    given: argparse.Namespace, parser: argparse.ArgumentParser, recorded: dict[str, Any], names: Iterable[str]
+) -> None:
+    """Of an evaluation, which takes these settings from the checkpoint.
+
+    Raises:
+        ValueError: another value was given.
+    """
+    for name in names:
+        value, trained = getattr(given, name), recorded.get(name)
+        if name in recorded and value not in (parser.get_default(name), trained):
+            raise ValueError(f"--eval: --{name} is {value}, the checkpoint was trained with {trained}: omit the option")
+
+
 def resolve_which(given: argparse.Namespace) -> None:
     """Resolve --which from the official --teacher, in place.
 
