@@ -261,10 +261,11 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
     row["finetune"] = read_log(folder / "finetune")[-1]["test_acc1"]
     for name in ("loss_rec", "rank_acc"):
         row[name] = [round(line[f"train_{name}"], 5) for line in epochs_log if f"train_{name}" in line]
-    rate = statistics.median(line["images_per_s"] for line in epochs_log)  # robust to other load during some epochs
+    timed = [line for line in epochs_log if "images_per_s" in line]  # resumed epochs are not
+    rate = statistics.median(line["images_per_s"] for line in timed)  # robust to other load during some epochs
     images = json.loads((folder / "pretrain/config.json").read_text())["options"]["steps_per_epoch"] * args.batch_size
     row["images_per_s"], row["seconds"] = round(rate, 1), round(epochs * images / rate, 1)
-    row["data_wait"] = round(sum(line["data_wait"] for line in epochs_log) / len(epochs_log), 4)
+    row["data_wait"] = round(sum(line["data_wait"] for line in timed) / len(timed), 4)
     row["spearman"] = rank_correlations(args, folder / "pretrain" / LAST, device)
     row["device"] = (
         torch.cuda.get_device_name()

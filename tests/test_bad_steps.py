@@ -194,6 +194,17 @@ def test_too_many_in_a_row_end_the_run_with_a_report_and_the_last_good_checkpoin
     assert report["files"][0].startswith("Shapes train ")
 
 
+def test_a_short_run_says_that_it_learned_nothing(tmp_path, monkeypatch):
+    """--max_steps ends before the first line of the log is due."""
+    poisoned(monkeypatch, range(99))
+    with pytest.raises(NonFinite, match=r"4 consecutive steps, more than --max_bad_steps 3"):
+        run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path, "--max_bad_steps", 3, "--max_steps", 4,
+            "--log_interval", 99)  # fmt: skip
+    log = run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path / "b", "--max_steps", 2, "--log_interval", 99)
+    assert "epoch 1/2  step 2/6  loss" in log
+    assert "Skipped 2 steps with a non-finite loss or gradient" in log
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_are_safe_in_half_precision(dtype):
     """The largest values of the format, equal ones and tiny ones give finite losses and gradients."""

@@ -76,6 +76,36 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_all_names_of_a_checkpoint_or_none(tmp_path, monkeypatch):
+    """Where the best checkpoint cannot be written, the epoch is not complete."""
+    checkpoint.save_run(tmp_path, state(1), [folder.BEST])
+
+    original = os.link
+
+    def fails(source, target):
+        if "best" in str(target):
+            raise OSError(errno.EIO, "I/O error")
+        original(source, target)
+
+    monkeypatch.setattr(os, "link", fails)
+    monkeypatch.setattr(folder.shutil, "copyfile", fails)
+    with pytest.raises(OSError, match=r"could not write .*checkpoint-best.pth"):
+        checkpoint.save_run(tmp_path, state(2), [folder.BEST])
+    assert checkpoint.find_resume(tmp_path)[1]["epoch"] == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_best_accuracy_is_that_of_the_best_checkpoint(tmp_path, log):
+    """Unless the run has gone back to an epoch before it."""
+    assert checkpoint.best_accuracy(tmp_path, 5) is None
+    checkpoint.save_run(tmp_path, state(2, extra={"best": 70.0}), [folder.BEST])
+    checkpoint.save_run(tmp_path, state(3, extra={"best": 70.0}))
+    assert [checkpoint.best_accuracy(tmp_path, epochs) for epochs in (1, 2, 3)] == [None, 70.0, 70.0]
+    (tmp_path / folder.BEST).write_bytes(b"damaged")
+    assert checkpoint.best_accuracy(tmp_path, 3) is None
+    assert "the best accuracy starts anew" in log.text
+
+
 def test_a_damaged_file_gives_way_to_the_one_before(tmp_path, caplog):
     for epoch in (1, 2):
         checkpoint.save_run(tmp_path, state(epoch))
@@ -94,7 +124,7 @@ def test_a_damaged_file_gives_way_to_the_one_before(tmp_path, caplog):
         checkpoint.find_resume(tmp_path)
 
 
-def test_where_a_run_goes_on(tmp_path):
+def test_where_a_run_goes_on(tmp_path, log):
     def find(resume="", auto_resume=True):
         found = checkpoint.find_resume(tmp_path / "run", resume, auto_resume)
         return found and (found[0].name, found[1]["epoch"])
@@ -106,9 +136,12 @@ def test_where_a_run_goes_on(tmp_path):
     checkpoint.save_run(tmp_path / "run", state(1))
     assert find() == ("checkpoint-last.pth", 1)
     assert find(resume=str(tmp_path / "other.pth")) == ("checkpoint-last.pth", 1)  # what the run itself reached
-    assert find(resume=str(tmp_path / "other.pth"), auto_resume=False) == ("other.pth", 7)
-    with pytest.raises(ValueError, match="holds a run"):
-        find(auto_resume=False)
+    assert f"--resume {tmp_path}/other.pth is not used: {tmp_path}/run holds a run" in log.text
+    for resume in ("", str(tmp_path / "other.pth")):
+        with pytest.raises(ValueError, match="holds a run"):
+            find(resume, auto_resume=False)
+    checkpoint.save_run(tmp_path / "run", state(2), ["checkpoint-2.pth"])
+    assert find(f"{tmp_path}/run/../run/checkpoint-2.pth", auto_resume=False) == ("checkpoint-2.pth", 2)
     (tmp_path / "run/config.json").write_text(json.dumps({"script": "main_finetune"}))
     with pytest.raises(ValueError, match="holds a run of main_finetune, not of main_pretrain"):
         folder.RunFolder(tmp_path / "run", "main_pretrain")

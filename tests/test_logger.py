@@ -1,9 +1,11 @@
 """The log of a run: files and console."""
 
+import errno
 import io
 import itertools
 import json
 import logging
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -32,7 +34,7 @@ def take_steps(bar, count, report_at=()):
         bar.step += 1
         bar.bar.update()
         if bar.step in report_at:
-            bar.report({"loss": 0.5, "lr": 1e-4})
+            bar.report({"loss": 0.5, "lr": 1e-4}, last=bar.step == bar.steps)
 
 
 def run_logger(folder, log_dir=None, position=0.0):
@@ -69,11 +71,42 @@ def test_a_terminal_has_a_bar_and_keeps_one_line_per_epoch(tmp_path, lines, monk
 
 
 def test_summary_of_an_epoch():
+    """Of a whole one: where it was resumed, the time before is unknown."""
     bar = progress(run_logger(None, "unused"))
     take_steps(bar, 4)
     bar.waited = 2.0
     times = bar.summary(until=bar.began + 8)
     assert times == {"epoch_seconds": 8, "images_per_s": 5, "data_wait": 0.25}
+    bar.first_step = 1
+    assert bar.summary(until=bar.began + 8) == {}
+
+
+@pytest.mark.parametrize("fault", [errno.EPIPE, errno.EIO])
+def test_where_nobody_reads_the_output(fault, monkeypatch):
+    """Outside a training run the program ends quietly; in one it is a lost terminal; under nohup nothing changes."""
+
+    def gone(*_, **__):
+        raise OSError(fault, "gone")
+
+    def write():
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=gone, flush=gone))
+        logs.setup_logging(True)
+        logs.log.info("a line")
+        logs.log.info("another line")
+
+    noted = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit, match="141"):
+            write()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        write()
+        signal.signal(signal.SIGHUP, lambda *_: noted.append(1))
+        write()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        logs.log.handlers.clear()
+    assert noted == [1]
 
 
 def test_log_and_tensorboard(tmp_path):

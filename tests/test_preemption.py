@@ -127,6 +127,19 @@ def test_ctrl_c_saves_like_sigterm(tmp_path):
         assert checkpoint(tmp_path / number.name)["stopped"] == number.name
 
 
+def test_a_run_whose_output_nobody_reads_is_saved(tmp_path):
+    """As if `| tee` is killed: the next line of the log stops it like a lost terminal."""
+    options = [*TRAINING["main_pretrain"], "--log_interval", 1, "--epochs", 50, "--output_dir", tmp_path]
+    words = command("main_pretrain", options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen(words, **pipes, preexec_fn=heed_signals) as process:
+        steps_shown(process, 2)
+        process.stdout.close()
+        shown = process.stderr.read()
+    assert (process.returncode, shown) == (75, "")
+    assert checkpoint(tmp_path)["stopped"] == "SIGHUP"
+
+
 def test_a_second_ctrl_c_stops_at_once():
     bare = Watch.__new__(Watch)
     bare._noted = 0

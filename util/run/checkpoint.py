@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from util.run.distributed import from_rank_zero
-from util.run.folder import LAST, PREVIOUS, RunFolder, link, write_file
+from util.run.folder import BEST, LAST, PREVIOUS, RunFolder, link, write_file
 from util.weights.load import FORMAT, read_meta
 from util.weights.read import read_file
 
@@ -42,9 +42,7 @@ def save_run(folder: Path, state: dict[str, Any], also: Iterable[str] = ()) -> N
     last = folder / LAST
     if last.exists():
         link(last, folder / PREVIOUS)
-    write_file(last, {"format": FORMAT, "version": VERSION, **state})
-    for name in also:
-        link(last, folder / name)
+    write_file(last, {"format": FORMAT, "version": VERSION, **state}, [folder / name for name in also])
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
@@ -64,11 +62,24 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def best_accuracy(folder: Path, epochs: int) -> float | None:
+    """That of a folder's best checkpoint; None without one, or if it is of later epochs than those completed, since
+    the run has gone back."""
+    if not (folder / BEST).exists():
+        return None
+    try:
+        state = read_file(folder / BEST, tensors=False)
+    except ValueError as error:
+        log.warning("%s: the best accuracy starts anew", error)
+        return None
+    return state["extra"].get("best") if state["epoch"] <= epochs else None
+
+
 def find_resume(folder: Path, resume: str = "", auto_resume: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that a run resumes from and its content, in this order:
 
     1. with `auto_resume` the newest complete one of its own folder, so that the same command can be started again;
-    2. the file `resume`;
+    2. the file `resume`; without `auto_resume` it may be an earlier one of the same folder;
     3. none: a new run.
 
     Raises:
@@ -78,17 +89,22 @@ def find_resume(folder: Path, resume: str = "", auto_resume: bool = True) -> tup
     for name in (LAST, PREVIOUS) if auto_resume else ():
         if (folder / name).exists():
             try:
-                return folder / name, read_run(folder / name)
+                state = read_run(folder / name)
+                if resume and Path(resume).resolve() != (folder / name).resolve():
+                    log.info("--resume %s is not used: %s holds a run (see --no-auto_resume)", resume, folder)
+                return folder / name, state
             except ValueError as error:
                 problems.append(str(error))
                 log.warning("%s", error)
     if problems:
         raise ValueError(f"no checkpoint in {folder} can be read: {'; '.join(problems)}")
-    if resume:
-        return Path(resume), read_run(resume)
-    if (folder / LAST).exists():
-        raise ValueError(f"{folder} holds a run: omit --no-auto_resume to resume it, or choose another folder")
-    return None
+    own = resume and Path(resume).resolve().parent == folder.resolve()
+    if (folder / LAST).exists() and not own:
+        raise ValueError(
+            f"{folder} holds a run: omit --no-auto_resume to resume it, choose another folder, or go back in it with "
+            "--resume and one of its own checkpoints"
+        )
+    return (Path(resume), read_run(resume)) if resume else None
 
 
 def read_resumed(folder: Path, resume: str, auto_resume: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,8 +32,11 @@ CONFIG, LOG, BAD_IMAGES, BAD_STEPS = "config.json", "log.jsonl", "bad_images.txt
 LOCK = ".lock"
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], Any], also: Iterable[Path] = ()) -> None:
     """Write a file so that under its name there is always a complete one, also after a power failure.
+
+    Args:
+        also: further names of the new file, which it is given before its own: if `path` is new, so are they.
 
     Raises:
         OSError: the disk is full or read-only; the previous file is intact.
@@ -44,6 +47,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        for name in also:
+            link(partial, name)
         _rename(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise _not_written(path, partial, error) from error
@@ -54,9 +59,9 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
-def write_file(path: Path, content: dict[str, Any]) -> None:
+def write_file(path: Path, content: dict[str, Any], also: Iterable[Path] = ()) -> None:
     """`torch.save` as `write_atomic`."""
-    write_atomic(path, lambda file: torch.save(content, file))
+    write_atomic(path, lambda file: torch.save(content, file), also)
 
 
 def link(source: Path, target: Path) -> None:

@@ -1,11 +1,13 @@
 """The only writer of a run's log: console, log.jsonl, TensorBoard, config.json."""
 
+import errno
 import io
 import json
 import logging
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -31,9 +33,19 @@ class _ThroughBar(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has read enough: end quietly
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for what Python flushes at exit
-            raise SystemExit(0) from None
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - also for what Python flushes at exit
+            _output_is_gone()
+
+
+def _output_is_gone() -> None:
+    """Nobody reads standard output any more (`| head`, a closed terminal): the same as a lost terminal. A training run
+    saves and stops, under nohup it continues; anything else ends quietly."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    signal.raise_signal(signal.SIGHUP)
 
 
 def setup_logging(enabled: bool) -> None:
@@ -157,8 +169,8 @@ class Progress:
             leave=False,
         )
 
-    def report(self, values: dict[str, float]) -> None:
-        """Show the means since the last report, with throughput and time remaining."""
+    def report(self, values: dict[str, float], last: bool = False) -> None:
+        """Show the means since the last report, with throughput and time remaining; after the `last` step for good."""
         now = time.perf_counter()
         since, waited, step = self._window
         self._window = (now, self.waited, self.step)
@@ -174,16 +186,19 @@ class Progress:
         metrics = "  ".join(f"{name} {value:{_FORMATS.get(name, '.4f')}}" for name, value in values.items())
         metrics += f"  img/s {speed['images_per_s']:.0f}  data_wait {speed['data_wait']:.0%}"
         self.bar.set_postfix_str(f"eta {eta}  {metrics}")  # a narrow terminal cuts off the end
-        if self.bar.disable or self.step == self.steps:  # the bar disappears with the epoch, this line stays
+        if self.bar.disable or last:  # the bar disappears with the epoch, this line stays
             where = f"epoch {self.epoch + 1}/{self.epochs}  step {self.step}/{self.steps}"
             log.info("%s  %s  eta %s", where, metrics, eta)
 
     def summary(self, until: float) -> dict[str, float]:
-        """Seconds of the epoch up to the time `until`, images per second, share of time spent waiting for data."""
+        """Seconds of the epoch up to the time `until`, images per second, share of time spent waiting for data; {} if
+        the epoch was resumed, since only a part of it was timed."""
+        if self.first_step:
+            return {}
         seconds = max(until - self.began, 1e-9)
         return {
             "epoch_seconds": seconds,
-            "images_per_s": (self.step - self.first_step) * self.global_batch / seconds,
+            "images_per_s": self.step * self.global_batch / seconds,
             "data_wait": self.waited / seconds,
         }
 

@@ -17,7 +17,7 @@ from util.data.sources import Source
 from util.metrics import MeanMeter
 from util.rng import seed_all
 from util.run.amp import Amp
-from util.run.checkpoint import Run, is_finished, save_run
+from util.run.checkpoint import Run, best_accuracy, is_finished, save_run
 from util.run.distributed import all_reduce_sum, from_rank_zero, shutdown
 from util.run.folder import BEST, LAST, events_folder
 from util.run.logger import Progress, RunLogger
@@ -90,8 +90,7 @@ class Loop:
             else:
                 part.load_state_dict(state[name])
         self.epoch, self.step, extra = state["epoch"], state["step"], state["extra"]
-        if self.run.path is not None and self.run.path.parent == self.run.folder:  # elsewhere is its file
-            self.best = extra.get("best")
+        self.best = from_rank_zero(lambda: best_accuracy(self.run.folder, self.epoch))
         if self.step:
             self.meter.load_state_dict(extra["meter"], self.amp.device, holder=self.sampler.rank == 0)
         log.info("Resuming from %s (epoch %d, step %d)", self.run.path, self.epoch, self.step)
@@ -137,7 +136,6 @@ class Loop:
             self.source,
             self.sampler,
             self.amp,
-            log_interval=options["log_interval"],
             save_every_minutes=options["save_every_minutes"],
             max_bad_steps=options["max_bad_steps"],
             max_bad_images=options["max_bad_images"],
@@ -151,7 +149,8 @@ class Loop:
         self.logger = RunLogger(
             folder if self.sampler.rank == 0 else None,
             events,
-            self.epoch + self.step / self.steps_per_epoch,
+            # An epoch that lacks only its evaluation is not complete: its line will be written again.
+            self.epoch + min(self.step / self.steps_per_epoch, 0.999),
             {"script": self.run.script, "options": options},
         )
         while not (self.stopped or is_finished(self.epoch, self.step, options)):
@@ -191,9 +190,10 @@ class Loop:
             self.step += 1
             self.progress.step += 1
             self.progress.bar.update()
-            if self.step % options["log_interval"] == 0 or self.step == steps:
-                self.progress.report({**self.meter.window(all_reduce_sum), "lr": lr})
-            self.stopped = self.watch.after_step(self.epoch, self.step, steps, self.save_mid_epoch)
+            due = self.step % options["log_interval"] == 0 or self.step == end
+            if due:
+                self.progress.report({**self.meter.window(all_reduce_sum), "lr": lr}, last=self.step == end)
+            self.stopped = self.watch.after_step(self.epoch, self.step, steps, due, self.save_mid_epoch)
         self.stopped = self.stopped or self.step < steps
         self.progress.bar.close()
         self._trained_until = time.perf_counter()

@@ -226,7 +226,10 @@ def add_run_options(parser: OptionParser) -> None:
         "--resume", default="", help="checkpoint to resume from (ignored if the run folder already contains one)"
     )
     group.add_argument(
-        "--auto_resume", action=SWITCH, default=True, help="resume from the newest checkpoint in the run folder"
+        "--auto_resume",
+        action=SWITCH,
+        default=True,
+        help="resume from the newest checkpoint in the run folder; without it, --resume may name an earlier one of it",
     )
     group.add_argument("--start_epoch", type=COUNT_OR_ZERO, default=0, help="first epoch of a new run, from 0")
     group.add_argument("--save_interval", type=COUNT, default=100, help="keep a checkpoint every N epochs")

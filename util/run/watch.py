@@ -48,7 +48,6 @@ class Watch:
         folder: the run folder.
         source, sampler: the training images, and which of them a step uses.
         amp: counts the skipped steps.
-        log_interval: steps between two checks of what waits for the device.
         save_every_minutes: time between mid-epoch checkpoints, by rank 0's clock; None disables them.
         max_bad_steps, max_bad_images: limits beyond which the run is aborted.
         timeout_minutes: how long a rank waits for the others.
@@ -65,14 +64,13 @@ class Watch:
         sampler: EpochSampler,
         amp: Amp,
         *,
-        log_interval: int,
         save_every_minutes: float | None,
         max_bad_steps: int,
         max_bad_images: int,
         timeout_minutes: float,
     ) -> None:
         self.folder, self.source, self.sampler, self.amp = folder, source, sampler, amp
-        self.log_interval, self.max_bad_steps, self.max_bad_images = log_interval, max_bad_steps, max_bad_images
+        self.max_bad_steps, self.max_bad_images = max_bad_steps, max_bad_images
         self.stopped_by = ""
         self._noted = 0  # number of the signal
         self._seconds = save_every_minutes * 60 if save_every_minutes and sampler.rank == 0 else None
@@ -94,10 +92,11 @@ class Watch:
             raise KeyboardInterrupt
         self._noted = number
 
-    def after_step(self, epoch: int, step: int, steps: int, save: Callable[[str], None]) -> bool:
+    def after_step(self, epoch: int, step: int, steps: int, due: bool, save: Callable[[str], None]) -> bool:
         """Whether the run stops here, with `step` the next of `steps`. The same answer on every rank.
 
         Args:
+            due: check what waits for the device; before a save it is checked in any case.
             save: saves a checkpoint mid-epoch; its argument is the signal that stops the run, or "".
 
         Raises:
@@ -105,10 +104,10 @@ class Watch:
                 before.
             TooManyBadImages: more than `max_bad_images` images cannot be read.
         """
-        if step % self.log_interval == 0 or step == steps:
+        number, save_now = self.agree()
+        if due or number or save_now:
             self.check_skipped_steps(epoch * steps + step, steps)
             self.check_images()
-        number, due = self.agree()
         if number:
             self.stopped_by = signal.Signals(number).name
             log.info(
@@ -116,8 +115,7 @@ class Watch:
                 self.stopped_by,
                 EXIT_STATUS,
             )
-        if number or due:
-            self.check_images()
+        if number or save_now:
             save(self.stopped_by)
         return bool(number)
 
