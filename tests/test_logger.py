@@ -34,7 +34,7 @@ def take_steps(bar, count, report_at=()):
         bar.step += 1
         bar.bar.update()
         if bar.step in report_at:
-            bar.report({"loss": 0.5, "lr": 1e-4}, last=bar.step == bar.steps)
+            bar.report({"loss": 0.5, "lr": 1e-4})
 
 
 def run_logger(folder, log_dir=None, position=0.0):

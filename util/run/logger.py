@@ -169,8 +169,8 @@ class Progress:
             leave=False,
         )
 
-    def report(self, values: dict[str, float], last: bool = False) -> None:
-        """Show the means since the last report, with throughput and time remaining; after the `last` step for good."""
+    def report(self, values: dict[str, float]) -> None:
+        """Show the means since the last report, with throughput and time remaining."""
         now = time.perf_counter()
         since, waited, step = self._window
         self._window = (now, self.waited, self.step)
@@ -186,7 +186,7 @@ class Progress:
         metrics = "  ".join(f"{name} {value:{_FORMATS.get(name, '.4f')}}" for name, value in values.items())
         metrics += f"  img/s {speed['images_per_s']:.0f}  data_wait {speed['data_wait']:.0%}"
         self.bar.set_postfix_str(f"eta {eta}  {metrics}")  # a narrow terminal cuts off the end
-        if self.bar.disable or last:  # the bar disappears with the epoch, this line stays
+        if self.bar.disable or self.step == self.steps:  # the bar disappears with the epoch, this line stays
             where = f"epoch {self.epoch + 1}/{self.epochs}  step {self.step}/{self.steps}"
             log.info("%s  %s  eta %s", where, metrics, eta)
 

@@ -177,7 +177,7 @@ class Loop:
             end = min(steps, options["max_steps"] - self.epoch * steps)
         batches = iter(loader)
         while self.step < end and not self.stopped:
-            lr = adjust_learning_rate(
+            self._lr = adjust_learning_rate(
                 optimizer,
                 self.epoch + self.step / steps,
                 lr=optimizer.defaults["lr"],
@@ -190,13 +190,16 @@ class Loop:
             self.step += 1
             self.progress.step += 1
             self.progress.bar.update()
-            due = self.step % options["log_interval"] == 0 or self.step == end
+            due = self.step % options["log_interval"] == 0 or self.step == steps
             if due:
-                self.progress.report({**self.meter.window(all_reduce_sum), "lr": lr}, last=self.step == end)
+                self._report()
             self.stopped = self.watch.after_step(self.epoch, self.step, steps, due, self.save_mid_epoch)
         self.stopped = self.stopped or self.step < steps
         self.progress.bar.close()
         self._trained_until = time.perf_counter()
+
+    def _report(self) -> None:
+        self.progress.report({**self.meter.window(all_reduce_sum), "lr": self._lr})
 
     def _micro_batches(self, batches: Iterator) -> Iterator:
         """The micro-batches of a step. What is drawn after each depends on (seed, rank, its number in the run) only."""
@@ -266,12 +269,16 @@ class Loop:
 
         Raises:
             SystemExit: with status 75, a signal stopped the run, which is saved and can be started again.
+            NonFinite, TooManyBadImages: as `Watch.check`, for a run that --max_steps ends between two lines of the log.
         """
         if not self.opened:  # no epoch was left
             self.run.close()
             shutdown()
             return
         if self.stopped and not self.watch.stopped_by:  # by --max_steps
+            if self.step % self.options["log_interval"]:
+                self._report()
+                self.watch.check(self.epoch, self.step, self.steps_per_epoch)
             self.save_mid_epoch()
         path = self.run.folder / LAST
         log.info("Done: epoch %d/%d, step %d, saved in %s", self.epoch, self.options["epochs"], self.step, path)

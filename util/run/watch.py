@@ -96,18 +96,12 @@ class Watch:
         """Whether the run stops here, with `step` the next of `steps`. The same answer on every rank.
 
         Args:
-            due: check what waits for the device; before a save it is checked in any case.
+            due: `check` now; before a save it is done in any case.
             save: saves a checkpoint mid-epoch; its argument is the signal that stops the run, or "".
-
-        Raises:
-            NonFinite: more than `max_bad_steps` consecutive steps were skipped. Weights and checkpoint are those of
-                before.
-            TooManyBadImages: more than `max_bad_images` images cannot be read.
         """
         number, save_now = self.agree()
         if due or number or save_now:
-            self.check_skipped_steps(epoch * steps + step, steps)
-            self.check_images()
+            self.check(epoch, step, steps)
         if number:
             self.stopped_by = signal.Signals(number).name
             log.info(
@@ -118,6 +112,17 @@ class Watch:
         if number or save_now:
             save(self.stopped_by)
         return bool(number)
+
+    def check(self, epoch: int, step: int, steps: int) -> None:
+        """Report skipped steps and unreadable images; this waits for the device.
+
+        Raises:
+            NonFinite: more than `max_bad_steps` consecutive steps were skipped. Weights and checkpoint are those of
+                before.
+            TooManyBadImages: more than `max_bad_images` images cannot be read.
+        """
+        self.check_skipped_steps(epoch * steps + step, steps)
+        self.check_images()
 
     def agree(self) -> tuple[int, int]:
         """The signal to stop for (0 for none), and whether to save, as all ranks noted one call ago."""
