@@ -25,6 +25,7 @@ from util.data.transforms import CenterCrop, ToModelInput
 from util.rng import generator, seed_all
 from util.run import checkpoint, distributed, options
 from util.run.logger import log
+from util.targets import PIXEL_TARGETS
 from util.weights.load import read_meta
 
 
@@ -108,10 +109,10 @@ def rank_correlations(
     content = checkpoint.read_run(path)
     if content.get("ema_state_dict") is None:
         return {}
-    source = build_source(args.data_path, "val", shapes_count=args.rank_images)
+    image = content["image"]
+    source = build_source(args.data_path, "val", shapes_count=args.rank_images, value_range=image.get("value_range"))
     picked = [len(source) * i // args.rank_images for i in range(min(args.rank_images, len(source)))]
     dataset = ImageDataset(source, CenterCrop(args.input_size))
-    image = content["image"]
     images = torch.stack([dataset[i].image for i in picked])
     imgs = ToModelInput(image["mean"], image["std"], device, flip=False)(images)
     defaults = vars(main_pretrain.get_args_parser().parse_args([]))  # of options that are newer than the checkpoint
@@ -158,11 +159,13 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
         meta = read_meta(path)
         if meta.get("script") != main_pretrain.SCRIPT:
             raise ValueError(f"{path} is not a checkpoint of main_pretrain.py")
+        if meta["options"].get("target", "pixel") not in PIXEL_TARGETS:
+            raise ValueError(f"{path} was trained with --target {meta['options']['target']}: only pixels can be ranked")
         args.input_size = meta["options"]["input_size"]
         found = [rank_correlations(args, path, device, trained) for trained in (False, True)]
         before, after = (values.get("hidden", values.get("teacher")) for values in found)
         if before is None or after is None:
-            raise ValueError(f"{path} has no EMA teacher that ranks patches: its run had neither predictor nor scores")
+            raise ValueError(f"{path} has no EMA teacher that ranks patches: its run had none, or it was saved without")
     log.info("Spearman of the teacher's ranking with the true error: untrained %.3f, trained %.3f", before, after)
     return before, after
 

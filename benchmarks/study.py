@@ -81,6 +81,10 @@ LONG = ["long_factor"]
 SEGMENT = ["segment_data", "segment_size", "segment_steps", "segment_lr"]
 
 
+# Those of the pixels, None by default.
+IMAGE = ["mean", "std"]
+
+
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
     group = parser.add_argument_group("what to run")
@@ -158,12 +162,13 @@ def key(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     values["segment_data"] = Path(args.segment_path).name if args.segment_path else None
     segment = {name: values[name] if args.segment_path else None for name in SEGMENT}
     budget = BUDGET + LONG * variant.endswith("_long")
-    return {"variant": variant, "seed": seed, **{name: values[name] for name in budget}, **segment}
+    return {"variant": variant, "seed": seed, **{name: values[name] for name in [*budget, *IMAGE]}, **segment}
 
 
 def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
     """Folder of a run's checkpoints: runs on other data or with another budget have other folders."""
-    budget = {name: value for name, value in key(args, variant, seed).items() if name in BUDGET + LONG}
+    run = key(args, variant, seed)
+    budget = {name: value for name, value in run.items() if name in BUDGET + LONG or (name in IMAGE and value)}
     digest = hashlib.sha256(json.dumps(budget).encode()).hexdigest()[:8]
     return Path(args.work_dir, f"{Path(budget['data']).stem}-{digest}", f"{variant}-{seed}")
 

@@ -16,7 +16,10 @@ def subset(data_path: str, counts: dict[str, int | None], folder: Path) -> str:
         ValueError: there are fewer images than requested.
     """
     path = folder / f"{Path(data_path).name.split('.')[0]}-{'-'.join(str(n or 'all') for n in counts.values())}.tar"
+    origin = path.with_suffix(".txt")
     if path.exists():
+        if origin.exists() and origin.read_text() != str(Path(data_path).resolve()):
+            raise ValueError(f"{path} has images of {origin.read_text()}: remove it, or give another --work_dir")
         return str(path)
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -34,5 +37,6 @@ def subset(data_path: str, counts: dict[str, int | None], folder: Path) -> str:
                 member = tarfile.TarInfo(f"{split}/{name}" if "/" in name else f"{split}/{files.labels[index]}/{name}")
                 member.size = len(content)
                 tar.addfile(member, BytesIO(content))
+    origin.write_text(str(Path(data_path).resolve()))
     partial.replace(path)
     return str(path)

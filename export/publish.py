@@ -35,6 +35,7 @@ def publish(target: Path, build: Callable[[Path], None], overwrite: bool) -> Non
     Raises:
         ValueError: one of the files exists and `overwrite` is not set.
     """
+    target = target.resolve()  # what a symbolic link points to is replaced, not the link
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:

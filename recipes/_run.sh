@@ -16,10 +16,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 name=$(basename "$0" .sh)
 : "${DATA:?set DATA to the folder or archive of ImageNet-1K (segment_*: of ADE20K)}"
 OUT=${OUT:-./output_dir}
-gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
-NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
 NNODES=${NNODES:-1}
 python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python)}
+if [ "${DRY:-}" != 1 ]; then # PyTorch knows which GPUs this process may use
+    NPROC=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+fi
 
 read -ra torchrun <<<"${TORCHRUN:-}"
 
@@ -36,6 +37,11 @@ done
 run() {
     local script=$1 launcher=("$python")
     shift
+    if [ "${DRY:-}" = 1 ]; then
+        printf '%q ' "$script" --data_path "$DATA" "${@:1:$#-1}"
+        printf '%q\n' "${@: -1}"
+        return
+    fi
     if [ "$NNODES" -gt 1 ]; then
         launcher+=(-m torch.distributed.run "${torchrun[@]}" --nnodes "$NNODES" --node_rank "${NODE_RANK:?}"
             --nproc_per_node "$NPROC"
@@ -43,11 +49,7 @@ run() {
     elif [ "$NPROC" -gt 1 ]; then
         launcher+=(-m torch.distributed.run "${torchrun[@]}" --standalone --nproc_per_node "$NPROC")
     fi
-    if [ "${DRY:-}" = 1 ]; then
-        echo "$script --data_path $DATA $*"
-    else
-        "${launcher[@]}" "$root/$script" --data_path "$DATA" "$@"
-    fi
+    "${launcher[@]}" "$root/$script" --data_path "$DATA" "$@"
 }
 
 # Pre-training in HPM's settings. MAE in the same settings: add --no-learning_loss.

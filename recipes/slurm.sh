@@ -45,8 +45,9 @@ signal_steps() {
 }
 trap signal_steps USR1 TERM
 
+# From release 22.05 on, srun does not take --cpus-per-task from the job: everything would run on one core.
 # shellcheck disable=SC2016  # each task expands its own SLURM_NODEID
-srun --kill-on-bad-exit=0 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' _ "$@" &
+srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' _ "$@" &
 step=$!
 while true; do # a signal interrupts `wait` while the step is still running
     wait "$step"
@@ -56,10 +57,20 @@ done
 [ "$status" = 0 ] && exit 0
 
 # Output folders of the recipe's scripts, in order. If an option is repeated, the last one counts.
-mapfile -t folders < <(DRY=1 NNODES=1 bash "$@" | awk '{
-    folder = name = ""
-    for (i = 1; i < NF; i++) { if ($i == "--output_dir") folder = $(i + 1); if ($i == "--experiment") name = "/" $(i + 1) }
-    if (folder != "") print folder name }')
+folders=()
+while IFS= read -r command; do
+    eval "words=($command)" # DRY=1 prints quoted words
+    folder='' name=''
+    for i in "${!words[@]}"; do
+        case ${words[i]} in
+            --output_dir) folder=${words[i + 1]} ;;
+            --output_dir=*) folder=${words[i]#*=} ;;
+            --experiment) name=/${words[i + 1]} ;;
+            --experiment=*) name=/${words[i]#*=} ;;
+        esac
+    done
+    [ -n "$folder" ] && folders+=("$folder$name")
+done < <(DRY=1 NNODES=1 bash "$@")
 PYTHONPATH="$root" "$python" -m util.run.status "${folders[@]}"
 left=$?
 if [ "$left" = 75 ] || { [ "$left" = 1 ] && [ -n "$signalled" ]; }; then

@@ -3,9 +3,10 @@
 # pixels, measure whether the teacher knows which patches are hard, and draw pictures. The last one shows photographs,
 # with a checkpoint of demo/. Three and a half minutes on two CPU cores. Output: ./output_dir/demo, or the first argument.
 set -euo pipefail
+out=${1:+$(cd "$(dirname "$1")" && pwd)/$(basename "$1")} # as seen from where it was called
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
-out=${1:-output_dir/demo}
+out=${out:-output_dir/demo}
 python=.venv/bin/python
 shipped=demo/hpm_micro_tiny_imagenet.pth
 if [ -e "$out/hpm" ]; then

@@ -7,15 +7,17 @@
 # PYTHON is an interpreter, used as it is if it has PyTorch and else to set up .venv (the default); BATCH is the batch size
 # (default 256, for 80 GB), LIMIT the seconds after which the remaining checks are skipped (default 580, without set-up).
 set -euo pipefail
+report=${1:+$(cd "$(dirname "$1")" && pwd)/$(basename "$1")} # as seen from where it was called
+case ${PYTHON:-} in */*) PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON") ;; esac
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-if [ -z "${PYTHON:-}" ] || ! $python -c 'import torch' 2> /dev/null; then
+if [ -z "${PYTHON:-}" ] || ! "$python" -c 'import torch' 2> /dev/null; then
     bash scripts/setup.sh dev
     python=.venv/bin/python
 fi
-report=${1:-gpu_check.md}
-$python -c 'import torch' # a broken installation is an error, not a missing GPU
-if ! $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+report=${report:-gpu_check.md}
+"$python" -c 'import torch' # a broken installation is an error, not a missing GPU
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu_check.sh: PyTorch finds no CUDA device; nothing was checked"
     exit 0
 fi
@@ -47,14 +49,14 @@ check() {
     checks+="| $name | $result | $((SECONDS - start)) |"$'\n'
 }
 
-steps="$python -m benchmarks.step --precision bf16 --compile yes --batch_size ${BATCH:-256} --repeats 3 --steps 5 --memory"
+steps=("$python" -m benchmarks.step --precision bf16 --compile yes --batch_size "${BATCH:-256}" --repeats 3 --steps 5 --memory)
 workers=$(nproc)
-check "tests that need a GPU" tests.log $python -m pytest -q -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
-check "steps of ViT-B" base.log $steps --model mae_vit_base_patch16 --method mae hpm predictor predictor_2 sparse sparse_2 loss
-check "steps of ViT-L: MAE, published HPM, the cheapest" large.log $steps --model mae_vit_large_patch16 --method mae hpm sparse_2
-check "input pipeline" data.log $python -m benchmarks.data --images 512 --batch_size 8 \
+check "tests that need a GPU" tests.log "$python" -m pytest -q -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
+check "steps of ViT-B" base.log "${steps[@]}" --model mae_vit_base_patch16 --method mae hpm predictor predictor_2 sparse sparse_2 loss
+check "steps of ViT-L: MAE, published HPM, the cheapest" large.log "${steps[@]}" --model mae_vit_large_patch16 --method mae hpm sparse_2
+check "input pipeline" data.log "$python" -m benchmarks.data --images 512 --batch_size 8 \
     --workers 0 "$((workers < 16 ? workers : 16))" --repeats 3
-check "steps of ViT-L, other methods" more.log $steps --model mae_vit_large_patch16 --method mae loss predictor predictor_2 sparse
+check "steps of ViT-L, other methods" more.log "${steps[@]}" --model mae_vit_large_patch16 --method mae loss predictor predictor_2 sparse
 
 # rows FILE...: the table rows in their output, each once, whatever the width of the columns; of a benchmark that was
 # stopped, what it had measured
@@ -67,7 +69,7 @@ rows() {
 {
     echo "# GPU check"
     echo
-    $python -c 'import torch; print(torch.cuda.get_device_name() + ", PyTorch " + torch.__version__)'
+    "$python" -c 'import torch; print(torch.cuda.get_device_name() + ", PyTorch " + torch.__version__)'
     echo
     printf '| check | result | seconds |\n| --- | --- | ---: |\n%s' "$checks"
     echo; echo "## Steps"; echo

@@ -76,6 +76,12 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(KeyError):
+        folder.write_atomic(tmp_path / "a", lambda file: {}["a"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_all_names_of_a_checkpoint_or_none(tmp_path, monkeypatch):
     """Where the best checkpoint cannot be written, the epoch is not complete."""
     checkpoint.save_run(tmp_path, state(1), [folder.BEST])

@@ -100,7 +100,8 @@ def test_a_target_of_features_survives_an_export(tmp_path, capsys):
 
 
 def test_table_of_widths_is_that_of_the_models():
-    assert {sizes["embed_dim"]: name for name, sizes in models_vit.SIZES.items()} == MODEL_OF_WIDTH
+    sizes = {size["embed_dim"]: (name, size["num_heads"]) for name, size in models_vit.SIZES.items()}
+    assert sizes == MODEL_OF_WIDTH
 
 
 def test_foreign_folders_and_files(tmp_path):
@@ -114,6 +115,22 @@ def test_foreign_folders_and_files(tmp_path):
     assert found["options"] == {"input_size": 384, "patch_size": 16}
     (tmp_path / "vit/config.json").write_text("{")
     with pytest.raises(ValueError, match=r"vit/config.json is not valid JSON"):
+        read_meta(folder)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"model_type": "vit", "num_attention_heads": 16}, "16 heads and gelu"),
+        ({"model_type": "vit", "num_attention_heads": 12, "hidden_act": "quick_gelu"}, "12 heads and quick_gelu"),
+        ({"pretrained_cfg": {}, "architecture": "vit_base_patch16_224", "num_features": 768,
+          "model_args": {"num_heads": 16}}, "16 heads"),
+    ],
+)  # fmt: skip
+def test_an_encoder_that_computes_something_else_is_rejected(tmp_path, more, said):
+    """Its weights have the same shapes."""
+    folder = empty_folder(tmp_path / "it", {"hidden_size": 768, "image_size": 224, "patch_size": 16, **more})
+    with pytest.raises(ValueError, match=f"width 768 with {said}.*: here it is vit_base_patch16 with 12 heads"):
         read_meta(folder)
 
 

@@ -60,6 +60,15 @@ def test_a_failed_replacement_restores_the_old_folder(tmp_path, monkeypatch):
     assert content_of(tmp_path) == {str(tmp_path / "it/old"): b"old"}
 
 
+def test_a_linked_folder_is_replaced_where_it_is(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "link").symlink_to("old")
+    publish.publish(tmp_path / "link", lambda path: (path.mkdir(), (path / "new").write_text("new")), overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert content_of(tmp_path / "old") == {str(tmp_path / "old/new"): b"new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "old"]
+
+
 def test_file_permissions_are_the_usual_ones(tmp_path, pretrained):
     run("export", "--checkpoint", pretrained, "--format", "timm", "--output", tmp_path / "a.safetensors")
     (tmp_path / "usual").touch()

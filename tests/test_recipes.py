@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -172,9 +173,10 @@ def test_options_at_the_end_override_the_recipe():
         text=True,
         check=True,
     )
-    first, second = done.stdout.splitlines()
-    assert first.endswith("--max_steps 2")
-    assert second.endswith("--epochs 3")
+    first, second = map(shlex.split, done.stdout.splitlines())
+    assert first[-2:] == ["--max_steps", "2"]
+    assert second[-2:] == ["--epochs", "3"]
+    assert first[2] == second[2] == "/data with a space"
 
 
 @pytest.mark.parametrize("option", ["--output_dir=x", "--experiment"])

@@ -16,7 +16,8 @@ from torch.distributed.run import get_args_parser
 # does.
 SRUN = """#!{python}
 import os, subprocess, sys
-words = [word for word in sys.argv[1:] if not word.startswith("--kill-on")]
+assert sys.argv[1:3] == ["--cpus-per-task=3", "--kill-on-bad-exit=0"], sys.argv
+words = sys.argv[3:]
 tasks = [
     subprocess.Popen(words, env=os.environ | {{"SLURM_NODEID": str(node)}}, start_new_session=True)
     for node in range(int(os.environ["SLURM_JOB_NUM_NODES"]))
@@ -54,7 +55,8 @@ def slurm(tmp_path):
             "PORT": str(port),
             "SLURM_JOB_NUM_NODES": str(nodes),
             "DATA": str(tmp_path / "data"),
-            "OUT": str(tmp_path / "out"),
+            "OUT": str(tmp_path / "my out"),
+            "SLURM_CPUS_PER_TASK": "3",
             "NPROC": "1",
             "PYTHON": sys.executable,
         }
@@ -91,7 +93,7 @@ def test_a_signalled_job_saves_and_is_requeued(slurm, tmp_path):
     name = "USR1" if "--signals-to-handle" in get_args_parser().format_help() else "TERM"
     assert calls(tmp_path) == [f"scancel --signal={name} 7", "scontrol requeue 7"], shown + out
     assert job.returncode == 0
-    state = checkpoint(tmp_path / "out/pretrain_hpm_base_200")
+    state = checkpoint(tmp_path / "my out/pretrain_hpm_base_200")
     assert state["stopped"] == f"SIG{name}"
     taken = state["epoch"] * 6 + state["step"]
     assert 2 <= taken < 60
@@ -112,13 +114,13 @@ def test_the_checkpoint_decides_about_requeueing(slurm, tmp_path, stopped, statu
 
     options = {"epochs": 2, "steps_per_epoch": 6, "max_steps": None}
     for name, epoch in (("pretrain", 2), ("finetune/x", 1)):
-        (tmp_path / "out" / name).mkdir(parents=True)
-        save_run(tmp_path / "out" / name, {"epoch": epoch, "step": 0, "options": options, "stopped": stopped})
+        (tmp_path / "my out" / name).mkdir(parents=True)
+        save_run(tmp_path / "my out" / name, {"epoch": epoch, "step": 0, "options": options, "stopped": stopped})
     recipe = tmp_path / "recipe.sh"
     recipe.write_text(
         'if [ "${DRY:-}" = 1 ]; then\n'
-        'echo "main_pretrain.py --output_dir elsewhere --output_dir $OUT/pretrain"\n'
-        'echo "main_finetune.py --output_dir $OUT/finetune --experiment x --lr 1"\nelse exit 3\nfi\n'
+        'printf "%q " main_pretrain.py --output_dir elsewhere --output_dir="$OUT/pretrain"; echo\n'
+        'printf "%q " main_finetune.py --output_dir "$OUT/finetune" --experiment x --lr 1; echo\nelse exit 3\nfi\n'
     )
     job = slurm(1, recipe)
     out, _ = job.communicate(timeout=300)

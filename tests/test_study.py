@@ -121,6 +121,19 @@ def test_a_subset_has_as_many_images_of_each_class(tmp_path):
     assert len(files) == 3
     with pytest.raises(ValueError, match="--train_images 9999"):
         subset(str(whole), {"train": 9999, "val": None}, tmp_path / "work")
+    assert subset(str(whole), {"train": 3, "val": None}, tmp_path / "work") == part
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"has images of .*/whole.tar: remove it, or give another --work_dir"):
+        subset(str(whole.rename(tmp_path / "other/whole.tar")), {"train": 3, "val": None}, tmp_path / "work")
+
+
+def test_pixels_identify_a_run():
+    """Lines from before they did have ImageNet's."""
+    given = [study.get_args_parser().parse_args(words) for words in ([], ["--mean", "0", "0", "0"])]
+    keys = [study.key(args, "mae_norm", 0) for args in given]
+    old = {name: value for name, value in keys[0].items() if name not in ("mean", "std")}
+    assert [study.has_line([old], key) for key in keys] == [True, False]
+    assert len({study.run_folder(args, "mae_norm", 0) for args in given}) == 2
 
 
 def test_limits():

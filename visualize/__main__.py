@@ -35,6 +35,7 @@ from visualize.panel import PATCH_STATS, panel, read_crops
 
 SCRIPT = "main_pretrain"  # which writes the checkpoints
 PICTURES, PLOTS = (".png", ".jpg", ".jpeg", ".webp"), (".png", ".svg", ".pdf")
+LARGEST = {"JPEG": 65_500, "WEBP": 16_383}  # pixels of a side
 
 # Assumed for a file without metadata, unless an option says otherwise.
 FOREIGN = {"model": "mae_vit_base_patch16", "input_size": 224, "mask_ratio": 0.75, "relative": True, "epochs": 200}
@@ -283,7 +284,14 @@ def main(argv: list[str] | None = None) -> None:
             savers = [partial(figure.savefig, format=suffix.removeprefix("."), dpi=130)]
         else:
             kind = Image.registered_extensions()[suffix]
-            savers = [partial(picture.save, format=kind) for picture in draw_pictures(args)]
+            pictures = draw_pictures(args)
+            largest = max(max(picture.size) for picture in pictures)
+            if largest > (limit := LARGEST.get(kind, largest)):
+                raise ValueError(
+                    f"--output {output}: a picture of {largest:,} pixels, {kind} holds {limit:,}: name a .png, or give "
+                    "--one_file_each, or a lower --num_images or --cell"
+                )
+            savers = [partial(picture.save, format=kind) for picture in pictures]
         digits = len(str(len(savers)))
         for number, save in enumerate(savers, start=1):
             path = output.with_stem(f"{output.stem}-{number:0{digits}}") if args.one_file_each else output

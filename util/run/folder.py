@@ -52,6 +52,9 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any], also: Iterable[Pa
         _rename(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise _not_written(path, partial, error) from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -34,14 +34,29 @@ def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
     return {"model": classifier_name(meta["model"]), **sizes, **meta["image"]}
 
 
+# Width of an encoder -> its model and number of heads, which no tensor shows.
 MODEL_OF_WIDTH = {
-    128: "vit_micro_patch16",
-    192: "vit_tiny_patch16",
-    384: "vit_small_patch16",
-    768: "vit_base_patch16",
-    1024: "vit_large_patch16",
-    1280: "vit_huge_patch14",
+    128: ("vit_micro_patch16", 4),
+    192: ("vit_tiny_patch16", 3),
+    384: ("vit_small_patch16", 6),
+    768: ("vit_base_patch16", 12),
+    1024: ("vit_large_patch16", 16),
+    1280: ("vit_huge_patch14", 16),
 }
+
+
+def _model_of(width: int, heads: int | None, activation: str = "gelu") -> str:
+    """
+    Raises:
+        ValueError: the encoder computes something else with weights of the same shapes.
+    """
+    name, expected = MODEL_OF_WIDTH[width]
+    if heads not in (None, expected) or activation != "gelu":
+        raise ValueError(
+            f"config.json describes an encoder of width {width} with {heads} heads and {activation}: here it is {name} "
+            f"with {expected} heads and gelu, and its features would be others"
+        )
+    return name
 
 
 def header_of(name: str, options: dict[str, Any], image: dict[str, Any]) -> dict[str, str]:
@@ -82,7 +97,8 @@ def meta_of_folder(folder: Path) -> dict[str, Any]:
     edge = processor.get("size", {})
     if processor.get("do_center_crop") and isinstance(edge, dict) and "shortest_edge" in edge:
         options["crop_pct"] = min(1.0, options["input_size"] / edge["shortest_edge"])
-    return {"model": MODEL_OF_WIDTH[config["hidden_size"]], "options": options, "image": image}
+    model = _model_of(config["hidden_size"], config.get("num_attention_heads"), config.get("hidden_act", "gelu"))
+    return {"model": model, "options": options, "image": image}
 
 
 def _pixels_of(processor: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +125,8 @@ def _meta_of_timm(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(names := config.get("label_names"), list):
         options["classes"] = {"names": names, "numbered": False}
     image = {name: list(given[name]) for name in ("mean", "std") if name in given}
-    return {"model": MODEL_OF_WIDTH[config["num_features"]], "options": options, "image": image}
+    model = _model_of(config["num_features"], config.get("model_args", {}).get("num_heads"))
+    return {"model": model, "options": options, "image": image}
 
 
 def _side(size: int | list[int]) -> int:
