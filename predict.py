@@ -145,7 +145,7 @@ def read_names(path: str, num_classes: int) -> list[str]:
     elif not Path(path).is_file():
         raise ValueError(f"--class_names {path}: no such file; give a file with one name per line, or imagenet")
     else:
-        names = Path(path).read_text(encoding="utf-8", errors="backslashreplace").splitlines()
+        names = Path(path).read_text(encoding="utf-8-sig", errors="backslashreplace").splitlines()
     if len(names) != num_classes:
         raise ValueError(f"--class_names {path} has {len(names):,} names, the checkpoint {num_classes:,} classes")
     return names

@@ -144,6 +144,10 @@ WRONG = {
         lambda p: write_tree(p / "d", {"train.txt": b"../../etc/passwd 0\n"}),
         "line 1: '../../etc/passwd' points outside",
     ),
+    "list with ids instead of labels": (
+        lambda p: write_tree(p / "d", {"train.txt": b"cat/0.jpg 99999999999999999999\n"}),
+        "line 1: label 99999999999999999999 is too large",
+    ),
     "empty list": (lambda p: write_tree(p / "d", {"train.txt": b"\n"}), "lists no images"),
 }
 
@@ -161,11 +165,49 @@ def test_a_truncated_archive_is_rejected(tmp_path):
     path.write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(ValueError, match=r"truncated|unexpected end"):
         build_source(str(path), "train")
+    for end in range(0, len(data) * 2 // 3, 512):  # also at the header of a member, and within it
+        path.write_bytes(data[: end + 100])
+        with pytest.raises(ValueError, match=r"truncated|not a readable tar|found"):
+            build_source(str(path), "train")
     packed = write_tar(tmp_path / "b.tar.gz", mode="w:gz")
     packed.write_bytes(packed.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a complete gzip file"):
         build_source(str(packed), "train")
     assert not list((tmp_path / "cache").rglob("*.tar"))
+
+
+def test_an_archive_that_ends_early_or_is_damaged_inside(tmp_path, log):
+    """tarfile takes a header that it cannot read for the end; where the file ends between members, nobody can tell."""
+    path = write_tar(tmp_path / "a.tar")
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[20].offset
+    path.write_bytes(data[:offset] + b"?" + data[offset + 1 :])
+    with pytest.raises(ValueError, match=rf"damaged or truncated: after 20 members, none begins at byte {offset:,}"):
+        build_source(str(path), "train")
+    path.write_bytes(data[:offset])
+    assert len(build_source(str(path), None)) == 20
+    assert "has no end marker: it may be truncated after 20 members" in log.text
+
+
+def test_classes_below_another_folder_are_not_one_class(tmp_path):
+    """`tar cf photos.tar photos/` would make everything the class photos."""
+    files = {f"photos/{kind}/{i}.jpg": encode(picture(i)) for kind in ("cat", "dog") for i in range(3)}
+    message = r"one class folder, photos, and no images in it but in its folders \(photos/cat, photos/dog\)"
+    for path in (write_tar(tmp_path / "photos.tar", files), write_tree(tmp_path / "tree", files)):
+        with pytest.raises(ValueError, match=message):
+            build_source(str(path), "train", whole=True)
+        assert len(build_source(str(path), "train", labels_needed=False)) == 6
+
+
+def test_a_class_named_like_a_split(tmp_path, log):
+    """As in CIFAR-100."""
+    files = {f"{kind}/{i}.jpg": encode(picture(i)) for kind in ("apple", "bus", "train") for i in range(2)}
+    source = build_source(str(write_tar(tmp_path / "train.tar", files)), "train")
+    assert (source.classes, len(source)) == (["apple", "bus", "train"], 6)
+    tree = write_tree(tmp_path / "tree", files)
+    assert len(build_source(str(tree), "train", labels_needed=False)) == 2
+    assert f"images come from {tree}/train alone; these folders next to it hold some, too: apple, bus" in log.text
 
 
 def test_links_devices_and_members_that_point_outside_are_skipped(tmp_path):

@@ -227,11 +227,22 @@ def test_several_paths_follow_each_other(tmp_path):
     assert [source.read(i) for i in range(5)] == [source.read(i) for i in range(5, 10)]
     assert (source.load(0) == source.load(5)).all()
     assert source.name(5).startswith(str(second))
-    for paths in ([str(first), str(first / "x")], [str(first / "x"), str(first)], [str(first)] * 2):
+    (tmp_path / "link").symlink_to(first)
+    same = [[str(first), str(name)] for name in (first, first / "x", tmp_path / "link", first / ".." / first.name)]
+    for paths in (*same, [str(first / "x"), str(first)]):
         with pytest.raises(ValueError, match="overlap, so images would be used twice"):
             unlabelled(paths)
     with pytest.raises(ValueError, match="2 paths were given, but labels can only come from one"):
         build_source([str(first), str(second)], "train")
+
+
+def test_a_link_into_a_hidden_folder_is_a_class(tmp_path):
+    """Content stores and volumes of Kubernetes keep the files there."""
+    tree = write_tree(tmp_path / "d", {"train/.store/1/a.jpg": IMAGE, "train/bus/b.jpg": IMAGE})
+    (tree / "train/apple").symlink_to(".store/1")
+    (tree / "train/bus/up").symlink_to("..")
+    source = build_source(str(tree), "train")
+    assert names(source) == ["apple/a.jpg", "bus/b.jpg"]
 
 
 def test_no_images_is_an_error(tmp_path):

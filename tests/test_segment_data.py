@@ -129,6 +129,10 @@ FLAT = labels_of(2, size=(46, 52))
         (encode(Image.fromarray(FLAT).convert("P"), "PNG"), r"p_002.png is of mode P, expected L"),
         (encode(Image.fromarray(FLAT.astype(np.uint16)), "PNG"), r"p_002.png is of mode I;16, expected L"),
         (write_png_4(FLAT), r"p_002.png is of mode L with 4 bits, expected L: 8-bit"),
+        (
+            encode(Image.fromarray(FLAT), "JPEG"),
+            r"of mode L in a JPEG, which changes values, expected L",
+        ),
         (b"nothing", r"p_002.png is not a readable image"),
         (png(FLAT[1:]), r"p_002.png has 52 x 45 pixels, its image .*p_002.jpg 52 x 46"),
         (
@@ -138,7 +142,18 @@ FLAT = labels_of(2, size=(46, 52))
         (png(FLAT - 1), r"p_002.png has label 255, .* shifted already; give --no-reduce_zero_label"),
         (png(np.where(FLAT == 3, 200, FLAT).astype(np.uint8)), r"p_002.png has label 200, which is class 199"),
     ],
-    ids=["RGB", "palette", "16 bits", "4 bits", "damaged", "size", "unshifted", "shifted twice", "out of range"],
+    ids=[
+        "RGB",
+        "palette",
+        "16 bits",
+        "4 bits",
+        "lossy",
+        "damaged",
+        "size",
+        "unshifted",
+        "shifted twice",
+        "out of range",
+    ],
 )
 def test_bad_label_maps_name_file_and_value(tmp_path, data, message):
     with pytest.raises(ValueError, match=message):

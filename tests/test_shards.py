@@ -3,6 +3,7 @@
 import io
 import resource
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from util.data import files as files_module
 from util.data.classes import class_record, count_classes, match_classes
 from util.data.places import has_split
 from util.data.sources import build_source
-from util.data.split_names import expand_braces
+from util.data.split_names import expand_braces, warn_of_gaps
 from util.run.options import UserMistake
 
 IMAGE = encode(picture())
@@ -217,6 +218,9 @@ def test_missing_shards_are_reported(tmp_path, log):
     (path / "train-0004.tar").unlink()
     assert len(build_source(str(path), "train")) == 8
     assert "train-0000.tar and 3 others: numbers 2, 4 are missing" in log.text
+    log.clear()
+    warn_of_gaps([Path(f"train-{date}.tar") for date in (20240101, 20240102, 20991231235959)])
+    assert log.text == ""
     with pytest.raises(ValueError, match="train-0002.tar does not exist"):
         build_source(f"{path}/train-{{0000..0005}}.tar", "train")
 

@@ -7,6 +7,7 @@ from images import picture
 from programs import run
 from torchvision import transforms as tv
 
+from util.data.joint_transforms import fit
 from util.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -58,6 +59,11 @@ def test_the_probes_crop_is_drawn_once_and_clamped(size):
         assert (start[free] / (whole - side[free])).mean() == pytest.approx(0.5, abs=0.05)
     if size == (375, 500):
         assert mean_area(*size) == pytest.approx(0.51, abs=0.02)
+
+
+def test_images_of_a_few_pixels():
+    assert {one_draw_box(1, 2, [0.08, 1.0])[2] for _ in range(200)} == {1}
+    assert fit(3000, 2, 64) == (256, 1)
 
 
 def test_the_probe_trains_on_that_crop(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from util.data.files import printable, summarize
 from util.data.listing import Listing, is_inside, is_skipped_folder, why_skipped
 from util.data.listing_cache import FEWEST, cache_folder, identity_of, read_listing, write_listing
-from util.data.split_names import NoSuchSplit, is_named, names_of
+from util.data.split_names import ALL_NAMES, NoSuchSplit, is_named, names_of
 
 log = logging.getLogger("hpm")
 
@@ -48,13 +48,33 @@ def list_archive(path: Path, cache_dir: str | None = None, shards: int = 1) -> L
                     logged = time.monotonic()
                     log.info("listing %s: %s files", printable(str(path)), f"{number:,}")
                 _add_member(listing, tar, member, hidden, file_size)
+            complete = _is_complete(path, tar, number)
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a readable tar archive: {error}") from error
     if hidden:
         listing.skipped["hidden and tool folders"] += len(hidden)
-    if number * shards >= FEWEST:
+    if number * shards >= FEWEST and complete:
         write_listing(listing, identity, cache_dir)
     return listing
+
+
+def _is_complete(path: Path, tar: tarfile.TarFile, number: int) -> bool:
+    """Whether an archive ends with its end marker, after `number` members. tarfile takes any header that it cannot read
+    for the end.
+
+    Raises:
+        ValueError: it goes on.
+    """
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise ValueError(
+            f"{path} is damaged or truncated: after {number:,} members, none begins at byte {tar.offset:,}"
+        )
+    if not block:
+        log.warning("%s has no end marker: it may be truncated after %s members", printable(str(path)), f"{number:,}")
+    return bool(block)
 
 
 def _add_member(
@@ -128,6 +148,8 @@ def below_split(listing: Listing, split: str, whole: bool) -> Listing:
     """
     tops = sorted({name.split("/")[0] for name in listing.images})
     prefixes = [f"{name}/" for name in names_of(split) if name in tops]
+    if is_named(Path(listing.root), split) and not ALL_NAMES.issuperset(tops):
+        prefixes = []  # a class of that name among others, such as CIFAR-100's "train"
     if not prefixes and len(tops) == 1:
         below = [f"{tops[0]}/{name}/" for name in names_of(split)]
         prefixes = [prefix for prefix in below if any(name.startswith(prefix) for name in listing.images)]

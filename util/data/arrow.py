@@ -13,10 +13,8 @@ import numpy as np
 
 from util.data.decode import MAX_PIXELS, UnreadableImage, ValueRange, decode_rgb
 from util.data.files import printable
-from util.data.listing import class_names
+from util.data.listing import LARGEST_LABEL, class_names
 from util.data.listing_cache import cache_folder
-
-LARGEST_LABEL = 10_000_000  # that is a number
 
 log = logging.getLogger("hpm")
 

@@ -21,7 +21,7 @@ _TRIES = 10
 def fit(height: int, width: int, short_side: int) -> tuple[int, int]:
     """Size with the aspect ratio of an image, as large as fits in (4 x short_side, short_side) either way round."""
     scale = min(_LONGEST * short_side / max(height, width), short_side / min(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> Tensor:

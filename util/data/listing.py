@@ -16,6 +16,8 @@ log = logging.getLogger("hpm")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+LARGEST_LABEL = 10_000_000  # that is a number
+
 # Folders of archivers, network drives and desktops.
 TOOL_FOLDERS = (
     *("__macosx", "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin"),
@@ -90,7 +92,7 @@ def list_folder(root: Path) -> Listing:
                     listing.skipped["hidden and tool folders"] += 1
                     continue
                 identity = _identity(entry.path)
-                if identity in seen or (entry.is_symlink() and overlaps(os.path.realpath(entry.path), real_root)):
+                if identity in seen or (entry.is_symlink() and _is_listed(os.path.realpath(entry.path), real_root)):
                     listing.skipped["links to folders that are listed elsewhere"] += 1
                     continue
                 seen.add(identity)
@@ -110,6 +112,12 @@ def _is_folder(entry: os.DirEntry) -> bool:
         raise ValueError(f"{printable(entry.path)} cannot be read: {error.strerror}") from error
     except OSError:  # a link to itself
         return False
+
+
+def _is_listed(target: str, root: str) -> bool:
+    """Whether a link leads to what is listed anyway, or upwards; what lies in a skipped folder is not."""
+    parts = target.removeprefix(root).split("/")
+    return overlaps(target, root) and not (target.startswith(f"{root}/") and any(map(is_skipped_folder, parts)))
 
 
 def _identity(path: str) -> tuple[int, int | str]:
@@ -161,6 +169,13 @@ def to_files(listing: Listing, labels_needed: bool = True, name: str = "") -> Im
             )
     elif not images:
         raise ValueError(f"{printable(listing.root)} contains no images ({', '.join(IMAGE_SUFFIXES)})")
+    below = {"/".join(path.split("/")[:2]) for path in images if path.count("/") > 1}
+    if labels_needed and len(classes) == 1 and len(below) > 1 and all(path.count("/") > 1 for path in images):
+        found = summarize([printable(folder) for folder in sorted(below)])
+        raise ValueError(
+            f"{printable(listing.root)} has one class folder, {printable(classes[0])}, and no images in it but in its "
+            f"folders ({found}): give the folder, or pack the archive, so that the classes come first"
+        )
     names = sorted(images, key=by_parts)
     number = {folder: label for label, folder in enumerate(classes)}
     labels = [number[path.split("/")[0]] if labels_needed else 0 for path in names]
@@ -193,6 +208,8 @@ def from_list_file(root: Path, list_file: Path, labels_needed: bool = True) -> I
             raise ValueError(f"{list_file}, line {number}: expected 'RELATIVE/PATH LABEL', found {line[:80]!r}")
         if not is_inside(name):
             raise ValueError(f"{list_file}, line {number}: {name!r} points outside {root}")
+        if int(label) > LARGEST_LABEL:
+            raise ValueError(f"{list_file}, line {number}: label {label} is too large to be the number of a class")
         names.append(name)
         labels.append(int(label))
     if not names:

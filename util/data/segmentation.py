@@ -142,10 +142,12 @@ def read_label(files: ImageFiles, position: int) -> np.ndarray:
     data = files.read(position)
     try:
         with Image.open(io.BytesIO(data)) as image:
+            lossy = image.format in ("JPEG", "MPO", "WEBP")
             fewer_bits = data.startswith(_PNG) and data[_PNG_DEPTH] != 8  # Pillow scales those to 0..255
-            if image.mode == "L" and not fewer_bits:
+            if image.mode == "L" and not fewer_bits and not lossy:
                 return np.array(image)
             mode = f"L with {data[_PNG_DEPTH]} bits" if fewer_bits and image.mode == "L" else image.mode
+            mode += f" in a {image.format}, which changes values" if lossy else ""
     except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
         raise ValueError(f"{files.name(position)} is not a readable image ({type(error).__name__}: {error})") from error
     raise ValueError(

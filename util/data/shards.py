@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from util.data.archives import list_archive
-from util.data.arrow import LARGEST_LABEL
 from util.data.files import ImageFiles, SeveralFiles, pack, printable, summarize
-from util.data.listing import IMAGE_SUFFIXES, Listing, class_names, names_of_numbers
+from util.data.listing import IMAGE_SUFFIXES, LARGEST_LABEL, Listing, class_names, names_of_numbers
 
 log = logging.getLogger("hpm")
 

@@ -4,6 +4,7 @@ Errors about a path or layout name what was looked for, what was found, and the 
 """
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -124,8 +125,8 @@ def _roots(files: Files) -> list[str]:
     if isinstance(files, SeveralFiles):
         return [root for part in files.parts for root in _roots(part)]
     if isinstance(files, ImageFiles) and files.extents is None and len(files) == 1:
-        return [files.path(0)]
-    return [files.root]
+        return [os.path.realpath(files.path(0))]
+    return [os.path.realpath(files.root)]
 
 
 def build_source(

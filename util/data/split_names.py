@@ -14,6 +14,7 @@ SHARD_SUFFIXES = (".tar", ".parquet")
 _ALIASES = {"val": ("val", "validation", "valid")}
 _NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?")  # the Hugging Face Hub appends hashes
 _MOST = 1_000_000  # names from a pattern
+_MOST_GAPS = 100  # times as many numbers as files: those are dates
 
 
 class NoSuchSplit(ValueError):
@@ -23,6 +24,9 @@ class NoSuchSplit(ValueError):
 def names_of(split: str) -> tuple[str, ...]:
     """The names that the folders and files of a split can have."""
     return _ALIASES.get(split, (split,))
+
+
+ALL_NAMES = {name for split in ("train", "val", "test") for name in names_of(split)}
 
 
 def is_named(path: Path, split: str) -> bool:
@@ -89,6 +93,8 @@ def warn_of_gaps(files: list[Path]) -> None:
         return
     numbers, total = [number for number, _ in found], found[0][1]
     first, end = (0, int(total)) if total else (min(1, *numbers), max(numbers))
+    if end - first > _MOST_GAPS * len(numbers):
+        return
     missing = [str(number) for number in sorted(set(range(first, end)) - set(numbers))]
     if missing:
         log.warning("%s and %d others: numbers %s are missing", files[0], len(files) - 1, summarize(missing))

@@ -54,7 +54,8 @@ def one_draw_box(height: int, width: int, scale: list[float]) -> tuple[int, int,
     clamped to the image. torchvision draws again until the box fits, which makes it smaller on average."""
     area = height * width * torch.empty(1).uniform_(*scale).item()
     ratio = math.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3)).item())
-    h, w = min(round(math.sqrt(area / ratio)), height), min(round(math.sqrt(area * ratio)), width)
+    h, w = (max(1, round(math.sqrt(side))) for side in (area / ratio, area * ratio))
+    h, w = min(h, height), min(w, width)
     top, left = torch.randint(height - h + 1, (1,)).item(), torch.randint(width - w + 1, (1,)).item()
     return int(top), int(left), h, w
 
