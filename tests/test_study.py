@@ -11,6 +11,7 @@ from benchmarks.subset import subset
 from models_hpm import mae_vit_micro_patch16
 from util.data.sources import build_source
 from util.masking import MaskSampler
+from util.run.checkpoint import save_run
 
 
 def row(variant, seed, knn, **more):
@@ -125,6 +126,15 @@ def test_a_subset_has_as_many_images_of_each_class(tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=r"has images of .*/whole.tar: remove it, or give another --work_dir"):
         subset(str(whole.rename(tmp_path / "other/whole.tar")), {"train": 3, "val": None}, tmp_path / "work")
+
+
+def test_targets_that_are_no_pixels_cannot_be_ranked(tmp_path, capsys):
+    options = {"target": "dino", "input_size": 16}
+    about = {"model": "m", "epoch": 1, "step": 0, "image": {}, "script": "main_pretrain"}
+    save_run(tmp_path, {"options": options, **about})
+    with pytest.raises(SystemExit):
+        ranking.main(["--checkpoint", str(tmp_path / "checkpoint-last.pth")])
+    assert "was trained with --target dino: only pixels can be ranked" in capsys.readouterr().err
 
 
 def test_pixels_identify_a_run():

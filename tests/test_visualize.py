@@ -146,6 +146,14 @@ def test_one_file_per_image(hpm, drawn, tmp_path):
         assert (written == np.asarray(draw.draw_grid(part, heading))).all()
 
 
+def test_a_picture_that_its_format_cannot_hold(hpm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(visualize.LARGEST, "JPEG", 100)
+    with pytest.raises(SystemExit):
+        run("visualize", "--num_images", 2, "--checkpoint", hpm, "--output", tmp_path / "o.jpg")
+    assert "JPEG holds 100: name a .png, or give --one_file_each" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_images_from_files_folders_and_archives(hpm, drawn, tmp_path):
     tree = write_tree(tmp_path / "tree")
     (tree / "empty").mkdir()
