@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--eval: {found[0]} is of a run of {trained['script']}, not of {SCRIPT}")
             log.info("probe     %s", found[0])
             distributed.from_rank_zero(lambda: create(folder, "--output_dir"))
-            resolve.reject_changes(given, get_args_parser(), trained["options"], FIXED)
+            resolve.reject_changes(given, get_args_parser(), trained["options"], [*FIXED, "blr"])
             for name in (*FIXED, "classes"):  # the probe is evaluated as it was trained
                 setattr(args, name, trained["options"].get(name))
         else:

@@ -3,7 +3,8 @@
 # pixels, measure whether the teacher knows which patches are hard, and draw pictures. The last one shows photographs,
 # with a checkpoint of demo/. Three and a half minutes on two CPU cores. Output: ./output_dir/demo, or the first argument.
 set -euo pipefail
-out=${1:+$(cd "$(dirname "$1")" && pwd)/$(basename "$1")} # as seen from where it was called
+out=${1:-}
+[[ -z $out || $out = /* ]] || out=$PWD/$out # as seen from where it was called
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 out=${out:-output_dir/demo}

@@ -7,8 +7,9 @@
 # PYTHON is an interpreter, used as it is if it has PyTorch and else to set up .venv (the default); BATCH is the batch size
 # (default 256, for 80 GB), LIMIT the seconds after which the remaining checks are skipped (default 580, without set-up).
 set -euo pipefail
-report=${1:+$(cd "$(dirname "$1")" && pwd)/$(basename "$1")} # as seen from where it was called
-case ${PYTHON:-} in */*) PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON") ;; esac
+report=${1:-} # paths are as seen from where it was called
+[[ -z $report || $report = /* ]] || report=$PWD/$report
+[[ ${PYTHON:-} != */* || $PYTHON = /* ]] || PYTHON=$PWD/$PYTHON
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 if [ -z "${PYTHON:-}" ] || ! "$python" -c 'import torch' 2> /dev/null; then

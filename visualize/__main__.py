@@ -11,6 +11,7 @@ import argparse
 import copy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,7 @@ from util.pos_embed import interpolate_pos_embed
 from util.run import distributed, options
 from util.run.folder import create, write_atomic
 from util.run.logger import log, setup_logging
+from util.run.splits import data_settings
 from util.targets import PIXEL_TARGETS
 from util.weights.load import load_into, load_pretrained, read_meta
 from util.weights.meta import classifier_name
@@ -199,16 +201,9 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     source: Source = ShapesSource(args.split or "val")
     named = False
     if args.images is not None:
-        read = partial(
-            build_source,
-            split=args.split,
-            labels_needed=False,
-            value_range=args.value_range,
-            max_image_pixels=args.max_image_pixels,
-            cache_dir=args.cache_dir,
-        )
+        settings: dict[str, Any] = {"labels_needed": False, **data_settings(args)}
         try:
-            source = SeveralFiles([read(path) for path in args.images])
+            source = SeveralFiles([build_source(path, args.split, **settings) for path in args.images])
         except ValueError as error:
             raise ValueError(str(error).replace("--data_path", "--images")) from error
         named = len(source) == len(args.images)  # one per path: no folder or archive of several

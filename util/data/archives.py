@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from util.data.files import printable, summarize
 from util.data.listing import Listing, is_inside, is_skipped_folder, why_skipped
 from util.data.listing_cache import FEWEST, cache_folder, identity_of, read_listing, write_listing
-from util.data.split_names import ALL_NAMES, NoSuchSplit, is_named, names_of
+from util.data.split_names import ALL_NAMES, NoSuchSplit, is_named, names_of, warn_of_classes
 
 log = logging.getLogger("hpm")
 
@@ -157,6 +157,9 @@ def below_split(listing: Listing, split: str, whole: bool) -> Listing:
         raise ValueError(f"{listing.root} contains both {' and '.join(prefixes)}, which may differ: keep one of them")
     if prefixes:
         prefix = prefixes[0]
+        if whole and split == "train" and "/" not in prefix[:-1]:
+            others = [printable(top) for top in tops if top not in ALL_NAMES]
+            warn_of_classes(f"{prefix} in {printable(listing.root)}", others)
     elif is_named(Path(listing.root), split) or (split == "train" and whole):
         prefix = ""
     else:

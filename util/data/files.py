@@ -156,8 +156,10 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def summarize(names: list[str], most: int = 6) -> str:
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+def summarize(names: list[str], most: int = 6, count: int | None = None) -> str:
+    """The first names, and how many more there are; `count` is their number if not all are given."""
+    count = len(names) if count is None else count
+    more = f" and {count - most:,} more" if count > most else ""
     return ", ".join(names[:most]) + more
 
 

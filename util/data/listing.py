@@ -169,13 +169,14 @@ def to_files(listing: Listing, labels_needed: bool = True, name: str = "") -> Im
             )
     elif not images:
         raise ValueError(f"{printable(listing.root)} contains no images ({', '.join(IMAGE_SUFFIXES)})")
-    below = {"/".join(path.split("/")[:2]) for path in images if path.count("/") > 1}
-    if labels_needed and len(classes) == 1 and len(below) > 1 and all(path.count("/") > 1 for path in images):
-        found = summarize([printable(folder) for folder in sorted(below)])
-        raise ValueError(
-            f"{printable(listing.root)} has one class folder, {printable(classes[0])}, and no images in it but in its "
-            f"folders ({found}): give the folder, or pack the archive, so that the classes come first"
-        )
+    if labels_needed and len(classes) == 1 and all(path.count("/") > 1 for path in images):
+        below = sorted({"/".join(path.split("/")[:2]) for path in images})
+        if len(below) > 1:
+            raise ValueError(
+                f"{printable(listing.root)} has one class folder, {printable(classes[0])}, and no images in it but in "
+                f"its folders ({summarize([printable(folder) for folder in below])}): give the folder, or pack the "
+                "archive, so that the classes come first"
+            )
     names = sorted(images, key=by_parts)
     number = {folder: label for label, folder in enumerate(classes)}
     labels = [number[path.split("/")[0]] if labels_needed else 0 for path in names]

@@ -1,13 +1,12 @@
 """Where a split is below --data_path: a folder, a list file, an archive, several shards, or parquet files."""
 
-import logging
 import os
 from itertools import islice
 from pathlib import Path
 
 from util.data.archives import ARCHIVE_SUFFIXES, below_split, decompressed, list_archive
 from util.data.arrow import is_saved
-from util.data.files import printable, summarize
+from util.data.files import printable
 from util.data.listing import contents, is_skipped_folder, list_folder, why_skipped
 from util.data.split_names import (
     ALL_NAMES,
@@ -18,9 +17,8 @@ from util.data.split_names import (
     names_of,
     numbered_sets,
     of_split,
+    warn_of_classes,
 )
-
-log = logging.getLogger("hpm")
 
 COMPRESSED = (".tar.gz", ".tgz")
 
@@ -50,7 +48,7 @@ def find_place(data_path: str | list[str], split: str | None, whole: bool) -> li
         return [path]
     place = locate(path, split)
     if place and whole and split == "train":
-        _warn_of_classes(path, place[0])
+        warn_of_classes(str(place[0]), _image_folders(path))
     if not place and whole and split == "train":
         inside = _shards_inside(path)
         place = of_split(inside, split, whole) if inside else [path]
@@ -64,17 +62,15 @@ def find_place(data_path: str | list[str], split: str | None, whole: bool) -> li
     return place
 
 
-def _warn_of_classes(path: Path, train: Path) -> None:
-    """The folder "train" may be a class, as in CIFAR-100, and the path all of the images."""
-    others = []
+def _image_folders(path: Path) -> list[str]:
+    """The folders in a folder that are named like no split and hold images."""
+    found = []
     for folder in (entry for entry in os.scandir(path) if entry.is_dir()):
         if folder.name not in ALL_NAMES and not is_skipped_folder(folder.name):
             some = islice(os.scandir(folder.path), 100)
             if any(why_skipped(file.name) is None and file.is_file() for file in some):
-                others.append(printable(folder.name))
-    if others:
-        found = summarize(sorted(others))
-        log.warning("images come from %s alone; these folders next to it hold some, too: %s", train, found)
+                found.append(printable(folder.name))
+    return sorted(found)
 
 
 def _shards(patterns: list[str], split: str | None, whole: bool) -> list[Path]:

@@ -176,9 +176,10 @@ def build_source(
         plain = decompressed(place[0], cache_dir) if place[0].name.endswith(COMPRESSED) else None
         files = limited(on_rank_zero(read), value_range=value_range, max_image_pixels=max_image_pixels)
         parts.append(files if plain is None else replace(cast(ImageFiles, files), root=str(plain)))
-    for number, part in enumerate(parts):
-        for root in _roots(part):
-            for other in (other for earlier in parts[:number] for other in _roots(earlier)):
+    roots = [_roots(part) for part in parts] if len(parts) > 1 else []
+    for number, of_part in enumerate(roots):
+        for root in of_part:
+            for other in (other for earlier in roots[:number] for other in earlier):
                 if overlaps(root, other):
                     raise ValueError(f"--data_path: {other} and {root} overlap, so images would be used twice")
     return parts[0] if len(parts) == 1 else SeveralFiles(parts)

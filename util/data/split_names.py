@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from util.data.files import summarize
@@ -14,7 +15,6 @@ SHARD_SUFFIXES = (".tar", ".parquet")
 _ALIASES = {"val": ("val", "validation", "valid")}
 _NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?")  # the Hugging Face Hub appends hashes
 _MOST = 1_000_000  # names from a pattern
-_MOST_GAPS = 100  # times as many numbers as files: those are dates
 
 
 class NoSuchSplit(ValueError):
@@ -86,6 +86,12 @@ def numbered_sets(files: Iterable[Path]) -> list[list[Path]]:
     return [[group[number] for number in sorted(group)] for group in sets.values()]
 
 
+def warn_of_classes(train: str, others: list[str]) -> None:
+    """What is named "train" may be a class, as in CIFAR-100, and the images next to it the others."""
+    if others:
+        log.warning("images come from %s alone; folders next to it hold some, too: %s", train, summarize(others))
+
+
 def warn_of_gaps(files: list[Path]) -> None:
     """Warn of missing numbers among numbered files."""
     found = [(int(match[2]), match[3]) for file in files if (match := _NUMBERED.fullmatch(file.stem))]
@@ -93,11 +99,12 @@ def warn_of_gaps(files: list[Path]) -> None:
         return
     numbers, total = [number for number, _ in found], found[0][1]
     first, end = (0, int(total)) if total else (min(1, *numbers), max(numbers))
-    if end - first > _MOST_GAPS * len(numbers):
-        return
-    missing = [str(number) for number in sorted(set(range(first, end)) - set(numbers))]
-    if missing:
-        log.warning("%s and %d others: numbers %s are missing", files[0], len(files) - 1, summarize(missing))
+    present = {number for number in numbers if first <= number < end}
+    count = end - first - len(present)
+    if count:  # dates have gaps of millions
+        shown = [str(number) for number in islice((n for n in range(first, end) if n not in present), 6)]
+        missing = summarize(shown, count=count)
+        log.warning("%s and %d others: numbers %s are missing", files[0], len(files) - 1, missing)
 
 
 def expand_braces(pattern: str) -> list[str]:

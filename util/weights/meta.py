@@ -46,9 +46,10 @@ MODEL_OF_WIDTH = {
 
 
 def _model_of(width: int, heads: int | None, activation: str = "gelu") -> str:
-    """
+    """The model of a foreign encoder.
+
     Raises:
-        ValueError: the encoder computes something else with weights of the same shapes.
+        ValueError: that encoder computes something else with weights of the same shapes.
     """
     name, expected = MODEL_OF_WIDTH[width]
     if heads not in (None, expected) or activation != "gelu":
