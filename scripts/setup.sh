@@ -19,6 +19,8 @@ python=${PYTHON:-python3}
 }
 echo "Setting up .venv (about 6 GB with PyTorch's CUDA libraries; takes a minute or more)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r "$requirements"
+# As pip would, but on all cores. Some packages hold files that do not compile.
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 .venv/bin/python -c 'import torch, torchvision, timm; print("torch", torch.__version__, "torchvision", torchvision.__version__, "timm", timm.__version__)'
 echo "$wanted" > "$stamp"

@@ -7,7 +7,6 @@ import json
 import logging
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -82,74 +81,73 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["main_pretrain", "main_finetune", "main_linprobe", "main_knn", "torch._dynamo"])
 
 
-def ranks(script, *options, processes=2, timeout=300):
-    """The script on several ranks as torchrun starts them, but forked from a process that has imported everything:
-    a third of the time. For what depends on the ranks, not on who started them. What rank 0 logged."""
+def start_ranks(function, *arguments, processes=2):
+    """Start a module-level function on several ranks as torchrun would, but forked from a process that has imported
+    everything: a third of the time. For what depends on the ranks, not on who started them. The processes, and what
+    receives their answers, by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    receiver, sender = _forks.Pipe(duplex=False)
-    workers = []
+    workers, receivers = [], []
     for rank in range(processes):
         environment = {name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        given = (script, [str(option) for option in options], environment, sender if rank == 0 else None)
-        workers.append(_forks.Process(target=_be_rank, args=given))
+        receiver, sender = _forks.Pipe(duplex=False)
+        workers.append(_forks.Process(target=_be_rank, args=(environment, sender, function, arguments)))
+        receivers.append(receiver)
         workers[-1].start()
-    sender.close()
-    try:
-        assert receiver.poll(timeout), "rank 0 said nothing"
-        log = receiver.recv()
-        for worker in workers:
-            worker.join(timeout)
-        assert [worker.exitcode for worker in workers] == [0] * processes, log
-    finally:
-        for worker in workers:
-            worker.kill()
-    return log
+        sender.close()
+    return workers, receivers
 
 
-def _be_rank(script, options, environment, sender):
+def _be_rank(environment, sender, function, arguments):
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # of data workers; a forked rank would fork them as itself
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
-            log = run(script, *options)
+            answer = function(*arguments)
         except BaseException:
-            log = errors.getvalue()
+            answer = errors.getvalue()
             raise
         finally:
-            if sender is not None:
-                sender.send(log)
+            sender.send(answer)
 
 
-def start_and_kill(script, *options, processes, when):
-    """Start the script, wait until `when()` holds, and kill it with all its processes, giving it no chance to react."""
-    process = subprocess.Popen(
-        command(script, options, processes),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        cwd=ROOT,
-        start_new_session=True,
-    )
+def on_ranks(function, *arguments, processes=2, timeout=300, status=0):
+    """What a function returns on each rank; what it wrote to standard error, where it ends with another status."""
+    workers, receivers = start_ranks(function, *arguments, processes=processes)
+    try:
+        answers = []
+        for receiver in receivers:
+            assert receiver.poll(timeout), "a rank said nothing"
+            answers.append(receiver.recv())
+        for worker in workers:
+            worker.join(timeout)
+        assert [worker.exitcode for worker in workers] == [status] * processes, answers
+    finally:
+        for worker in workers:
+            worker.kill()
+    return answers
+
+
+def ranks(script, *options, processes=2):
+    """The script on several ranks; what rank 0 logged."""
+    return on_ranks(run, script, *options, processes=processes)[0]
+
+
+def start_and_kill(script, *options, when):
+    """Start the script on two ranks, wait until `when()` holds, and kill them, giving them no chance to react."""
+    workers, _ = start_ranks(run, script, *options)
     deadline = time.monotonic() + 300
-    while not when():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    kill_group(process)
-
-
-def kill_group(process):
-    """Kill a process and its children; torchrun's workers have sessions of their own."""
-    children = descendants(process.pid)
-    for pid in [process.pid, *children]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
-    process.stderr.close()
+    try:
+        while not when():
+            assert all(worker.is_alive() for worker in workers)
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
 
 
 def descendants(pid):

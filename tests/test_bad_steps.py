@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from programs import PRETRAIN, checkpoint, log_lines, run
-from test_distributed import run_two
+from programs import PRETRAIN, checkpoint, log_lines, on_ranks, run
+from test_distributed import in_a_group
 from test_ema import student_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +16,7 @@ from util.ema import EMATeacher
 from util.lars import LARS
 from util.losses import absolute_loss, feature_loss, relative_loss
 from util.metrics import MeanMeter
+from util.run import distributed
 from util.run.amp import Amp, NonFinite
 
 CPU = torch.device("cpu")
@@ -266,24 +267,18 @@ def test_the_longest_row_is_the_one_that_is_reported():
     assert amp.read_skipped()[:3] == (4, 1, 7)  # the row may continue
 
 
-def test_ranks_skip_alike_when_one_of_them_sees_the_fault(tmp_path):
+def faults_of_rank_one(world):
+    model = distributed.wrap_ddp(nn.Linear(4, 1), CPU)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    amp, before = Amp("fp32", CPU), model.module.weight.clone()
+    for fault in (torch.nan, torch.inf):
+        loss = model(torch.ones(2, 4)).sum() + (fault if world.rank == 1 else 0.0)
+        amp.backward(loss)
+        amp.step(optimizer, list(model.parameters()), 1.0)
+    read = amp.read_skipped()
+    return read[:3], torch.equal(before, model.module.weight), read.loss == read.loss
+
+
+def test_ranks_skip_alike_when_one_of_them_sees_the_fault():
     """A loss of NaN, and one of inf with a finite gradient, on rank 1 alone: the reduced gradient shows it."""
-    out = run_two(
-        """
-        from util.run.amp import Amp
-        model = distributed.wrap_ddp(torch.nn.Linear(4, 1), torch.device("cpu"))
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        amp, before = Amp("fp32", torch.device("cpu")), model.module.weight.clone()
-        for fault in (torch.nan, torch.inf):
-            loss = model(torch.ones(2, 4)).sum() + (fault if world.rank == 1 else 0.0)
-            amp.backward(loss)
-            amp.step(optimizer, list(model.parameters()), 1.0)
-        read = amp.read_skipped()
-        same = torch.equal(before, model.module.weight)
-        line = f"rank {world.rank}: {read[:3]} {same} {distributed.gather(read.loss == read.loss)}"
-        print(line + chr(10), end="", flush=True)
-        """,
-        tmp_path,
-    )
-    for rank in (0, 1):
-        assert f"rank {rank}: (2, 2, 0) True [True, False]" in out
+    assert on_ranks(in_a_group, faults_of_rank_one) == [((2, 2, 0), True, True), ((2, 2, 0), True, False)]

@@ -1,12 +1,8 @@
 """Torchrun's environment, and what holds with and without a process group."""
 
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
-from programs import launch
+from programs import launch, on_ranks
 
 from util.run import distributed
 
@@ -16,24 +12,13 @@ FULL = {
 }
 
 
-def run_two(code, tmp_path, expect=0):
-    """Run code under torchrun with two gloo processes; what they print, by rank."""
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import sys; sys.path.insert(0, '.')\nimport torch\nfrom util.run import distributed\n"
-        "world = distributed.read_environment()\ndistributed.setup(world, 'cpu', 'fp32', 1)\n"
-        + textwrap.dedent(code)
-        + "\ndistributed.shutdown()\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (run.returncode == 0) == (expect == 0), run.stderr
-    return run.stdout
+def in_a_group(function, *arguments):
+    """Within a process group of gloo."""
+    world = distributed.read_environment()
+    distributed.setup(world, "cpu", "fp32", 1)
+    answer = function(world, *arguments)
+    distributed.shutdown()
+    return answer
 
 
 def test_environment():
@@ -79,21 +64,16 @@ def test_one_process_needs_no_group():
     assert distributed.gather(3) == [3]
 
 
-def test_two_processes(tmp_path):
-    out = run_two(
-        """
-        total = distributed.all_reduce_sum(torch.tensor([1.0 + world.rank])).item()
-        answer = distributed.from_rank_zero(lambda: [world.rank, "from rank zero"])
-        ranks = distributed.gather(world.rank)
-        try:
-            distributed.from_rank_zero(lambda: int("x"))
-        except ValueError as error:
-            print(f"rank {world.rank}: {total} {answer} {ranks} {error}\\n", end="", flush=True)
-        """,
-        tmp_path,
-    )
-    for rank in (0, 1):
-        assert f"rank {rank}: 3.0 [0, 'from rank zero'] [0, 1] invalid literal for int()" in out
+def exchange(world):
+    total = distributed.all_reduce_sum(torch.tensor([1.0 + world.rank])).item()
+    answer = distributed.from_rank_zero(lambda: [world.rank, "from rank zero"])
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        distributed.from_rank_zero(lambda: int("x"))
+    return total, answer, distributed.gather(world.rank)
+
+
+def test_two_processes():
+    assert on_ranks(in_a_group, exchange) == [(3.0, [0, "from rank zero"], [0, 1])] * 2
 
 
 def test_leaving_the_group_never_hangs():

@@ -206,7 +206,8 @@ def test_killed_on_two_ranks_it_ends_with_the_same_weights(tmp_path, pretrained)
     ranks("main_finetune", *options, "--output_dir", tmp_path / "whole")
     killed = tmp_path / "killed"
     when = (killed / "checkpoint-last.pth").exists
-    start_and_kill("main_finetune", *options, "--output_dir", killed, processes=2, when=when)
+    start_and_kill("main_finetune", *options, "--output_dir", killed, when=when)
+    assert checkpoint(killed)["epoch"] < 3
     ranks("main_finetune", *options, "--output_dir", killed)
     assert_same_training(tmp_path / "whole", killed)
 
