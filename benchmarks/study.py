@@ -67,22 +67,22 @@ VARIANTS = {
 }
 MAIN = list(VARIANTS)[:6]
 
-# Options that identify a run: two lines with the same values are the same run.
+# Options that identify a run, in addition to its variant, its seed and the machine: two lines with the same values are
+# the same run.
 BUDGET = [
-    *["data", "train_images", "val_images", "model", "input_size", "patch_size", "epochs", "batch_size", "blr"],
-    *["precision", "ema_decay", "ema_decay_final"],
-    *["probe_epochs", "probe_blr", "finetune_epochs", "finetune_blr"],
+    *["data", "train_images", "val_images", "mean", "std", "model", "input_size", "patch_size"],
+    *["epochs", "batch_size", "blr", "precision", "ema_decay", "ema_decay_final"],
+    *["probe_epochs", "probe_blr", "finetune_epochs", "finetune_blr", "rank_images", "rank_masks"],
 ]
 
 # Those that identify a run of a `_long` variant as well.
 LONG = ["long_factor"]
 
-# Those of the segmentation; lines without it, and those written before there was one, have None.
+# Those of the segmentation; None without one.
 SEGMENT = ["segment_data", "segment_size", "segment_steps", "segment_lr"]
 
-
-# Those of the pixels, None by default.
-IMAGE = ["mean", "std"]
+# Times compare on one machine only, and versions of PyTorch round differently.
+MACHINE = ["device", "torch"]
 
 
 def get_args_parser() -> options.OptionParser:
@@ -156,19 +156,32 @@ def get_args_parser() -> options.OptionParser:
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
+def threads_of(args: argparse.Namespace) -> int:
+    """CPU threads of a run."""
+    return max(1, (os.cpu_count() or 1) // args.jobs)
+
+
+def machine(args: argparse.Namespace) -> dict[str, str]:
+    """What computes a run."""
+    name = f"{threads_of(args)} threads of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    if distributed.pick_device(args.device, ALONE).type == "cuda":
+        name = torch.cuda.get_device_name()
+    return {"device": name, "torch": torch.__version__}
+
+
 def key(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
     """What identifies a run."""
     values = {**vars(args), "data": Path(args.data_path).name if args.data_path else "Shapes"}
     values["segment_data"] = Path(args.segment_path).name if args.segment_path else None
     segment = {name: values[name] if args.segment_path else None for name in SEGMENT}
-    budget = BUDGET + LONG * variant.endswith("_long")
-    return {"variant": variant, "seed": seed, **{name: values[name] for name in [*budget, *IMAGE]}, **segment}
+    budget = {name: values[name] for name in BUDGET + LONG * variant.endswith("_long")}
+    return {"variant": variant, "seed": seed, **budget, **segment, **machine(args)}
 
 
 def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
-    """Folder of a run's checkpoints: runs on other data or with another budget have other folders."""
+    """Folder of a run's checkpoints: runs on other data or machines, or with another budget, have other folders."""
     run = key(args, variant, seed)
-    budget = {name: value for name, value in run.items() if name in BUDGET + LONG or (name in IMAGE and value)}
+    budget = {name: value for name, value in run.items() if name in BUDGET + LONG + MACHINE}
     digest = hashlib.sha256(json.dumps(budget).encode()).hexdigest()[:8]
     return Path(args.work_dir, f"{Path(budget['data']).stem}-{digest}", f"{variant}-{seed}")
 
@@ -199,8 +212,7 @@ def run_all(args: argparse.Namespace, argv: list[str]) -> int:
     pending = [(variant, seed) for seed, variant in grid if not has_line(done, key(args, variant, seed))]
     already = len(args.seeds) * len(args.variants) - len(pending)
     log.info("%d runs to do, %d at a time; %d have a line in %s", len(pending), args.jobs, already, args.results)
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of(args))}
     running: dict[tuple[str, int], subprocess.Popen] = {}
     failed, began, count = [], time.monotonic(), len(pending)
     try:
@@ -272,12 +284,6 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
     row["images_per_s"], row["seconds"] = round(rate, 1), round(epochs * images / rate, 1)
     row["data_wait"] = round(sum(line["data_wait"] for line in timed) / len(timed), 4)
     row["spearman"] = rank_correlations(args, folder / "pretrain" / LAST, device)
-    row["device"] = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    )
-    row["torch"] = torch.__version__
     row["date"] = datetime.date.today().isoformat()
     return row
 

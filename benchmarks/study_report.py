@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import table
-from benchmarks.study import BUDGET, SEGMENT, VARIANTS, read_results
+from benchmarks.study import BUDGET, MACHINE, SEGMENT, VARIANTS, read_results
 from util.run import options
 from util.run.logger import setup_logging
 
@@ -59,7 +59,7 @@ def by_budget(rows: Sequence[Row]) -> list[tuple[Row, dict[str, list[Row]]]]:
     """
     groups: dict[str, tuple[Row, dict[str, list[Row]]]] = {}
     for row in rows:
-        budget = {name: row[name] for name in (*BUDGET, "device", "torch")} | {name: row.get(name) for name in SEGMENT}
+        budget = {name: row[name] for name in [*BUDGET, *SEGMENT, *MACHINE]}
         name = row["variant"] + (f" x{row['long_factor']:g}" if row["variant"].endswith("_long") else "")
         runs = groups.setdefault(str(budget), (budget, defaultdict(list)))[1][name]
         if row["seed"] in [other["seed"] for other in runs]:
@@ -87,7 +87,7 @@ def differences(runs: dict[str, list[Row]], a: str, b: str, metric: Callable[[Ro
     values = [{row["seed"]: value for row in runs[name] if (value := metric(row)) is not None} for name in (a, b)]
     found = [values[0][seed] - values[1][seed] for seed in values[0].keys() & values[1].keys()]
     if len(found) < 2:
-        return spread(found)
+        return f"{found[0]:+.2f} (one run)" if found else "-"
     return (
         f"{statistics.mean(found):+.2f} ± {statistics.stdev(found):.2f} ({sum(d > 0 for d in found)} of {len(found)})"
     )
@@ -110,6 +110,7 @@ def pairs(runs: dict[str, list[Row]]) -> list[tuple[str, str]]:
         wanted += [(name, hpm) for name in VARIANTS if name.startswith(f"{hpm}_")]
         for cheap in ("sparse_1", "loss", "predictor_1"):
             wanted += [(f"{cheap}_{target}", other) for other in (hpm, predictor, mae, *long)]
+        wanted += [(f"sparse_1_{target}", f"predictor_1_{target}")]  # what mining adds to that predictor
     return [(a, b) for a, b in wanted if a in runs and b in runs]
 
 
@@ -136,7 +137,7 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
     columns: dict[str, Callable[[Row], float | None]] = dict(METRICS)
     if budget["segment_data"]:
         columns |= SEGMENTATION
-        lr = budget["segment_lr"] or 1e-3  # lines from before the option
+        lr = budget["segment_lr"]
         text.append(
             f"mIoU: {budget['segment_data']}, {budget['segment_size']} pixels, a frozen linear head trained for "
             f"{budget['segment_steps']} steps (lr {lr:g}), and the 10 nearest patches; scored at "

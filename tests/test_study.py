@@ -1,6 +1,7 @@
 """The study: which runs count as done, its metrics, its tables."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from util.run.checkpoint import save_run
 def row(variant, seed, knn, **more):
     args = study.get_args_parser().parse_args([])
     metrics = {"knn": {"20": knn}, "linear": knn + 5, "finetune": knn + 6, "rank_acc": [], "loss_rec": [1.0, 0.5]}
-    rest = {"seconds": 60.0 + seed, "data_wait": 0.05, "spearman": {}, "device": "a CPU", "torch": "2"}
+    rest = {"seconds": 60.0 + seed, "data_wait": 0.05, "spearman": {}}
     return {**study.key(args, variant, seed), **metrics, **rest, **more}
 
 
@@ -137,12 +138,13 @@ def test_targets_that_are_no_pixels_cannot_be_ranked(tmp_path, capsys):
     assert "was trained with --target dino: only pixels can be ranked" in capsys.readouterr().err
 
 
-def test_pixels_identify_a_run():
-    """Lines from before they did have ImageNet's."""
-    given = [study.get_args_parser().parse_args(words) for words in ([], ["--mean", "0", "0", "0"])]
+@pytest.mark.parametrize("words", [["--mean", "0", "0", "0"], ["--rank_masks", "8"], ["--jobs", "2"]])
+def test_what_identifies_a_run(words, monkeypatch):
+    """Pixels, evaluation and threads: other lines do not count, and the run has a folder of its own."""
+    monkeypatch.setattr(study.os, "cpu_count", lambda: 4)
+    given = [study.get_args_parser().parse_args(more) for more in ([], words)]
     keys = [study.key(args, "mae_norm", 0) for args in given]
-    old = {name: value for name, value in keys[0].items() if name not in ("mean", "std")}
-    assert [study.has_line([old], key) for key in keys] == [True, False]
+    assert [study.has_line([keys[0]], key) for key in keys] == [True, False]
     assert len({study.run_folder(args, "mae_norm", 0) for args in given}) == 2
 
 
@@ -173,10 +175,24 @@ def test_tables(tmp_path, capsys):
 
 
 def test_runs_of_different_machines_share_no_table(tmp_path, capsys):
-    report(tmp_path, [row("mae_norm", 0, 41.0), row("mae_norm", 1, 43.0, device="a GPU")])
+    report(tmp_path, [row("mae_norm", 0, 41.0), row("mae_norm", 1, 43.0, device="a GPU", torch="2")])
     first, second = capsys.readouterr().out.split("\n\n\n")
-    assert "a CPU, PyTorch 2" in first
+    assert (
+        f"threads of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, PyTorch {torch.__version__}"
+        in first
+    )
     assert "a GPU, PyTorch 2" in second
+
+
+def test_runs_on_other_pixels_share_no_table(tmp_path, capsys):
+    report(tmp_path, [row("mae_norm", 0, 41.0), row("hpm_norm", 0, 43.0, mean=[0.0, 0.0, 0.0])])
+    first, second = capsys.readouterr().out.split("\n\n\n")
+    assert "hpm_norm - mae_norm" not in first + second
+
+
+def test_mining_is_compared_at_the_same_predictor(tmp_path, capsys):
+    report(tmp_path, [row("sparse_1_norm", 0, 43.0), row("predictor_1_norm", 0, 41.0)])
+    assert "| sparse_1_norm - predictor_1_norm | +2.00 (one run)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_two_lines_of_a_run_are_rejected(tmp_path, capsys):
@@ -193,9 +209,10 @@ def test_longer_runs_are_named_and_identified_by_their_factor(tmp_path, capsys):
     long = row("mae_norm_long", 0, 42.0)
     assert study.has_line([long], study.key(parse([]), "mae_norm_long", 0))
     assert not study.has_line([long], study.key(longer, "mae_norm_long", 0))
-    old = row("hpm_norm", 0, 43.0) | {"long_factor": 2.0}  # as lines were written until then
-    assert study.has_line([old], study.key(longer, "hpm_norm", 0))
-    report(tmp_path, [old, long, row("mae_norm_long", 0, 41.0) | study.key(longer, "mae_norm_long", 0)])
+    report(
+        tmp_path,
+        [row("hpm_norm", 0, 43.0), long, row("mae_norm_long", 0, 41.0) | study.key(longer, "mae_norm_long", 0)],
+    )
     (out,) = capsys.readouterr().out.split("\n\n\n")
     assert "| hpm_norm - mae_norm_long x2 " in out
     assert "| hpm_norm - mae_norm_long x1.4 " in out
@@ -210,14 +227,13 @@ def test_plots_do_not_overwrite_each_other(tmp_path):
 
 
 def test_segmentation_is_a_budget_and_two_columns_of_its_own(tmp_path, capsys):
-    """Lines that were written before there was one count as lines without it."""
-    parse = study.get_args_parser().parse_args
-    without, with_it = parse([]), parse(["--segment_path", "x/msrc.tar"])
+    with_it = study.get_args_parser().parse_args(["--segment_path", "x/msrc.tar"])
     assert study.key(with_it, "mae_norm", 0)["segment_data"] == "msrc.tar"
-    old = {name: value for name, value in row("mae_norm", 0, 41.0).items() if not name.startswith("segment")}
-    assert {name: old.get(name) for name in study.key(without, "mae_norm", 0)} == study.key(without, "mae_norm", 0)
     found = {"segment_linear": 30.5, "segment_knn": 23.25}
-    rows = [old, *(row("mae_norm", seed, 41.0) | study.key(with_it, "mae_norm", seed) | found for seed in (0, 1))]
+    rows = [
+        row("mae_norm", 0, 41.0),
+        *(row("mae_norm", seed, 41.0) | study.key(with_it, "mae_norm", seed) | found for seed in (0, 1)),
+    ]
     report(tmp_path, rows)
     first, second = capsys.readouterr().out.split("\n\n\n")
     assert "mIoU" not in first
