@@ -156,21 +156,22 @@ def main(argv: list[str] | None = None) -> None:
 
     rows, steps = [], {case: [values["step"] for values in seconds[case]] for case in cases}
     flops = {case: step_flops(trainer.args, case.batch_size) for case, trainer in trainers.items()}
+    compared = [base for base in ("mae", "hpm") if base in args.method and len(args.method) > 1]
     for case, trainer in trainers.items():
         share = ratio([flops[case] / step for step in steps[case]], rates[case])
         median = statistics.median(steps[case])
         row = [str(case), f"{median * 1e3:.1f}", f"{case.batch_size / median:.1f}", f"{flops[case] / 1e12:.3f}"]
-        mae = replace(case, method="mae")
-        if mae in cases:
-            row += [with_range(ratio(steps[case], steps[mae])), f"{flops[case] / flops[mae]:.2f}"]
+        for base in compared:
+            other = replace(case, method=base)
+            row += [with_range(ratio(steps[case], steps[other])), f"{flops[case] / flops[other]:.2f}"]
         row += [f"{statistics.median(rates[case]) / 1e12:.3f}", with_range(share, scale=100, digits=1)]
         if args.memory:
             peak = peak_on_cuda(trainer, args.steps) if device.type == "cuda" else peak_of_process(case, size)
             row.append(f"{peak / 2**30:.2f}")
         rows.append(row)
     header = ["case", "ms per step", "images/s", "TFLOP per step"]
-    if "mae" in args.method:
-        header += ["time : MAE", "FLOPs : MAE"]
+    for base in compared:
+        header += [f"time : {base.upper()}", f"FLOPs : {base.upper()}"]
     header += ["product TFLOP/s", "share of product, %"]
     log.info("\n%s", table([*header, "peak GiB"] if args.memory else header, rows))
     if args.parts:

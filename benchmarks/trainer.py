@@ -27,14 +27,16 @@ PARTS = ("data", "teacher", "mask", "forward", "backward", "optimizer", "EMA", "
 
 
 # Options of main_pretrain.py by method: published HPM, MAE, the predictor with random masks, and teachers that see a
-# quarter of the patches; with the published predictor, with one of two blocks, or without any.
+# quarter of the patches; with the published predictor, with one of two blocks or one, or without any.
 METHODS = {
     "hpm": [],
     "mae": ["--no-learning_loss"],
     "predictor": ["--mask_strategy", "random"],
     "predictor_2": ["--mask_strategy", "random", "--predictor_depth", "2"],
+    "predictor_1": ["--mask_strategy", "random", "--predictor_depth", "1"],
     "sparse": ["--teacher_keep", "0.25"],
     "sparse_2": ["--teacher_keep", "0.25", "--predictor_depth", "2"],
+    "sparse_1": ["--teacher_keep", "0.25", "--predictor_depth", "1"],
     "loss": ["--score_by", "loss", "--no-learning_loss"],
 }
 
