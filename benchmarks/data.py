@@ -134,7 +134,8 @@ def one_thread(sources: dict[str, ImageFiles], size: int, batch_size: int) -> di
     passes = {"official: Pillow, torchvision, float32": each(lambda index: official[0, index], count)}
     for name, source in sources.items():
         passes[f"this project, {name}"] = each(ImageDataset(source, RandomCrop(size)).__getitem__, count)
-    passes["this project, folder, without simplejpeg"] = each(lambda index: pillow[0, index], count)
+    if decode.simplejpeg is not None:
+        passes["this project, folder, without simplejpeg"] = each(lambda index: pillow[0, index], count)
     for name, source in sources.items():
         passes[f"only reading, {name}"] = each(source.read, count)
     passes["only decoding (the limit)"] = each(lambda index: decode.decode_rgb(data[index]), count)
@@ -272,7 +273,9 @@ def main(argv: list[str] | None = None) -> None:
             files = choose_images(data_path, args.images, args.batch_size)
         sources = pack(files, folder)
         weight = sum(len(files.read(index)) for index in range(len(files))) / len(files)
-        log.info("%d images of %.0f kB; PyTorch %s", len(files), weight / 1e3, torch.__version__)
+        decoder = "Pillow (simplejpeg is not installed)" if decode.simplejpeg is None else "simplejpeg"
+        about = (len(files), weight / 1e3, decoder, torch.__version__)
+        log.info("%d images of %.0f kB, decoded with %s; PyTorch %s", *about)
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -5,7 +5,7 @@
 # The result is one Markdown file. Without a GPU the script says so and ends with status 0. What fails, or does not fit in
 # the time, is named in the file, and the status is 1.
 # PYTHON is an interpreter, used as it is if it has PyTorch and else to set up .venv (the default); BATCH is the batch size
-# (default 256, for 80 GB), LIMIT the seconds after which the remaining checks are skipped (default 580, without set-up).
+# (default 256, for 80 GB), LIMIT the seconds after which the remaining checks are skipped (default 540, without set-up).
 set -euo pipefail
 report=${1:-} # paths are as seen from where it was called
 [[ -z $report || $report = /* ]] || report=$PWD/$report
@@ -25,10 +25,33 @@ fi
 
 : > "$report" # fails now if it cannot be written
 SECONDS=0
-limit=${LIMIT:-580}
+limit=${LIMIT:-540} # a check that does not end by itself takes ten more
 logs=$(mktemp -d)
 checks=""
 failed=0
+device=$("$python" -c 'import torch; print(torch.cuda.get_device_name() + ", PyTorch " + torch.__version__)')
+
+# rows FILE...: the table rows in their output, each once, whatever the width of the columns; of a benchmark that was
+# stopped, what it had measured
+rows() {
+    cat "$@" 2>/dev/null | grep '^|' | sed -E 's/ +/ /g; s/-+/-/g' | awk '!seen[$0]++' || true
+    for log in "$@"; do
+        grep -q '^|' "$log" 2>/dev/null || { echo; grep -E '^round|: ready after' "$log" 2>/dev/null || true; }
+    done
+}
+
+# The result so far. It is written after every check, for when this script is stopped.
+write_report() {
+    echo "# GPU check"
+    echo
+    echo "$device"
+    echo
+    printf '| check | result | seconds |\n| --- | --- | ---: |\n%s' "$checks"
+    echo; echo "## Steps"; echo
+    rows "$logs/base.log" "$logs/large.log" "$logs/more.log"
+    echo; echo "## Input pipeline"; echo
+    cat "$logs/data.log" 2>/dev/null || true
+}
 
 # check NAME FILE COMMAND...: run it in the time that is left, keep its output in FILE, add a row to the table
 check() {
@@ -48,6 +71,7 @@ check() {
         [ "$status" -eq 0 ] || failed=1
     fi
     checks+="| $name | $result | $((SECONDS - start)) |"$'\n'
+    write_report > "$report"
 }
 
 steps=("$python" -m benchmarks.step --precision bf16 --compile yes --batch_size "${BATCH:-256}" --repeats 3 --steps 5 --memory)
@@ -59,25 +83,6 @@ check "input pipeline" data.log "$python" -m benchmarks.data --images 512 --batc
     --workers 0 "$((workers < 16 ? workers : 16))" --repeats 3
 check "steps of ViT-L, other methods" more.log "${steps[@]}" --model mae_vit_large_patch16 --method mae loss predictor predictor_2 sparse
 
-# rows FILE...: the table rows in their output, each once, whatever the width of the columns; of a benchmark that was
-# stopped, what it had measured
-rows() {
-    cat "$@" 2>/dev/null | grep '^|' | sed -E 's/ +/ /g; s/-+/-/g' | awk '!seen[$0]++' || true
-    for log in "$@"; do
-        grep -q '^|' "$log" 2>/dev/null || { echo; grep -E '^round|: ready after' "$log" 2>/dev/null || true; }
-    done
-}
-{
-    echo "# GPU check"
-    echo
-    "$python" -c 'import torch; print(torch.cuda.get_device_name() + ", PyTorch " + torch.__version__)'
-    echo
-    printf '| check | result | seconds |\n| --- | --- | ---: |\n%s' "$checks"
-    echo; echo "## Steps"; echo
-    rows "$logs/base.log" "$logs/large.log" "$logs/more.log"
-    echo; echo "## Input pipeline"; echo
-    cat "$logs/data.log" 2>/dev/null || true
-} > "$report"
 echo; cat "$report"
 echo; echo "Written to $report; full logs are in $logs"
 exit "$failed"
