@@ -13,7 +13,8 @@
 #   DATA=/imagenet sbatch --nodes 4 recipes/slurm.sh recipes/pretrain_hpm_base_800.sh [OPTIONS...]
 # Ten minutes before the time limit SLURM signals this script (--signal, B: this shell only), and this script signals the
 # job steps. The training scripts save mid-epoch and exit. util/run/status.py then reads the checkpoint: exit status 75
-# means that a signal stopped an incomplete run, and the job is requeued. A run that fails otherwise is not requeued.
+# means that a signal stopped an incomplete run, and the job is requeued. A run that fails otherwise is not requeued, nor
+# is a job that was cancelled.
 #   GRACE   seconds that torchrun gives its processes to save (default 300; --signal must leave more than that)
 set -uo pipefail
 
@@ -37,6 +38,25 @@ fi
 HEAD=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" | head -n 1):${PORT:-29500}
 export HEAD NNODES=$nodes TORCHRUN="${torchrun[*]}"
 
+# Output folders of the recipe's scripts, in order. If an option is repeated, the last one counts.
+folders=()
+while IFS= read -r command; do
+    eval "words=($command)" # DRY=1 prints quoted words
+    folder='' name=''
+    for i in "${!words[@]}"; do
+        case ${words[i]} in
+            --output_dir) folder=${words[i + 1]} ;;
+            --output_dir=*) folder=${words[i]#*=} ;;
+            --experiment) name=/${words[i + 1]} ;;
+            --experiment=*) name=/${words[i]#*=} ;;
+        esac
+    done
+    [ -n "$folder" ] && folders+=("$folder$name")
+done < <(DRY=1 NNODES=1 bash "$@")
+# The checkpoints there: names, sizes and times.
+saved() { for folder in ${folders[@]+"${folders[@]}"}; do stat -c '%n %s %y' "$folder/checkpoint-last.pth" 2>/dev/null; done; }
+before=$(saved)
+
 signalled=
 signal_steps() {
     signalled=1
@@ -56,24 +76,14 @@ while true; do # a signal interrupts `wait` while the step is still running
 done
 [ "$status" = 0 ] && exit 0
 
-# Output folders of the recipe's scripts, in order. If an option is repeated, the last one counts.
-folders=()
-while IFS= read -r command; do
-    eval "words=($command)" # DRY=1 prints quoted words
-    folder='' name=''
-    for i in "${!words[@]}"; do
-        case ${words[i]} in
-            --output_dir) folder=${words[i + 1]} ;;
-            --output_dir=*) folder=${words[i]#*=} ;;
-            --experiment) name=/${words[i + 1]} ;;
-            --experiment=*) name=/${words[i]#*=} ;;
-        esac
-    done
-    [ -n "$folder" ] && folders+=("$folder$name")
-done < <(DRY=1 NNODES=1 bash "$@")
 PYTHONPATH="$root" "$python" -m util.run.status "${folders[@]}"
 left=$?
-if [ "$left" = 75 ] || { [ "$left" = 1 ] && [ -n "$signalled" ]; }; then
+# Requeue what a signal stopped: through this script, or through another way, where this job has saved the run. A run that
+# fails before it saves still has the checkpoint of an earlier stop. A job that is not running is being cancelled.
+state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*')
+if [ -n "$state" ] && [ "$state" != JobState=RUNNING ]; then
+    echo "slurm.sh: not requeued: $state"
+elif { [ "$left" = 75 ] && [ "$(saved)" != "$before" ]; } || { [[ $left = 75 || $left = 1 ]] && [ -n "$signalled" ]; }; then
     echo "slurm.sh: requeued, the run will resume"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

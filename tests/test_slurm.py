@@ -30,7 +30,11 @@ echo "scancel $*" >>{folder}/calls
 for task in $(cat {folder}/tasks); do kill -s "${{1#--signal=}}" -- -"$task"; done
 """
 SCONTROL = """#!/bin/bash
-if [ "$1" = show ]; then echo localhost; else echo "scontrol $*" >>{folder}/calls; fi
+case "$1 $2" in
+    "show hostnames") echo localhost ;;
+    "show job") echo "JobId=$3 JobState=$(cat {folder}/state) Reason=None" ;;
+    *) echo "scontrol $*" >>{folder}/calls ;;
+esac
 """
 SBATCH = """#!/bin/bash
 cd {root} && SLURM_JOB_ID=7 SLURM_SUBMIT_DIR={root} SLURM_JOB_NODELIST=localhost exec bash "$@"
@@ -45,6 +49,7 @@ def slurm(tmp_path):
     for name, text in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
         (tools / name).write_text(text.format(python=sys.executable, folder=tmp_path, root=ROOT))
         (tools / name).chmod(stat.S_IRWXU)
+    (tmp_path / "state").write_text("RUNNING")
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
@@ -107,22 +112,34 @@ def test_a_completed_recipe_is_not_requeued(slurm, tmp_path):
     assert calls(tmp_path) == []
 
 
-@pytest.mark.parametrize(("stopped", "status", "requeued"), [("SIGUSR1", 0, True), ("", 3, False)])
-def test_the_checkpoint_decides_about_requeueing(slurm, tmp_path, stopped, status, requeued):
-    """A recipe that fails: of a run stopped by a signal, and of a run that failed by itself."""
+@pytest.mark.parametrize(
+    ("stopped", "saves", "state", "requeued"),
+    [
+        ("SIGUSR1", True, "RUNNING", True),
+        ("SIGUSR1", False, "RUNNING", False),
+        ("SIGUSR1", True, "COMPLETING", False),
+        ("", True, "RUNNING", False),
+    ],
+    ids=["stopped by a signal", "failed after an earlier stop", "cancelled", "failed"],
+)
+def test_the_checkpoint_decides_about_requeueing(slurm, tmp_path, stopped, saves, state, requeued):
+    """Of a recipe that ends with status 3, its second run unfinished."""
     from util.run.checkpoint import save_run
 
     options = {"epochs": 2, "steps_per_epoch": 6, "max_steps": None}
     for name, epoch in (("pretrain", 2), ("finetune/x", 1)):
         (tmp_path / "my out" / name).mkdir(parents=True)
         save_run(tmp_path / "my out" / name, {"epoch": epoch, "step": 0, "options": options, "stopped": stopped})
+    (tmp_path / "state").write_text(state)
     recipe = tmp_path / "recipe.sh"
+    save = 'touch "$OUT/finetune/x/checkpoint-last.pth"; ' if saves else ""
     recipe.write_text(
         'if [ "${DRY:-}" = 1 ]; then\n'
         'printf "%q " main_pretrain.py --output_dir elsewhere --output_dir="$OUT/pretrain"; echo\n'
-        'printf "%q " main_finetune.py --output_dir "$OUT/finetune" --experiment x --lr 1; echo\nelse exit 3\nfi\n'
+        'printf "%q " main_finetune.py --output_dir "$OUT/finetune" --experiment x --lr 1; echo\n'
+        f"else {save}exit 3\nfi\n"
     )
     job = slurm(1, recipe)
     out, _ = job.communicate(timeout=300)
-    assert job.returncode == status, out
+    assert job.returncode == (0 if requeued else 3), out
     assert calls(tmp_path) == ["scontrol requeue 7"] * requeued
