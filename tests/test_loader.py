@@ -112,13 +112,14 @@ class Pids:
 
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver"])
-def test_a_worker_ignores_sigterm_unless_the_training_process_sends_it(start_method):
-    """A scheduler's SIGTERM does not end it; its own process does, at once. Python 3.14 uses a fork server."""
+def test_a_worker_ignores_signals_unless_the_training_process_sends_sigterm(start_method):
+    """A scheduler's SIGTERM and SIGUSR1 do not end it; its own process does, at once. Python 3.14 has a fork server."""
     loader = build_loader(Pids(), ShardSampler(100, 1), 1, False)
     loader.multiprocessing_context = start_method
     batches = iter(loader)
     pid = next(batches).item()
-    subprocess.run(["kill", "-TERM", str(pid)], check=True)
+    for name in ("-TERM", "-USR1"):
+        subprocess.run(["kill", name, str(pid)], check=True)
     assert [next(batches).item() for _ in range(20)] == [pid] * 20
     (worker,) = loader._iterator._workers
     assert worker.is_alive()

@@ -84,32 +84,34 @@ class ShardSampler(BatchSampler):
         super().__init__(range(rank, num_samples, world_size), batch_size, drop_last=False)
 
 
-# A scheduler sends SIGTERM to all processes of a job, and training needs its workers until the next step boundary: they
-# ignore it unless the training process sent it. Only `sigwaitinfo` tells the sender, and only if all threads block the
-# signal. A spawned worker has threads before any code of ours runs in it, so it inherits the mask.
+# A scheduler sends SIGTERM or SIGUSR1 to all processes of a job, and training needs its workers until the next step
+# boundary: they ignore the latter, and the former unless the training process sent it. Only `sigwaitinfo` tells the
+# sender, and only if all threads block the signal. A spawned worker has threads before any code of ours runs in it, so
+# it inherits the mask; so does a fork server.
+_FOREIGN = {signal.SIGTERM, signal.SIGUSR1}
 _CAN_WAIT = hasattr(signal, "sigwaitinfo")  # not on macOS
 
 
 @contextmanager
-def _sigterm_blocked(start_method: str) -> Iterator[None]:
+def _signals_blocked(start_method: str) -> Iterator[None]:
     if not _CAN_WAIT:
         yield
         return
     if start_method != "fork":
         resource_tracker.ensure_running()  # it would unblock the signal if it started below
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOREIGN)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _ignore_foreign_sigterm(worker: int) -> None:
+def _ignore_foreign_signals(worker: int) -> None:
     """Worker init. Ctrl-C and a lost terminal reach all processes of a terminal, too."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if _CAN_WAIT:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a fork server may be older than the loader
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FOREIGN)  # a fork server may be older than the loader
         threading.Thread(target=_exit_on_parents_sigterm, daemon=True).start()
 
 
@@ -129,7 +131,7 @@ class _Loader(DataLoader):
 
     def __iter__(self) -> Iterator:
         method = (self.multiprocessing_context or multiprocessing).get_start_method()
-        with _sigterm_blocked(method) if self.num_workers else nullcontext():
+        with _signals_blocked(method) if self.num_workers else nullcontext():
             batches = super().__iter__()
         try:
             yield from batches
@@ -146,7 +148,7 @@ def build_loader(dataset: Dataset, sampler: Sampler, num_workers: int, pin_memor
     """Batches of the sampler, from worker processes that live as long as the loader."""
     return _Loader(
         dataset,
-        worker_init_fn=_ignore_foreign_sigterm if num_workers else None,
+        worker_init_fn=_ignore_foreign_signals if num_workers else None,
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
