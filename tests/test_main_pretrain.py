@@ -318,14 +318,76 @@ def test_a_resumed_run_keeps_its_initial_weights(tmp_path, capsys):
     assert "Resuming from" in pretrain(tmp_path / "run", "--load_from", first)
 
 
-def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path):
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path, monkeypatch):
+    """Also if the next save fails, which must not put the damaged one in the place of the previous one."""
     pretrain(tmp_path / "whole")
     pretrain(tmp_path / "run")
+    (tmp_path / "run/checkpoint-last.pth").write_bytes(b"half a file")
+
+    def disk_full(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("util.run.checkpoint.write_file", disk_full)
+        with pytest.raises(OSError, match="disk full"):
+            pretrain(tmp_path / "run")
+    assert checkpoint(tmp_path / "run")["epoch"] == 1
+    (tmp_path / "run/checkpoint-last.pth").unlink()
     (tmp_path / "run/checkpoint-last.pth").write_bytes(b"half a file")
     log = pretrain(tmp_path / "run")
     assert "checkpoint-last.pth is not a checkpoint" in log
     assert "Resuming from" in log
     assert_same_training(tmp_path / "whole", tmp_path / "run")
+
+
+def test_going_back_is_done_once(tmp_path):
+    """The same command, started again, goes on from where it got to; a milestone is never changed."""
+    run = tmp_path / "run"
+    pretrain(run, "--epochs", 4, "--save_interval", 1)
+    milestone = (run / "checkpoint-1.pth").read_bytes()
+    back = ["--epochs", 4, "--no-auto_resume", "--resume", run / "checkpoint-1.pth", "--lr", 1e-3]
+    assert "(epoch 1, step 0)" in pretrain(run, *back, "--max_steps", 14)
+    assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == (2, 2)
+    assert [line["epoch"] for line in log_lines(run)] == [0, 1]
+    log = pretrain(run, *back, "--max_steps", 20)
+    assert "the run has gone back to it before and goes on from there; to go back once more, delete" in log
+    assert "(epoch 2, step 2)" in log
+    assert (run / "checkpoint-1.pth").read_bytes() == milestone
+    pretrain(run, "--epochs", 4, "--lr", 1e-3)
+    assert "(epoch 1, step 0)" in pretrain(run, *back, "--max_steps", 14)  # after other runs, it is meant anew
+
+
+def test_a_run_that_goes_back_and_ends_before_it_saves_is_there(tmp_path, monkeypatch):
+    """The log has lost the later epochs, so the newest checkpoint must not have them."""
+    run = tmp_path / "run"
+    pretrain(run, "--save_interval", 1)
+
+    def ends(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("util.run.watch.Watch.agree", ends)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(run, "--no-auto_resume", "--resume", run / "checkpoint-1.pth")
+    assert [line["epoch"] for line in log_lines(run)] == [0]
+    assert checkpoint(run)["epoch"] == 1
+    assert checkpoint(run, "checkpoint-prev.pth")["epoch"] == 2
+
+
+def test_changed_options_of_a_complete_run_have_no_effect(tmp_path):
+    pretrain(tmp_path / "run")
+    assert "no effect" not in pretrain(tmp_path / "run")
+    log = pretrain(tmp_path / "run", "--seed", 1)
+    assert "Changed since the checkpoint: --seed: 0 -> 1" in log
+    assert "The changed options have no effect: choose another --output_dir to train with them" in log
+
+
+def test_changed_data_are_reported(tmp_path):
+    """As many steps: 48 images, then 51, in batches of 8."""
+    pretrain(tmp_path / "run", "--max_steps", 8)
+    assert "training data" not in pretrain(tmp_path / "run", "--max_steps", 9)
+    log = pretrain(tmp_path / "run", "--shapes_train", 51)
+    assert "The training data have changed since the checkpoint: 48 images, now 51" in log
 
 
 def test_experiment_and_log_dir(tmp_path):

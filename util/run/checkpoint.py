@@ -7,14 +7,14 @@ where it has them:
     script              the script that wrote it
     model               name of the model
     state_dict          the student; names without wrappers
-    ema_state_dict      the EMA teacher (pre-training with a loss predictor)
+    ema_state_dict      the EMA teacher, if there is one
     optimizer           state of the optimizer
     loss_scaler         state of the fp16 scaler, empty otherwise
     epoch, step         the next epoch, and the next optimizer step in it
     stopped             name of the signal that stopped the run here, empty otherwise
     options             every option, resolved
     image               mean, std and value range of the images
-    extra               running means of an unfinished epoch, best accuracy
+    extra               number of training images, running means of an unfinished epoch, best accuracy
 """
 
 import contextlib
@@ -79,12 +79,21 @@ def find_resume(folder: Path, resume: str = "", auto_resume: bool = True) -> tup
     """The checkpoint that a run resumes from and its content, in this order:
 
     1. with `auto_resume` the newest complete one of its own folder, so that the same command can be started again;
-    2. the file `resume`; without `auto_resume` it may be an earlier one of the same folder;
+    2. the file `resume`; without `auto_resume` it may be an earlier one of the same folder, but where the run has gone
+       back to that file before, the first rule holds, for the same reason;
     3. none: a new run.
 
     Raises:
         ValueError: the folder holds a run that a new one would overwrite, or checkpoints of which none is complete.
     """
+    own = resume and Path(resume).resolve().parent == folder.resolve()
+    if own and not auto_resume and _went_back(folder, resume):
+        log.info(
+            "--resume %s: the run has gone back to it before and goes on from there; to go back once more, delete %s",
+            resume,
+            folder / LAST,
+        )
+        auto_resume, resume = True, ""
     problems = []
     for name in (LAST, PREVIOUS) if auto_resume else ():
         if (folder / name).exists():
@@ -98,7 +107,6 @@ def find_resume(folder: Path, resume: str = "", auto_resume: bool = True) -> tup
                 log.warning("%s", error)
     if problems:
         raise ValueError(f"no checkpoint in {folder} can be read: {'; '.join(problems)}")
-    own = resume and Path(resume).resolve().parent == folder.resolve()
     if (folder / LAST).exists() and not own:
         raise ValueError(
             f"{folder} holds a run: omit --no-auto_resume to resume it, choose another folder, or go back in it with "
@@ -107,14 +115,36 @@ def find_resume(folder: Path, resume: str = "", auto_resume: bool = True) -> tup
     return (Path(resume), read_run(resume)) if resume else None
 
 
+def _went_back(folder: Path, resume: str) -> bool:
+    """Whether the run has gone back to its file `resume`, and saved since."""
+    before = read_resumed(folder, "", auto_resume=True).get("options", {})
+    same = before.get("resume") and Path(before["resume"]).resolve() == Path(resume).resolve()
+    return bool(same) and not before.get("auto_resume", True)
+
+
 def read_resumed(folder: Path, resume: str, auto_resume: bool) -> dict[str, Any]:
     """Metadata (`read_meta`) of the checkpoint that a run will resume from; {} for a new run."""
-    candidates = [folder / LAST, folder / PREVIOUS] if auto_resume else []
-    for path in candidates:
+    own = auto_resume or (resume and _went_back(folder, resume))
+    for path in (folder / LAST, folder / PREVIOUS) if own else ():
         if path.exists():
             with contextlib.suppress(ValueError):  # damaged: reported by `Run`
                 return read_meta(path)
     return read_meta(resume) if resume else {}
+
+
+def make_newest(folder: Path, path: Path) -> None:
+    """Make a checkpoint of a folder its newest one, before the run that resumes from it saves: in place of a damaged
+    one, or of the one that the run goes back from, which becomes the previous one.
+
+    Raises:
+        OSError: as in `save_run`.
+    """
+    last = folder / LAST
+    if path.name == LAST or path.resolve().parent != folder.resolve():
+        return
+    if path.name != PREVIOUS and last.exists():
+        link(last, folder / PREVIOUS)
+    link(path, last)
 
 
 def is_finished(epoch: int, step: int, options: dict[str, Any]) -> bool:
@@ -189,6 +219,10 @@ class Run:
             )
         return recorded or ""
 
+    def begin(self, path: Path) -> None:
+        """Before the first write of a run that resumes from `path`; see `make_newest`."""
+        from_rank_zero(lambda: make_newest(self.folder, path))
+
     def close(self) -> None:
         """Release the folder; the end of the process does it as well."""
         if self._lock is not None:
@@ -198,8 +232,11 @@ class Run:
 # What the checkpoint's options hold that is no option, or has no effect on what follows.
 DERIVED = (
     *("steps_per_epoch", "processes", "encoder", "initial", "classes", "origins", "val_split", "weights"),
-    *("teacher_path", "start_epoch", "resume"),
+    *("teacher_path", "start_epoch", "resume", "auto_resume"),
 )
+
+# What runs did before there were these options.
+EARLIER = {"teacher_keep": 1.0, "score_by": "predictor"}
 
 
 def check_resumable(
@@ -228,5 +265,6 @@ def check_resumable(
             f"{path} is at step {state['step']} of an epoch of {steps_before} steps, an epoch now has {steps}: give "
             "the data it was trained on, or resume from a completed epoch (a milestone, checkpoint-EPOCH.pth)"
         )
+    before = {**EARLIER, **before}
     shared = sorted(before.keys() & options.keys() - set(DERIVED))
     return [f"--{name}: {before[name]} -> {options[name]}" for name in shared if before[name] != options[name]]

@@ -108,6 +108,9 @@ class Loop:
                 before,
                 now,
             )
+        before, now = extra.get("images"), len(self.source)
+        if before not in (None, now):
+            log.warning("The training data have changed since the checkpoint: %d images, now %d", before, now)
         self.run.state = None  # frees the memory
 
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
@@ -128,8 +131,12 @@ class Loop:
         options = self.options
         if is_finished(self.epoch, self.step, options):
             log.info("Run already complete (epoch %d/%d, step %d)", self.epoch, self.options["epochs"], self.step)
+            if self.run.changes:
+                log.warning("The changed options have no effect: choose another --output_dir to train with them")
             return
         folder = self.run.folder
+        if self.run.path is not None:
+            self.run.begin(self.run.path)
         self.opened = True
         self.watch = Watch(
             folder,
@@ -255,6 +262,7 @@ class Loop:
 
     def _save(self, extra: dict[str, Any], also: Iterable[str] = (), stopped: str = "") -> None:
         """Write the newest checkpoint, on rank 0, while the others wait."""
+        extra["images"] = len(self.source)
         if self.best is not None:
             extra["best"] = self.best
         options = self.options

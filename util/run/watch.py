@@ -189,7 +189,7 @@ class Watch:
         if damaged > self.max_bad_images:
             raise TooManyBadImages(
                 f"{damaged} images cannot be read, more than --max_bad_images {self.max_bad_images}: repair "
-                f"or remove those listed in {path}, or raise the limit"
+                f"or remove those listed in {path} and then delete that file, or raise the limit"
             )
 
     def metrics(self) -> dict[str, int]:
