@@ -17,7 +17,7 @@ import models_vit
 from util.data.transforms import EvaluationTransform
 from util.run.folder import read_log
 from util.run.resolve import evaluation_crop
-from util.weights.load import DECODERS, LoadReport, fingerprint, load_into, load_pretrained, read_meta
+from util.weights.load import DECODERS, LoadReport, fingerprint, load_into, load_pretrained, read_meta, warn_unfinished
 from util.weights.meta import DEFAULTS, settings_of
 
 HEADS = ("head.", "fc_norm.", "norm.")
@@ -201,6 +201,7 @@ def read_weights(
         raise ValueError("--encoder and --head apply only to checkpoints of main_linprobe.py")
     else:
         weights = load_pretrained(path, which)
+    warn_unfinished(path, meta)
     weights = {key: tensor.float() for key, tensor in weights.items() if tensor.is_floating_point()}
     return fold_official_probe(weights), meta
 

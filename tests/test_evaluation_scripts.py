@@ -212,6 +212,21 @@ def test_killed_on_two_ranks_it_ends_with_the_same_weights(tmp_path, pretrained)
     assert_same_training(tmp_path / "whole", killed)
 
 
+@pytest.mark.parametrize("script", ["main_finetune", "main_linprobe", "main_knn"])
+def test_unfinished_pretraining_is_reported(tmp_path, pretrained, script):
+    state = checkpoint(pretrained.parent)
+    state["epoch"] -= 1
+    torch.save(state, tmp_path / "early.pth")
+    options = KNN if script == "main_knn" else [*TRAINING[script], "--max_steps", 1, "--output_dir"]
+    logs = []
+    for path in (tmp_path / "early.pth", pretrained):
+        folder = [] if script == "main_knn" else [tmp_path / path.stem]
+        logs.append(run(script, *options, *folder, "--finetune", path))
+    shown = f"early.pth: pre-training is not complete, {state['epoch']} of {state['options']['epochs']} epochs are done"
+    assert [shown in log for log in logs] == [True, False]
+    assert "not complete" not in logs[1]
+
+
 def test_accuracy_from_two_processes_is_that_from_one(tmp_path, pretrained):
     """21 images, which neither the batch nor the ranks divide; and a probe's training does not depend on the ranks."""
     start("main_finetune", tmp_path / "run", pretrained, "--epochs", 1)

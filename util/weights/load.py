@@ -85,6 +85,17 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     return {name: content[name] for name in ("script", "model", "epoch", "step", "options", "image")}
 
 
+def warn_unfinished(path: str | Path, meta: dict[str, Any]) -> None:
+    """Warn about weights of a pre-training that is not complete.
+
+    Args:
+        meta: as `read_meta`.
+    """
+    if meta.get("script") == "main_pretrain" and meta["epoch"] < meta["options"]["epochs"]:
+        epochs = (meta["epoch"], meta["options"]["epochs"])
+        log.warning("%s: pre-training is not complete, %d of %d epochs are done", path, *epochs)
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """Names of the tensors that were loaded, of the file's unused ones, and of the model's newly initialised ones."""
