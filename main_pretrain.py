@@ -42,7 +42,8 @@ from util.weights.meta import classifier_name
 from visualize.panel import pick_panel_images, training_panel
 
 SCRIPT = "main_pretrain"
-SIZE_OPTIONS = ("patch_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "predictor_depth")
+DECODER_OPTIONS = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+SIZE_OPTIONS = ("patch_size", *DECODER_OPTIONS, "predictor_depth")
 
 
 def get_args_parser() -> options.OptionParser:
@@ -75,6 +76,11 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     with torch.device("meta"):  # checks the sizes of the model at no cost
         model = build_model(args)
     args.patch_size = model.patch_embed.patch_size[0]
+    if args.predictor_depth == len(model.decoder_blocks):
+        args.predictor_depth = None
+    for name in DECODER_OPTIONS:  # the same run, whether the default is given or not
+        if getattr(args, name) == models_hpm.SIZES[args.model][name]:
+            setattr(args, name, None)
     grid = model.patch_embed.grid_size
     if args.token_size not in (None, grid[0]):
         raise ValueError(
@@ -89,6 +95,9 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
             f"{size[0]} --patch_size {size[1]}"
         )
     masks = masking.MaskSampler.from_options(vars(args), grid)  # checks ratio, pattern and grid
+    if masks.num_hidden and max(masks.num_hardest) == 0:
+        name = "--score_by loss" if args.score_by == "loss" else f"--teacher_keep {args.teacher_keep:g}"
+        raise ValueError(f"{name} is for masks chosen by score, and no patch is: omit it, or give a higher --alpha_T")
     if masks.num_hidden == max(masks.num_hardest) > 0:
         raise ValueError(
             f"the teacher scores {masks.num_hidden} of {masks.num_patches} patches, and up to as many are masked by "
@@ -185,6 +194,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"{run.path} has no EMA teacher, which --score_by loss needs: omit it to resume the run, or choose "
                 "another --output_dir for a new run"
+            )
+        if not has_teacher and run.state is not None and run.state.get("ema_state_dict") is not None:
+            raise ValueError(
+                f"{run.path} has an EMA teacher, which this run would lose: give --score_by loss to resume it, or "
+                "choose another --output_dir for a new run"
             )
         frozen = None
         if args.target in models_teacher.KINDS:

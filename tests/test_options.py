@@ -181,6 +181,8 @@ MISTAKES = {
     "--no-learning_loss --alpha_T 0.7": "--alpha_T has no effect with --mask_strategy random: omit it",
     "--mask_block --alpha_T 0.7": "--alpha_T has no effect with a mask pattern: omit it",
     "--teacher_keep 0.25 --mask_strategy hardest": "scores 147 of 196 patches, and up to as many are masked by score",
+    "--teacher_keep 0.25 --alpha_T 0": "--teacher_keep 0.25 is for masks chosen by score, and no patch is: omit it",
+    "--score_by loss --alpha_T 0": "--score_by loss is for masks chosen by score, and no patch is: omit it",
     "--teacher_keep 0": "expected a number > 0 and <= 1, got '0'",
     "--global_batch 100 --batch_size 64": "change --batch_size to a divisor of 100",
     "--device cuda": "this PyTorch finds no CUDA device",

@@ -180,12 +180,36 @@ def test_a_run_mines_resumes_and_is_drawn(options, tmp_path, monkeypatch):
     assert (tmp_path / "a.png").exists()
 
 
-def test_a_run_without_a_teacher_cannot_resume_with_one(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ([], ["--score_by", "loss"], "has no EMA teacher, which --score_by loss needs"),
+        (["--score_by", "loss"], [], "has an EMA teacher, which this run would lose: give --score_by loss"),
+    ],
+)
+def test_a_run_keeps_its_teacher_or_has_none(tmp_path, capsys, before, now, message):
     options = [*PRETRAIN, "--no-learning_loss", "--output_dir", tmp_path]
-    run("main_pretrain", *options, "--max_steps", 1)
+    run("main_pretrain", *options, *before, "--max_steps", 1)
     with pytest.raises(SystemExit):
-        run("main_pretrain", *options, "--score_by", "loss")
-    assert "has no EMA teacher, which --score_by loss needs" in capsys.readouterr().err
+        run("main_pretrain", *options, *now)
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_from_before_the_options_says_what_they_change(tmp_path):
+    """And sizes that are given are those of the default."""
+    run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path, "--max_steps", 1)
+    state = checkpoint(tmp_path)
+    for name in ("teacher_keep", "score_by"):
+        del state["options"][name]
+    torch.save(state, tmp_path / "checkpoint-last.pth")
+    given = ["--predictor_depth", 1, "--decoder_embed_dim", 64, "--decoder_num_heads", 4]
+    log = run("main_pretrain", *PRETRAIN, *given, "--output_dir", tmp_path, "--max_steps", 2)
+    assert [line for line in log.splitlines() if "Changed" in line] == [
+        "Changed since the checkpoint: --max_steps: 1 -> 2"
+    ]
+    torch.save(state, tmp_path / "checkpoint-last.pth")
+    log = run("main_pretrain", *PRETRAIN, "--output_dir", tmp_path, "--teacher_keep", 0.25)
+    assert "Changed since the checkpoint: --teacher_keep: 1.0 -> 0.25" in log
 
 
 @pytest.mark.gpu

@@ -238,6 +238,16 @@ def test_columns_of_each_kind_of_run(drawn, tmp_path, options, expected):
         assert model.vis_mask_ratio == 0
 
 
+def test_random_masks_in_place_of_those_of_features_are_reported(tmp_path):
+    path = save(
+        tmp_path / "run.pth", "--score_by loss --no-learning_loss --target dino --input_size 224 --patch_size 16"
+    )
+    warning = "The masks are random here: the run chose them by the loss of features"
+    assert warning in run("visualize", "--num_images", 1, "--checkpoint", path, "--output", tmp_path / "o.png")
+    path = save(tmp_path / "pixels.pth", "--score_by loss --no-learning_loss")
+    assert warning not in run("visualize", "--num_images", 1, "--checkpoint", path, "--output", tmp_path / "p.png")
+
+
 def test_device_and_cache_are_those_of_this_machine(tmp_path):
     path = save(tmp_path / "run.pth", "--device cpu --cache_dir /elsewhere")
     args = visualize.resolve_options(visualize.get_args_parser().parse_args(["--checkpoint", str(path)]))

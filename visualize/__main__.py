@@ -219,6 +219,10 @@ def draw_pictures(args: argparse.Namespace) -> list[Image.Image]:
     settings = {**args.trained, "mask_ratio": args.mask_ratio, "epochs": args.epochs}
     can_score = model.target_dim is None if model.score_by == "loss" else model.learning_loss
     if not can_score:
+        if settings.get("score_by") == "loss":
+            log.warning(
+                "The masks are random here: the run chose them by the loss of features, which need --target's network"
+            )
         settings |= {"mask_strategy": "random", "teacher_keep": 1.0}
     try:
         masks = MaskSampler.from_options(settings, model.patch_embed.grid_size)

@@ -120,7 +120,7 @@ def add_pretraining_options(
     group.add_argument(
         "--mask_strategy",
         choices=list(STRATEGIES),
-        help="how predicted loss selects the masked patches (default: easy_to_hard; random without a loss predictor)",
+        help="how predicted loss selects the masked patches (default: easy_to_hard; random without scores)",
     )
     group.add_argument(
         "--alpha_0",
