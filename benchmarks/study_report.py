@@ -43,6 +43,14 @@ RANKING: dict[str, Callable[[Row], float | None]] = {
 }
 
 
+# Below that table: the columns are no like for like.
+SPEARMAN = (
+    "Spearman correlations are with the true error of the student, a mean over random masks. Masked image: predictions "
+    "averaged over the same masks. Whole image: one prediction, over all patches. Hidden patches: the teacher's scores "
+    "in a single draw, over the patches it scores then; the mean over draws."
+)
+
+
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
     parser.add_argument("results", nargs="?", default="docs/study/study.jsonl", help="what benchmarks.study wrote")
@@ -170,6 +178,7 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
             for name, found in ranked.items()
         ]
         text.append(table(["variant", *shown], rows))
+        text.append(SPEARMAN)
     return "\n\n".join(text)
 
 
