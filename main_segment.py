@@ -21,7 +21,7 @@ from engine_finetune import train_one_epoch
 from engine_probe import probe
 from engine_segment import blank_padding, evaluate
 from util import rng
-from util.data import segmentation
+from util.data import label_checks, segmentation
 from util.data.datasets import ImageDataset
 from util.data.files import ImageFiles
 from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCrop
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if not isinstance(files, ImageFiles):
             raise ValueError(f"--data_path {args.data_path}: give one folder or archive with images and label maps")
         label_format = segmentation.LabelFormat(args.reduce_zero_label is not False, args.ignore_index)
-        sources, names = segmentation.checked_sources(
+        sources, names = label_checks.checked_sources(
             files,
             ["val"] if args.eval else ["train", "val"],
             label_format,

@@ -13,15 +13,8 @@ from segment_data import NAMES, ade_files, image_of, labels_of
 
 from util.data.files import pack
 from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCrop, distort, fit, resize_label
-from util.data.segmentation import (
-    LabelFormat,
-    LabelledImage,
-    check_files,
-    class_names,
-    count_classes,
-    describe_labels,
-    find_pairs,
-)
+from util.data.label_checks import check_files, count_classes, describe_labels
+from util.data.segmentation import LabelFormat, LabelledImage, class_names, find_pairs
 from util.data.sources import build_source
 
 REDUCED, PLAIN = LabelFormat(), LabelFormat(reduce_zero=False)

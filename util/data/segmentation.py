@@ -1,4 +1,4 @@
-"""Images with a class for each pixel, in ADE20K's layout (ADEChallengeData2016), and the checks of their labels.
+"""Images with a class for each pixel, in ADE20K's layout (ADEChallengeData2016).
 
     images/{training,validation}/NAME.jpg   annotations/{training,validation}/NAME.png   objectInfo150.txt
 
@@ -8,28 +8,22 @@ class k, counted from 0, is label k + 1. Shapes: N images, H, W image.
 
 import csv
 import io
-import logging
 import os
 import re
 import tarfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from util.data.files import ImageFiles, summarize
-
-log = logging.getLogger("hpm")
+from util.data.files import ImageFiles
 
 SPLITS = {"train": "training", "val": "validation"}
 LAYOUT = "images/{0}/NAME.jpg and annotations/{0}/NAME.png"
 FULL_ADE20K = "RGB masks are those of the full ADE20K; the benchmark is ADEChallengeData2016"
 _PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # signature; where the header has the bits of a channel
-MOSTLY_IGNORED = 0.5  # share of the pixels; more than that in label 0 looks like a background class
 
 
 class LabelledImage(NamedTuple):
@@ -190,131 +184,3 @@ def _object_info(files: ImageFiles) -> tuple[str | None, str]:
                     file.seek(member.offset_data)
                     return file.read(member.size).decode(), f"{files.root}: {member.name}"
     return None, ""
-
-
-# ------------------------------------------------------------------------------------------------------------- checks
-
-
-@dataclass(frozen=True)
-class LabelCounts:
-    """Pixels by the value in the file (256,), and the first file that has the value ("" for none)."""
-
-    pixels: np.ndarray
-    first: list[str]
-
-    def share(self, value: int) -> float:
-        return float(self.pixels[value] / self.pixels.sum())
-
-
-def check_files(source: SegmentationSource) -> LabelCounts:
-    """Read every label map and the header of every image.
-
-    Raises:
-        ValueError: a label map of another kind, or of another size than its image.
-    """
-
-    def count(index: int) -> np.ndarray:
-        label = read_label(source.files, source.annotations[index])
-        try:
-            with Image.open(io.BytesIO(source.files.read(source.images[index]))) as image:
-                width, height = image.size
-        except Exception as error:  # as above
-            raise ValueError(f"{source.name(index)} is not a readable image ({error})") from error
-        if label.shape != (height, width):
-            raise ValueError(
-                f"{source.files.name(source.annotations[index])} has {label.shape[1]} x {label.shape[0]} pixels, its "
-                f"image {source.name(index)} {width} x {height}: they must be equal"
-            )
-        return np.bincount(label.ravel(), minlength=256)
-
-    pixels, first = np.zeros(256, dtype=np.int64), [""] * 256
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for index, counts in enumerate(pool.map(count, range(len(source)))):
-            for value in np.flatnonzero((counts > 0) & (pixels == 0)):
-                first[value] = source.files.name(source.annotations[index])
-            pixels += counts
-    return LabelCounts(pixels, first)
-
-
-def count_classes(
-    splits: Sequence[LabelCounts], names: list[str], num_classes: int | None, form: LabelFormat, trust_zero: bool
-) -> int:
-    """Number of classes: as given, or of objectInfo*.txt, or up to the largest label.
-
-    Args:
-        trust_zero: the user says that label 0 is no class; otherwise too many of them are taken for a mistake.
-
-    Raises:
-        ValueError: labels that do not fit it, with a file that has one.
-    """
-    present = {int(value): counts for counts in splits for value in np.flatnonzero(counts.pixels)}
-    if form.reduce_zero and 255 in present:
-        raise ValueError(
-            f"{present[255].first[255]} has label 255, but with --reduce_zero_label the ignored label is 0: the labels "
-            "seem to be shifted already; give --no-reduce_zero_label"
-        )
-    for counts in splits:
-        if form.reduce_zero and not trust_zero and counts.share(0) > MOSTLY_IGNORED:
-            raise ValueError(
-                f"label 0 has {100 * counts.share(0):.0f} % of the pixels ({counts.first[0]} has it) and would be "
-                "ignored: if it is a class such as background, give --no-reduce_zero_label; if not, --reduce_zero_label"
-            )
-    classes = {value - form.reduce_zero: value for value in present if value > 0 or not form.reduce_zero}
-    if not form.reduce_zero:
-        classes.pop(form.ignore_index, None)
-    if not classes:
-        raise ValueError("every pixel of every label map is ignored: there is nothing to learn")
-    total = num_classes or len(names) or max(classes) + 1
-    if form.reduce_zero and form.ignore_index < total:
-        raise ValueError(
-            f"--ignore_index {form.ignore_index} is a class: with --reduce_zero_label the ignored label 0 becomes that "
-            f"value, so it must be {total} or more; omit it"
-        )
-    if max(classes) >= total:
-        value = classes[max(classes)]
-        origin = "--num_classes" if num_classes else "objectInfo*.txt"
-        raise ValueError(
-            f"{present[value].first[value]} has label {value}, which is class {max(classes)} counted from 0, but there "
-            f"are {total} classes ({origin}); look at --num_classes and --reduce_zero_label"
-        )
-    return total
-
-
-def describe_labels(counts: LabelCounts, names: list[str], form: LabelFormat, most: int = 12) -> str:
-    """The histogram of labels in one line: the ignored share, the largest classes, and the classes that are absent."""
-    shares = [100 * counts.share(index + form.reduce_zero) for index in range(len(names))]
-    short = [name.split(",")[0] for name in names]  # ADE20K's names are lists of synonyms
-    largest = sorted(range(len(names)), key=lambda index: -shares[index])[:most]
-    parts = [f"ignored {100 * counts.share(0 if form.reduce_zero else form.ignore_index):.1f} %"]
-    parts += [f"{short[index]} {shares[index]:.1f} %" for index in largest]
-    if len(names) > most:
-        parts.append(f"{len(names) - most} more")
-    absent = [short[index] for index, share in enumerate(shares) if share == 0]
-    return ", ".join(parts) + f"; absent: {summarize(absent, most) or 'no class'}"
-
-
-def checked_sources(
-    files: ImageFiles,
-    splits: Sequence[str],
-    form: LabelFormat,
-    num_classes: int | None,
-    *,
-    trust_zero: bool,
-    on_rank_zero: Callable[[Callable[[], Any]], Any] = lambda compute: compute(),
-) -> tuple[dict[str, SegmentationSource], list[str]]:
-    """The splits of a data set, with every label map checked, and the names of the classes.
-
-    Args:
-        on_rank_zero: runs the checks on rank 0 and broadcasts the result (util.run.distributed.from_rank_zero).
-
-    Raises:
-        ValueError: as `find_pairs`, `check_files`, `class_names` and `count_classes`.
-    """
-    sources = {split: find_pairs(files, split, form) for split in splits}
-    counts = on_rank_zero(lambda: [check_files(source) for source in sources.values()])
-    names = on_rank_zero(lambda: class_names(files, form))
-    total = count_classes(counts, names, num_classes, form, trust_zero)
-    names += [f"class {index}" for index in range(len(names), total)]
-    for (split, source), count in zip(sources.items(), counts, strict=True):
-        log.info("data      %s: %s images; %s", split, f"{len(source):,}", describe_labels(count, names, form))
-    return sources, names[:total]
