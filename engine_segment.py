@@ -3,7 +3,7 @@
 Shapes: B micro-batch, S crop, H, W original image, h, w image at its inference size, K classes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +49,23 @@ def evaluate(
 
     for (images, labels), _, index, *_ in batches:
         logits = slide(predict, to_model_input(images)[0], model.crop, stride, model.num_classes)  # (K, h, w)
-        prediction = resize(logits[None], labels.shape[1:])[0].max(dim=0).indices  # (H, W); argmax is slow on the CPU
+        prediction = largest_class(logits, labels.shape[1:])  # (H, W)
         matrix.update(prediction, labels[0].to(amp.device))
         if on_prediction is not None:
             on_prediction(int(index), prediction)
     return matrix.scores(all_reduce_sum)
+
+
+def largest_class(logits: Tensor, size: Sequence[int], most: int = 2**28) -> Tensor:
+    """The class of highest score at each pixel of the resized logits: (K, h, w) -> (H, W). Takes as many classes at a
+    time as have `most` values."""
+    step = max(1, most // (size[0] * size[1]))
+    best, classes = resize(logits[None, :step], size)[0].max(dim=0)  # argmax is slow on the CPU
+    for first in range(step, len(logits), step):
+        values, found = resize(logits[None, first : first + step], size)[0].max(dim=0)
+        classes = torch.where(values > best, found + first, classes)
+        best = torch.maximum(values, best)
+    return classes
 
 
 def share_statistics(model: nn.Module) -> None:

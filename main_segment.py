@@ -34,7 +34,7 @@ from util.run.folder import LAST, create, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.segment_options import FIXED, PROBES, UNREAD, add_segmentation_options
-from util.run.splits import data_settings, evaluation_loader
+from util.run.splits import data_settings, evaluation_loader, warn_of_range
 from util.weights.load import fingerprint, load_into, load_pretrained, read_meta, warn_unfinished
 from visualize.segmentation import Report
 
@@ -200,6 +200,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             trust_zero=args.reduce_zero_label is True,
             on_rank_zero=distributed.from_rank_zero,
         )
+        warn_of_range(args, next(iter(sources.values())))
         if args.head in PROBES and len(sources["train"]) < 2:
             raise ValueError(
                 f"--head {args.head} holds out a tenth of the training images, and there is one: give more"

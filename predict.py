@@ -30,7 +30,7 @@ from util.run.amp import Amp
 from util.run.classwise import write_csv
 from util.run.folder import create, write_atomic
 from util.run.logger import track
-from util.run.splits import data_settings, evaluation_loader
+from util.run.splits import data_settings, evaluation_loader, warn_of_range
 
 log = logging.getLogger("hpm")
 
@@ -224,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     log.info("model     %s, %d classes, %d pixels", args.checkpoint, len(names), model.patch_embed.img_size[0])
     args.device, args.precision = device.type, amp.name
     resolve.describe(get_args_parser(), args, f"{len(source):,} images")
+    warn_of_range(args, source)
     model = model.to(device)
     amp.choose_attention(model)
     if args.compile:

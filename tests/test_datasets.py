@@ -74,6 +74,13 @@ def test_an_archive_is_decompressed_once(tmp_path):
     assert not list((tmp_path / "c").rglob("*.partial"))
 
 
+def test_a_cache_that_another_user_filled_needs_no_lock(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar.gz", mode="w:gz")
+    first = build_source(str(path), "train", cache_dir=str(tmp_path / "c"))
+    monkeypatch.setattr("util.data.archives._decompress", lambda *_: pytest.fail("opened the lock"))
+    assert build_source(str(path), "train", cache_dir=str(tmp_path / "c")).root == first.root
+
+
 def test_a_changed_archive_is_decompressed_again(tmp_path):
     path = write_tar(tmp_path / "a.tar.gz", mode="w:gz")
     first = build_source(str(path), "train")

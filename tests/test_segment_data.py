@@ -118,15 +118,12 @@ FLAT = labels_of(2, size=(46, 52))
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (encode(picture(size=(46, 52)), "PNG"), r"p_002.png is of mode RGB, expected L: .* ADEChallengeData2016"),
-        (encode(Image.fromarray(FLAT).convert("P"), "PNG"), r"p_002.png is of mode P, expected L"),
+        (encode(picture(size=(46, 52)), "PNG"), r"p_002.png is of mode RGB, expected L or P .* ADEChallengeData2016"),
         (encode(Image.fromarray(FLAT.astype(np.uint16)), "PNG"), r"p_002.png is of mode I;16, expected L"),
-        (write_png_4(FLAT), r"p_002.png is of mode L with 4 bits, expected L: 8-bit"),
-        (
-            encode(Image.fromarray(FLAT), "JPEG"),
-            r"of mode L in a JPEG, which changes values, expected L",
-        ),
-        (b"nothing", r"p_002.png is not a readable image"),
+        (write_png_4(FLAT), r"p_002.png is of mode L with 4 bits, expected L or P in a PNG: 8-bit"),
+        (encode(Image.fromarray(FLAT), "JPEG"), r"of mode L in a JPEG, where values can change, expected L"),
+        (f"P5 {FLAT.shape[1]} {FLAT.shape[0]} 19\n".encode() + FLAT.tobytes(), r"in a PPM, where values can change"),
+        (b"nothing", r"p_002.png cannot be used: not a readable image"),
         (png(FLAT[1:]), r"p_002.png has 52 x 45 pixels, its image .*p_002.jpg 52 x 46"),
         (
             png(FLAT + 1),
@@ -137,10 +134,10 @@ FLAT = labels_of(2, size=(46, 52))
     ],
     ids=[
         "RGB",
-        "palette",
         "16 bits",
         "4 bits",
         "lossy",
+        "scaled",
         "damaged",
         "size",
         "unshifted",
@@ -154,8 +151,47 @@ def test_bad_label_maps_name_file_and_value(tmp_path, data, message):
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"p_002.jpg is not a readable image"):
+    with pytest.raises(ValueError, match=r"p_002.jpg cannot be used: not a readable image"):
         check_files(source(replaced(tmp_path, b"nothing", "images/training/p_002.jpg")))
+
+
+def test_the_limit_of_pixels_is_that_of_the_option(tmp_path, monkeypatch):
+    """Not Pillow's own, which is lower here."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    path = write_tree(tmp_path, ade_files())
+    check_files(source(path))
+    assert Image.MAX_IMAGE_PIXELS == 10
+    files = build_source(str(path), None, max_image_pixels=2000)
+    with pytest.raises(ValueError, match=r"p_000.jpg cannot be used: .* exceed the limit of 2000 \(--max_image_pixels"):
+        check_files(find_pairs(files, "train", REDUCED))
+
+
+@pytest.mark.parametrize("kind", ["L", "P"])
+def test_indices_of_a_palette_are_labels(tmp_path, kind):
+    label = Image.fromarray(FLAT)
+    if kind == "P":
+        label = Image.frombytes("P", label.size, label.tobytes())
+        label.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+    path = replaced(tmp_path, encode(label, "PNG"))
+    np.testing.assert_array_equal(source(path, form=PLAIN).load(2).label, FLAT)
+
+
+def test_exif_orientation_is_reported(tmp_path, log):
+    """Upside down it has the size of its label map; on its side, not."""
+    original = Image.open(io.BytesIO(ade_files()["images/training/p_002.jpg"]))
+    for orientation, size in ((3, FLAT.shape), (6, FLAT.shape[::-1])):
+        tags = Image.Exif()
+        tags[0x0112] = orientation
+        stored = io.BytesIO()
+        original.resize(size[::-1]).save(stored, "JPEG", exif=tags)
+        path = replaced(tmp_path / str(orientation), stored.getvalue(), "images/training/p_002.jpg")
+        advice = "an EXIF orientation is not applied: rotate the stored pixels if label maps are of the rotated view"
+        if orientation == 3:
+            check_files(source(path))
+            assert f"1 of 8 images are stored rotated, such as {path}/images/training/p_002.jpg; {advice}" in log.text
+        else:
+            with pytest.raises(ValueError, match=f"they must be equal; {advice}"):
+                check_files(source(path))
 
 
 def test_labels_of_ade20k_need_the_shift(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from golden import FOLDER
 
 import models_segment as segment
+from engine_segment import largest_class
 
 
 def assert_close(ours, theirs):
@@ -90,6 +91,9 @@ def test_logits_losses_and_gradients(golden, model):
 def test_sliding_windows(golden, model):
     predicted = segment.slide(lambda crops: model(crops)[0], golden["x_wide"][0].double(), 64, 43, 11, batch=2)
     assert_close(predicted, golden["slide"][0])
+    whole = segment.resize(predicted[None], (90, 70))[0].argmax(dim=0)
+    for most in (1, 4 * 90 * 70, 2**28):  # classes are resized one, four or all at a time
+        assert torch.equal(largest_class(predicted, (90, 70), most), whole)
 
 
 def test_float32_gives_the_same_loss(golden, model):

@@ -334,7 +334,8 @@ def test_16_bit_images_are_scaled_by_the_value_range(tmp_path, pretrained):
     given = ["--data_path", path, "--finetune", pretrained, "--head", "knn", *PROBE, "--save_preview", 1]
     brightness = []
     for more in ([], ["--value_range", 0, 4095]):
-        run("main_segment", *given, *more, "--output_dir", tmp_path / str(len(more)))
+        log = run("main_segment", *given, *more, "--output_dir", tmp_path / str(len(more)))
+        assert ("the default range keeps" in log) == (not more)
         with Image.open(tmp_path / str(len(more)) / "preview/p_000.png") as picture:
             brightness.append(np.array(picture)[40:200, 20:300].mean())
     assert brightness[0] < 20

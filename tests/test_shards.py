@@ -224,11 +224,33 @@ def test_missing_shards_are_reported(tmp_path, log):
         build_source(f"{path}/train-{{0000..0005}}.tar", "train")
 
 
+def test_compressed_shards_are_not_left_out_without_a_word(tmp_path, log):
+    path = write_shards(tmp_path / "d/train-{}.tar")
+    write_tar(path / "train-9.tar.gz", mode="w:gz")
+    assert len(build_source(str(path), "train", labels_needed=False)) == 12
+    assert f"{path}: shards must be .tar files; these are not used: train-9.tar.gz" in log.text
+
+
 def test_shards_are_in_the_order_of_their_numbers(tmp_path):
     (tmp_path / "d").mkdir()
     for number in range(12):
         write_tar(tmp_path / f"d/train-{number}.tar", {"a.jpg": IMAGE, "a.cls": b"%d" % number})
     assert build_source(str(tmp_path / "d"), "train").labels.tolist() == list(range(12))
+
+
+def test_words_in_the_names_of_several_folders_tell_the_splits(tmp_path):
+    """Without labels too, where shards that say nothing are for training; one folder may have any name."""
+    for split in ("train", "val"):
+        (tmp_path / f"imagenet_{split}").mkdir()
+        for number in range(2):
+            write_tar(tmp_path / f"imagenet_{split}/{number}.tar", {"a.jpg": IMAGE, "a.cls": b"0"})
+    both = f"{tmp_path}/imagenet_{{train,val}}/{{0..1}}.tar"
+    for labels_needed in (True, False):
+        train = build_source(both, "train", labels_needed=labels_needed)
+        assert len(train) == 2
+        assert all("imagenet_train" in train.name(index) for index in range(2))
+    assert len(build_source(both, "val")) == 2
+    assert len(build_source(f"{tmp_path}/imagenet_val/{{0..1}}.tar", "train", labels_needed=False)) == 2
 
 
 def test_names_must_say_which_split_shards_are_of(tmp_path):
@@ -237,7 +259,7 @@ def test_names_must_say_which_split_shards_are_of(tmp_path):
     assert len(build_source(path, "train", whole=True)) == 12
     with pytest.raises(ValueError, match=r"looked for train/CLASS/\*.jpg, .*train-000000.tar, found 0000.tar"):
         build_source(path, "train")
-    with pytest.raises(ValueError, match="none of 0000.tar, 0001.tar has train in its name"):
+    with pytest.raises(ValueError, match="none of d/0000.tar, d/0001.tar has train in its name"):
         build_source(f"{path}/{{0000,0001}}.tar", "train")
     with pytest.raises(ValueError, match="twice"):
         build_source([f"{path}/0000.tar"] * 2, "train", labels_needed=False)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tarfile
 import time
 import zlib
@@ -139,8 +140,8 @@ def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
 
 
 def below_split(listing: Listing, split: str, whole: bool) -> Listing:
-    """The part of an archive that is a split: SPLIT/, TOP/SPLIT/, or all of it if its name says so; with `whole`, all
-    of it is the "train" split if there is no such part.
+    """The part of an archive that is a split: SPLIT/, TOP/SPLIT/, or all of it if its name says so or, with `whole`, if
+    there is no such part.
 
     Raises:
         NoSuchSplit: no such part.
@@ -160,7 +161,7 @@ def below_split(listing: Listing, split: str, whole: bool) -> Listing:
         if whole and split == "train" and "/" not in prefix[:-1]:
             others = [printable(top) for top in tops if top not in ALL_NAMES]
             warn_of_classes(f"{prefix} in {printable(listing.root)}", others)
-    elif is_named(Path(listing.root), split) or (split == "train" and whole):
+    elif is_named(Path(listing.root), split) or whole:
         prefix = ""
     else:
         listing.log_skipped()
@@ -184,6 +185,8 @@ def decompressed(path: Path, cache_dir: str | None) -> Path:
     key = hashlib.sha256(identity).hexdigest()[:16]
     stem = path.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
     target = folder / f"{stem}-{key}" / f"{stem}.tar"
+    if target.exists():  # also in a folder that cannot be written to
+        return target
     try:
         return _decompress(path, target)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -200,7 +203,7 @@ def _decompress(path: Path, target: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             log.info("decompressing %s into %s (once)", printable(str(path)), printable(str(target)))
-            partial = target.with_suffix(".partial")
+            partial = target.with_suffix(f".{socket.gethostname()}.partial")  # some mounts lock within a host only
             try:
                 with gzip.open(path) as packed, open(partial, "wb") as plain:
                     shutil.copyfileobj(packed, plain, 1 << 22)

@@ -8,6 +8,8 @@ in Pillow's convert("RGB"), and 16-bit values are divided by 257.
 
 import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -26,6 +28,8 @@ REASONS = ("damaged", "unsupported", "over the pixel limit", "missing", "I/O err
 
 # simplejpeg's colours differ from Pillow's for CMYK, so Pillow decodes CMYK.
 _SIMPLE_COLORSPACES = ("YCbCr", "Gray", "RGB")
+
+_ORIENTATION = 0x0112  # tag of EXIF
 
 _TEXT_LIMIT = 1 << 28  # bytes of text in a PNG file; Pillow's limit is 1 << 20
 
@@ -85,20 +89,52 @@ def read_values(data: bytes, max_image_pixels: int = MAX_PIXELS) -> np.ndarray:
                 return simplejpeg.decode_jpeg(data, "RGB")
         except ValueError:
             pass  # simplejpeg rejects some files that Pillow reads
+    with own_limits(), unreadable_images():
+        return _read_with_pillow(data, max_image_pixels)
+
+
+@contextmanager
+def own_limits() -> Iterator[None]:
+    """Pillow's limits are lifted, for the whole process; sizes are checked here, before pixels are decoded."""
     text_limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-    pixel_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # checked here, before pixels are decoded
+    pixel_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _TEXT_LIMIT
     try:
-        return _read_with_pillow(data, max_image_pixels)
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = pixel_limit
+        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = text_limits
+
+
+@contextmanager
+def unreadable_images() -> Iterator[None]:
+    """Whatever is raised within becomes an `UnreadableImage`."""
+    try:
+        yield
     except UnreadableImage:
         raise
     except tiff.Unsupported as error:
         raise UnreadableImage(str(error), "unsupported") from error
     except Exception as error:  # damaged files make Pillow's plugins raise nearly any exception
         raise UnreadableImage(f"not a readable image ({type(error).__name__}: {error})") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = pixel_limit
-        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = text_limits
+
+
+def stored_size(data: bytes, max_image_pixels: int = MAX_PIXELS) -> tuple[int, int, bool]:
+    """(W, H) of an image as it is decoded, and whether it has an EXIF orientation, which is not applied.
+
+    Raises:
+        UnreadableImage: as `decode_rgb`.
+    """
+    with own_limits(), unreadable_images():
+        layout = tiff.read_layout(data)
+        if layout is not None and not layout.fits_pillow:
+            width, height, rotated = layout.width, layout.height, False
+        else:
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                rotated = image.format in ("JPEG", "MPO", "WEBP") and image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+        _check_size(width, height, max_image_pixels)
+    return width, height, rotated
 
 
 def _read_with_pillow(data: bytes, max_image_pixels: int) -> np.ndarray:

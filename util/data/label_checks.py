@@ -1,6 +1,5 @@
 """The checks of a segmentation data set before training: every label map, its size, and the classes they make."""
 
-import io
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -9,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from util.data.decode import UnreadableImage, own_limits, stored_size
 from util.data.files import ImageFiles, summarize
 from util.data.segmentation import LabelFormat, SegmentationSource, class_names, find_pairs, read_label
 
 log = logging.getLogger("hpm")
 
+ORIENTATION = "an EXIF orientation is not applied: rotate the stored pixels if label maps are of the rotated view"
 MOSTLY_IGNORED = 0.5  # share of the pixels; more than that in label 0 looks like a background class
 
 
@@ -31,32 +31,37 @@ class LabelCounts:
 
 
 def check_files(source: SegmentationSource) -> LabelCounts:
-    """Read every label map and the header of every image.
+    """Read every label map and the header of every image. Warns of images with an EXIF orientation.
 
     Raises:
         ValueError: a label map of another kind, or of another size than its image.
     """
 
-    def count(index: int) -> np.ndarray:
+    def count(index: int) -> tuple[np.ndarray, bool]:
         label = read_label(source.files, source.annotations[index])
         try:
-            with Image.open(io.BytesIO(source.files.read(source.images[index]))) as image:
-                width, height = image.size
-        except Exception as error:  # as above
-            raise ValueError(f"{source.name(index)} is not a readable image ({error})") from error
+            size = stored_size(source.read(index), source.files.max_image_pixels)
+        except UnreadableImage as error:
+            raise ValueError(f"{source.name(index)} cannot be used: {error}") from error
+        width, height, is_rotated = size
         if label.shape != (height, width):
             raise ValueError(
                 f"{source.files.name(source.annotations[index])} has {label.shape[1]} x {label.shape[0]} pixels, its "
-                f"image {source.name(index)} {width} x {height}: they must be equal"
+                f"image {source.name(index)} {width} x {height}: they must be equal{f'; {ORIENTATION}' * is_rotated}"
             )
-        return np.bincount(label.ravel(), minlength=256)
+        return np.bincount(label.ravel(), minlength=256), is_rotated
 
-    pixels, first = np.zeros(256, dtype=np.int64), [""] * 256
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for index, counts in enumerate(pool.map(count, range(len(source)))):
+    pixels, first, rotated = np.zeros(256, dtype=np.int64), [""] * 256, []
+    with own_limits(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for index, (counts, is_rotated) in enumerate(pool.map(count, range(len(source)))):
             for value in np.flatnonzero((counts > 0) & (pixels == 0)):
                 first[value] = source.files.name(source.annotations[index])
             pixels += counts
+            rotated += [source.name(index)] * is_rotated
+    if rotated:
+        log.warning(
+            "%d of %d images are stored rotated, such as %s; %s", len(rotated), len(source), rotated[0], ORIENTATION
+        )
     return LabelCounts(pixels, first)
 
 
@@ -75,7 +80,7 @@ def count_classes(
     if form.reduce_zero and 255 in present:
         raise ValueError(
             f"{present[255].first[255]} has label 255, but with --reduce_zero_label the ignored label is 0: the labels "
-            "seem to be shifted already; give --no-reduce_zero_label"
+            "seem to be shifted already; give --no-reduce_zero_label, and if 0 is ignored as well, write 255 for it"
         )
     for counts in splits:
         if form.reduce_zero and not trust_zero and counts.share(0) > MOSTLY_IGNORED:

@@ -22,7 +22,7 @@ from util.data.listing import Listing
 
 log = logging.getLogger("hpm")
 
-VERSION = 1  # of the format and of the rules for what is listed
+VERSION = 2  # of the format and of the rules for what is listed
 FEWEST = 1000  # members; fewer are listed again, in about 0.1 s
 
 

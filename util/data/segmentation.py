@@ -2,8 +2,8 @@
 
     images/{training,validation}/NAME.jpg   annotations/{training,validation}/NAME.png   objectInfo150.txt
 
-A label map is an 8-bit PNG of one channel. With `reduce_zero_label` (ADE20K's convention) label 0 means no class and
-class k, counted from 0, is label k + 1. Shapes: N images, H, W image.
+A label map is an 8-bit PNG of one channel, or one with a palette, whose indices count. With `reduce_zero_label`
+(ADE20K's convention) label 0 means no class and class k, counted from 0, is label k + 1. Shapes: N images, H, W image.
 """
 
 import csv
@@ -18,12 +18,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from util.data.decode import UnreadableImage, own_limits, unreadable_images
 from util.data.files import ImageFiles
 
 SPLITS = {"train": "training", "val": "validation"}
 LAYOUT = "images/{0}/NAME.jpg and annotations/{0}/NAME.png"
 FULL_ADE20K = "RGB masks are those of the full ADE20K; the benchmark is ADEChallengeData2016"
-_PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # signature; where the header has the bits of a channel
+_PNG_DEPTH = 24  # where the header has the bits of a channel
 
 
 class LabelledImage(NamedTuple):
@@ -86,6 +87,9 @@ class SegmentationSource:
     def name(self, index: int) -> str:
         return self.files.name(self.images[index])
 
+    def read(self, index: int) -> bytes:
+        return self.files.read(self.images[index])
+
     def load(self, index: int) -> LabelledImage:
         label = read_label(self.files, self.annotations[index])
         return LabelledImage(self.files.load(self.images[index]), self.format.to_classes(label))
@@ -128,24 +132,25 @@ def find_pairs(files: ImageFiles, split: str, label_format: LabelFormat) -> Segm
 
 
 def read_label(files: ImageFiles, position: int) -> np.ndarray:
-    """(H, W) uint8, the values of the file.
+    """(H, W) uint8, the values of the file; with a palette, its indices.
 
     Raises:
-        ValueError: not an 8-bit image of one channel.
+        ValueError: not an 8-bit PNG of one channel.
     """
     data = files.read(position)
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            lossy = image.format in ("JPEG", "MPO", "WEBP")
-            fewer_bits = data.startswith(_PNG) and data[_PNG_DEPTH] != 8  # Pillow scales those to 0..255
-            if image.mode == "L" and not fewer_bits and not lossy:
+        with own_limits(), unreadable_images(), Image.open(io.BytesIO(data)) as image:
+            is_png, mode = image.format == "PNG", image.mode
+            fewer_bits = is_png and mode == "L" and data[_PNG_DEPTH] != 8  # Pillow scales those to 0..255
+            if is_png and mode in ("L", "P") and not fewer_bits:
                 return np.array(image)
-            mode = f"L with {data[_PNG_DEPTH]} bits" if fewer_bits and image.mode == "L" else image.mode
-            mode += f" in a {image.format}, which changes values" if lossy else ""
-    except Exception as error:  # damaged files make Pillow's plugins raise nearly anything
-        raise ValueError(f"{files.name(position)} is not a readable image ({type(error).__name__}: {error})") from error
+            mode += f" with {data[_PNG_DEPTH]} bits" if fewer_bits else ""
+            mode += "" if is_png else f" in a {image.format}, where values can change"
+    except UnreadableImage as error:
+        raise ValueError(f"{files.name(position)} cannot be used: {error}") from error
     raise ValueError(
-        f"{files.name(position)} is of mode {mode}, expected L: 8-bit class indices in one channel ({FULL_ADE20K})"
+        f"{files.name(position)} is of mode {mode}, expected L or P in a PNG: 8-bit class indices in one channel "
+        f"({FULL_ADE20K})"
     )
 
 

@@ -23,7 +23,7 @@ from util.data.held_out import Subset, split_off
 from util.data.listing import from_list_file, list_folder, overlaps, to_files, why_skipped
 from util.data.places import COMPRESSED, find_place, has_split
 from util.data.shards import is_webdataset, list_shards, read_samples
-from util.data.split_names import SHARD_SUFFIXES, NoSuchSplit, is_numbered, warn_of_gaps
+from util.data.split_names import SHARD_SUFFIXES, NoSuchSplit, is_numbered, warn_of_gaps, warn_of_packed
 
 Files = ImageFiles | SeveralFiles | ArrowImages
 OnRankZero = Callable[[Callable[[], Any]], Any]
@@ -67,15 +67,17 @@ def _read_place(
     labels_needed: bool,
     whole: bool,
 ) -> Files:
+    """`place` is `data_path` itself, or what `find_place` chose as the split."""
     first = place[0]
     if split is not None and is_arrow(place):
         warn_of_gaps(place)
         return open_arrow(place, cache_dir, labels_needed)
     if len(place) > 1:
         warn_of_gaps(place)
+        warn_of_packed(first.parent)
         listings = list_shards(place, cache_dir)
         if split is not None:
-            listings = [below_split(listing, split, whole) for listing in listings]
+            listings = [below_split(listing, split, whole=True) for listing in listings]
         return read_samples(listings, labels_needed)
     if first.is_dir():
         return to_files(list_folder(first), labels_needed, split or "")
@@ -89,7 +91,7 @@ def _read_place(
     plain = first if first.suffix == ".tar" else decompressed(first, cache_dir)
     listing = list_archive(plain, cache_dir)
     if split is not None:
-        listing = below_split(listing, split, whole)
+        listing = below_split(listing, split, whole=not given or (whole and split == "train"))
     unlabelled = labels_needed and is_numbered(first) and not any("/" in name for name in listing.images)
     if unlabelled or is_webdataset(listing):
         return read_samples([listing], labels_needed)
@@ -239,7 +241,10 @@ def hold_out(
     source = build_source(data_path, "train", labels_needed=labels_needed, whole=True, **settings)
     for path in _data_sets(data_path, labels_needed):
         if on_rank_zero(partial(has_split, path, "val", cache_dir)):
-            raise ValueError(f"{named}, but --data_path {path} has a val split: omit the option, or move val elsewhere")
+            raise ValueError(
+                f"{named}, but --data_path {path} has a val split (something in it is named val, validation or valid): "
+                "omit the option, move that elsewhere, or if it is a class, put the classes into a folder train/"
+            )
     return split_off(source, val_fraction)
 
 

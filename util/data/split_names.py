@@ -29,25 +29,30 @@ def names_of(split: str) -> tuple[str, ...]:
 ALL_NAMES = {name for split in ("train", "val", "test") for name in names_of(split)}
 
 
+def has_word(name: str, split: str) -> bool:
+    """Whether a name has that of a split as a word."""
+    return any(word in names_of(split) for word in re.split(r"[^a-z]+", name.lower()))
+
+
 def is_named(path: Path, split: str) -> bool:
-    """Whether the name of a file, or if that names no split its folder's, has the name of a split as a word."""
-
-    def has(name: str, wanted: str) -> bool:
-        return any(word in names_of(wanted) for word in re.split(r"[^a-z]+", name.lower()))
-
-    if any(has(path.stem, other) for other in ("train", "val", "test", split)):
-        return has(path.stem, split)
+    """Whether a file's name has that of a split as a word; if it names none, whether its folder is named so."""
+    if any(has_word(path.stem, other) for other in ("train", "val", "test", split)):
+        return has_word(path.stem, split)
     return path.parent.name in names_of(split)
 
 
 def of_split(files: list[Path], split: str, whole: bool) -> list[Path]:
-    """The shards of a split, by their names; with `whole`, shards whose names say nothing are the "train" split.
+    """The shards of a split, by their names, or if those say nothing by words in the names of several folders; with
+    `whole`, shards whose names say nothing are the "train" split.
 
     Raises:
         NoSuchSplit: none.
         ValueError: names that say nothing or two splits, or a file that is there twice.
     """
-    splits = {file: [name for name in {"train", "val", "test", split} if is_named(file, name)] for file in files}
+    known = {"train", "val", "test", split}
+    splits = {file: [name for name in known if is_named(file, name)] for file in files}
+    if len({file.parent for file in files}) > 1:  # imagenet_train/, imagenet_val/
+        splits |= {f: [n for n in known if has_word(f.parent.name, n)] for f, found in splits.items() if not found}
     if len(splits) < len(files):
         twice = next(file for number, file in enumerate(files) if file in files[:number])
         raise ValueError(f"--data_path names {twice} twice, so its images would be used twice")
@@ -59,7 +64,7 @@ def of_split(files: list[Path], split: str, whole: bool) -> list[Path]:
         raise ValueError(f"which split is {summarize(wrong)}? A name must contain either train or val")
     chosen = [file for file in files if split in splits[file]]
     if not chosen:
-        names = summarize([file.name for file in files])
+        names = summarize(["/".join(file.parts[-2:]) for file in files])
         raise NoSuchSplit(f"--data_path: none of {names} has {split} in its name, as in {split}-000000.tar")
     return chosen
 
@@ -105,6 +110,13 @@ def warn_of_gaps(files: list[Path]) -> None:
         shown = [str(number) for number in islice((n for n in range(first, end) if n not in present), 6)]
         missing = summarize(shown, count=count)
         log.warning("%s and %d others: numbers %s are missing", files[0], len(files) - 1, missing)
+
+
+def warn_of_packed(folder: Path) -> None:
+    """Warn of compressed archives next to shards."""
+    packed = sorted(path.name for path in folder.iterdir() if path.name.endswith((".tar.gz", ".tgz", ".zip")))
+    if packed:
+        log.warning("%s: shards must be .tar files; these are not used: %s", folder, summarize(packed))
 
 
 def expand_braces(pattern: str) -> list[str]:
