@@ -15,6 +15,7 @@ from torch import Tensor
 
 import models_vit
 from util.data.transforms import EvaluationTransform
+from util.run.classwise import output_names
 from util.run.folder import read_log
 from util.run.resolve import evaluation_crop
 from util.weights.load import DECODERS, LoadReport, fingerprint, load_into, load_pretrained, read_meta, warn_unfinished
@@ -87,9 +88,7 @@ def classifier_of(
     model = models_vit.build(name, size, patch, num_classes=classes, global_pool=pooled)
     load_into(model, weights, allow_unexpected=(*DECODERS, "norm.") if pooled else DECODERS)
     record = meta.get("options", {}).get("classes") or {"names": [], "numbered": False}
-    names = [record["names"][k] or str(k) for k in range(classes)] if len(record["names"]) == classes else []
-    if record["numbered"] and not names:
-        names = [str(k) for k in range(classes)]
+    names = output_names(record, classes) if record["names"] or record["numbered"] else []
     return model.eval(), transform, names
 
 
@@ -201,6 +200,12 @@ def read_weights(
         raise ValueError("--encoder and --head apply only to checkpoints of main_linprobe.py")
     else:
         weights = load_pretrained(path, which)
+    pooled = meta.get("options", {}).get("global_pool")
+    if "script" not in meta and "head.weight" in weights and pooled not in (None, "fc_norm.weight" in weights):
+        raise ValueError(
+            f"{path} is a classifier on the mean of normed tokens (global_pool avg without fc_norm), which is not "
+            "supported: fine-tune with fc_norm, or with the class token"
+        )
     warn_unfinished(path, meta)
     weights = {key: tensor.float() for key, tensor in weights.items() if tensor.is_floating_point()}
     return fold_official_probe(weights), meta

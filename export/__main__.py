@@ -79,7 +79,8 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     args.output = Path(args.output) if args.output else default_output(source, args.format, args.which)
     if form.suffixes and args.output.suffix not in form.suffixes:
         raise ValueError(f"--output {args.output}: a {args.format} file ends in {' or '.join(form.suffixes)}")
-    if args.output.exists() and source.exists() and args.output.samefile(source):
+    folder = [source, source.parent] if source.is_file() and not form.suffixes else [source]  # of a file that it holds
+    if args.output.exists() and any(path.exists() and args.output.samefile(path) for path in folder):
         raise ValueError(f"--output {args.output} is the checkpoint itself: choose another name")
     check_target(args.output, () if form.suffixes else FOLDER_CONTENTS, args.overwrite)
 

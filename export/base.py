@@ -58,9 +58,10 @@ class Source:
 
     @property
     def class_record(self) -> dict[str, Any] | None:
-        """Recorded names of the classes (util/data/classes.py); None without a head or a record."""
+        """Recorded names of the classes (util/data/classes.py), of the first outputs if there are more of those; None
+        without a head or a record."""
         record = self.meta.get("options", {}).get("classes") or {}
-        return record if self.classes and len(record.get("names", [])) == self.classes else None
+        return record if 0 < len(record.get("names", [])) <= self.classes else None
 
     @property
     def mean_pooled(self) -> bool:
@@ -88,6 +89,8 @@ class Source:
             options["global_pool"] = self.mean_pooled
         if self.class_record:
             options["classes"] = self.class_record
+        if self.which == "ema":
+            options["which"] = self.which
         image = {**self.meta.get("image", {}), "mean": self.mean, "std": self.std}
         return header_of(self.name, options, image)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from export.base import LAYER_NORM_EPS, Format, Mismatch, Pairs, Source, compare_outputs, write_safetensors
 from models_hpm import MaskedAutoencoderViT
 from util import masking
-from util.data.transforms import CenterCrop
+from util.data.transforms import CenterCrop, resized_side
+from util.run.classwise import output_names
 from util.weights.hugging_face import to_hugging_face
 
 CROP_NOTE = (
@@ -113,7 +114,8 @@ class HfVit(HuggingFace):
         if self.source.classes:
             settings["num_labels"] = self.source.classes
         if record := self.source.class_record:
-            settings["id2label"] = {number: name or f"LABEL_{number}" for number, name in enumerate(record["names"])}
+            names = output_names(record, self.source.classes)
+            settings["id2label"] = {k: f"LABEL_{k}" if name == str(k) else name for k, name in enumerate(names)}
             settings["label2id"] = {label: number for number, label in settings["id2label"].items()}
             settings["classes"] = record  # for this project's scripts
         weights = to_hugging_face(self.source.model.state_dict(), "vit." if self.source.classes else "")
@@ -206,7 +208,7 @@ def image_processor(source: Source) -> Any:
     from transformers import BitImageProcessor  # ViTImageProcessor cannot crop: it distorts the image
 
     return BitImageProcessor(
-        size={"shortest_edge": int(source.input_size / source.crop_pct)},
+        size={"shortest_edge": resized_side(source.input_size, source.crop_pct)},
         resample=3,  # bicubic
         crop_size={"height": source.input_size, "width": source.input_size},
         image_mean=source.mean,

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -226,7 +227,17 @@ def test_what_may_be_fresh_keeps_its_initial_values():
     assert all("losspred" in name for name in report.newly_initialised)
 
 
-def test_position_embeddings_are_fitted():
+def test_the_small_encoder_of_moco_has_other_heads(tmp_path):
+    for width in (384, 768):
+        weights = {f"module.base_encoder.{name}": torch.ones(1) for name in ("cls_token", "blocks.0.norm1.weight")}
+        weights["module.base_encoder.patch_embed.proj.weight"] = torch.ones(width, 3, 16, 16)
+        torch.save({"state_dict": weights}, tmp_path / f"{width}.pth")
+    assert "cls_token" in load_pretrained(tmp_path / "768.pth")
+    with pytest.raises(ValueError, match="is MoCo v3's ViT-S, which has 12 heads; here a ViT-S has 6"):
+        load_pretrained(tmp_path / "384.pth")
+
+
+def test_position_embeddings_are_fitted(log):
     weights = model().state_dict()
     target = nn.Module()
     target.pos_embed = nn.Parameter(torch.zeros(1, 1 + 36, 32))
@@ -234,6 +245,7 @@ def test_position_embeddings_are_fitted():
     target.patch_embed.grid_size = (6, 6)
     load_into(target, {"pos_embed": weights["pos_embed"]})
     assert target.pos_embed.abs().sum() > 0
+    assert re.search(r"pos_embed resized from \d x \d patches to 6 x 6", log.text)
 
 
 @pytest.mark.parametrize("wrap", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])

@@ -11,7 +11,8 @@ from PIL import Image
 from programs import PRETRAIN, run
 
 import models_vit
-from util.data.transforms import CenterCrop
+from models_load import load_classifier
+from util.data.transforms import CenterCrop, resized_side
 from util.weights.load import read_meta
 from util.weights.meta import DEFAULTS, MODEL_OF_WIDTH, settings_of
 
@@ -66,6 +67,37 @@ def test_class_names_of_an_export(tmp_path, classifiers):
     assert (config.id2label[3], config.label2id["class 3"], config.id2label[9]) == ("class 3", 3, "LABEL_9")
 
 
+def test_outputs_without_a_name(tmp_path, classifiers):
+    """A subset of ImageNet with --nb_classes 1000: the labels of an export must not become ImageNet's."""
+    transformers = pytest.importorskip("transformers")
+    record = {"names": ["n01440764", "n02102040"], "numbered": False}
+    state = torch.load(classifiers["token"], weights_only=True)
+    state["options"]["classes"] = record
+    torch.save(state, tmp_path / "few.pth")
+    expected = [*record["names"], *map(str, range(2, 10))]
+    for path in (tmp_path / "few.pth", *(export(n, tmp_path / "few.pth", tmp_path) for n in ("safetensors", "hf_vit"))):
+        assert read_meta(path)["options"]["classes"] == record
+        assert load_classifier(path)[2] == expected
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf_vit")
+    assert [config.id2label[number] for number in (0, 2)] == ["n01440764", "LABEL_2"]
+
+
+def test_a_folder_is_not_exported_over_its_own_file(tmp_path, pretrained, capsys):
+    pytest.importorskip("transformers")
+    folder = export("hf_mae", pretrained, tmp_path)
+    for source in (folder, folder / "model.safetensors"):
+        with pytest.raises(SystemExit):
+            run("export", "--checkpoint", source, "--format", "hf_vit", "--output", folder, "--overwrite")
+        assert "is the checkpoint itself" in capsys.readouterr().err
+
+
+def test_an_export_of_the_teacher_says_so(tmp_path, pretrained):
+    for which in ("ema", "student"):
+        path = tmp_path / f"{which}.safetensors"
+        run("export", "--checkpoint", pretrained, "--format", "safetensors", "--which", which, "--output", path)
+        assert read_meta(path)["options"].get("which", "student") == which
+
+
 def test_crop_of_an_export(tmp_path, pretrained):
     """The default is that of the evaluation; --crop_pct replaces it."""
     run("export", "--checkpoint", pretrained, "--format", "timm", "--output", tmp_path / "a.safetensors")
@@ -97,6 +129,14 @@ def test_a_target_of_features_survives_an_export(tmp_path, capsys):
     run("main_pretrain", *PRETRAIN, "--max_steps", 1, "--target", "ema", "--output_dir", tmp_path / "run")
     path = export("safetensors", tmp_path / "run/checkpoint-last.pth", tmp_path)
     assert read_meta(path)["options"]["target"] == "ema"
+
+
+def test_the_crop_survives_the_quotient():
+    """192 / 0.85 is 225 pixels, and 192 / (192 / 225) a bit less."""
+    for size in range(16, 1025):
+        for crop_pct in (0.85, 0.875, 0.9, 0.95, 1.0):
+            edge = resized_side(size, crop_pct)
+            assert resized_side(size, size / edge) == edge
 
 
 def test_table_of_widths_is_that_of_the_models():
@@ -173,6 +213,43 @@ def test_folders_that_timm_saved(tmp_path):
     log = run("main_finetune", "--eval", "--resume", tmp_path / "hub", "--data_path", data, "--num_workers", 0)
     assert "mean 0.5 0.5 0.5 (checkpoint)" in log
     assert "3 classes, class token" in log
+
+
+@pytest.mark.parametrize(
+    ("pool", "norm", "said"),
+    [("avgmax", None, "global_pool avgmax;"), ("avg", False, "global_pool avg without fc_norm;")],
+)
+def test_other_pooling_of_timm_is_rejected(tmp_path, pool, norm, said):
+    config = {"pretrained_cfg": {}, "architecture": "vit_base_patch16_224", "num_features": 768, "num_classes": 3}
+    folder = empty_folder(tmp_path / "it", config | {"global_pool": pool, "model_args": {"fc_norm": norm}})
+    with pytest.raises(ValueError, match=f"a classifier with {said} here it is token, or avg with fc_norm"):
+        read_meta(folder)
+
+
+def test_a_mean_of_normed_tokens_is_rejected(tmp_path):
+    """timm keeps the norm before the pooling where a model without a classifier is given one; the folder says "avg"."""
+    timm = pytest.importorskip("timm")
+    from timm.models import save_for_hf
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 0}
+    model = timm.create_model("vit_base_patch16_224", **sizes, global_pool="token")
+    model.reset_classifier(3, global_pool="avg")
+    arguments = {"img_size": 16, "patch_size": 4}
+    save_for_hf(model, tmp_path / "hub", {}, model_args=arguments, safe_serialization=True)
+    path = tmp_path / "hub/config.json"
+    config = json.loads(path.read_text())
+    config["model_args"].pop("fc_norm", None)  # not all versions write it
+    path.write_text(json.dumps(config))
+    assert read_meta(tmp_path / "hub")["options"]["patch_size"] == 4
+    with pytest.raises(ValueError, match="is a classifier on the mean of normed tokens"):
+        load_classifier(tmp_path / "hub")
+
+
+def test_weights_named_as_transformers_does_have_the_configuration_next_to_them(tmp_path, pretrained):
+    pytest.importorskip("transformers")
+    folder = export("hf_vit", pretrained, tmp_path)
+    torch.save({}, folder / "pytorch_model.bin")
+    assert read_meta(folder / "pytorch_model.bin") == read_meta(folder)
 
 
 @pytest.mark.parametrize("name", ["timm", "safetensors", "hf_vit"])

@@ -3,10 +3,14 @@
 Shapes: h, w grid of patches, L = h * w patches, E width, P prefix tokens (class token).
 """
 
+import logging
+
 import numpy as np
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
+
+log = logging.getLogger("hpm")
 
 
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | tuple[int, int], cls_token: bool = False) -> np.ndarray:
@@ -55,4 +59,5 @@ def interpolate_pos_embed(model: nn.Module, state_dict: dict[str, torch.Tensor],
             f"{name} has {length} patches, which is not a square grid, and cannot be interpolated to {h} x {w}: set "
             "--input_size to the size the file was trained with"
         )
+    log.info("%s resized from %d x %d patches to %d x %d", name, side, side, h, w)
     state_dict[name] = resample_abs_pos_embed(table, [h, w], [side, side], num_prefix, antialias=False)

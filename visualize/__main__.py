@@ -135,6 +135,8 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     image = {"mean": list(transforms.IMAGENET_MEAN), "std": list(transforms.IMAGENET_STD), **meta.get("image", {})}
     if meta.get("script", SCRIPT) != SCRIPT:
         raise ValueError(f"{args.checkpoint} was written by {meta['script']}: pictures need a pre-training checkpoint")
+    if args.model is not None and classifier_name(args.model) == classifier_name(trained.get("model", "")):
+        args.model = None  # another spelling of the same model
     for name in FIXED:
         given = getattr(args, name)
         if name in trained and given not in (None, trained[name]):
@@ -165,7 +167,8 @@ def load_models(args: argparse.Namespace) -> tuple[MaskedAutoencoderViT, MaskedA
     try:
         weights = load_pretrained(args.checkpoint, "ema")
     except ValueError:  # the file has none; it is readable, as the student was loaded
-        return model, model, ("student", "student")
+        name = "EMA teacher" if args.trained.get("which") == "ema" else "student"  # which an export holds
+        return model, model, (name, name)
     return model, build_model(args, weights), ("EMA teacher", "student")
 
 

@@ -60,11 +60,16 @@ def one_draw_box(height: int, width: int, scale: list[float]) -> tuple[int, int,
     return int(top), int(left), h, w
 
 
+def resized_side(size: int, crop_pct: float) -> int:
+    """The short side that images are resized to before a crop of `size`; no pixel is lost to a rounding error."""
+    return int(size / crop_pct + 1e-6)
+
+
 class CenterCrop:
     """Evaluation crop: resize the shorter side to S / crop_pct, crop the centre; (H, W, 3) uint8 -> (3, S, S) uint8."""
 
     def __init__(self, size: int, crop_pct: float = 0.875) -> None:
-        self.resize = v2.Resize(int(size / crop_pct), v2.InterpolationMode.BICUBIC, antialias=True)
+        self.resize = v2.Resize(resized_side(size, crop_pct), v2.InterpolationMode.BICUBIC, antialias=True)
         self.crop = v2.CenterCrop(size)
 
     def __call__(self, image: np.ndarray) -> Tensor:

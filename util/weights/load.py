@@ -57,12 +57,20 @@ def load_pretrained(path: str | Path, which: str = "student") -> dict[str, Tenso
     return state_dict
 
 
+MOCO = ("base_encoder.", "momentum_encoder.")  # MoCo v3's two encoders
+
+
 def _select_encoder(state_dict: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """The tensors of the first part with a patch embedding, if the model as such has none."""
     marker = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(marker) for name in state_dict if name.endswith(marker)]
     if not prefixes or "" in prefixes:
         return state_dict
+    if prefixes[0] in MOCO and len(state_dict[prefixes[0] + marker]) == 384:
+        raise ValueError(
+            f"{path} is MoCo v3's ViT-S, which has 12 heads; here a ViT-S has 6, and its features would be others. "
+            "MoCo's ViT-B can be loaded"
+        )
     selected = {k.removeprefix(prefixes[0]): v for k, v in state_dict.items() if k.startswith(prefixes[0])}
     others = [name for name in state_dict if not name.startswith(prefixes[0])]
     log.info("%s: using the part %s; other parts: %s", path, prefixes[0].rstrip("."), summarize_names(others))
@@ -79,6 +87,8 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         return meta_of_folder(path)
     if path.suffix == ".safetensors" and path.is_file():
         return meta_of_header(read_header(path)) or meta_of_folder(path.parent)
+    if path.name == "pytorch_model.bin" and (meta := meta_of_folder(path.parent)):  # of transformers or timm
+        return meta
     content = read_file(path, tensors=False)
     if content.get("format") != FORMAT:
         return {}

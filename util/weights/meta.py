@@ -115,18 +115,29 @@ def _pixels_of(processor: dict[str, Any]) -> dict[str, Any]:
 def _meta_of_timm(config: dict[str, Any]) -> dict[str, Any]:
     """`config.json` of a folder that timm saved for the Hugging Face hub; {} for a network that is no ViT of ours."""
     given, patch = config["pretrained_cfg"], re.search(r"_patch(\d+)", config.get("architecture", ""))
+    arguments = config.get("model_args", {})
     if patch is None or config.get("num_features") not in MODEL_OF_WIDTH:
         return {}
-    size = config.get("model_args", {}).get("img_size") or given.get("input_size", [3, 224, 224])[-1]
-    options: dict[str, Any] = {"input_size": _side(size), "patch_size": int(patch[1])}
+    size = arguments.get("img_size") or given.get("input_size", [3, 224, 224])[-1]
+    options: dict[str, Any] = {
+        "input_size": _side(size),
+        "patch_size": _side(arguments.get("patch_size", int(patch[1]))),
+    }
     if "crop_pct" in given:
         options["crop_pct"] = given["crop_pct"]
     if config.get("num_classes"):
-        options["global_pool"] = config.get("global_pool") == "avg"
+        pool, norm = config.get("global_pool", "token"), arguments.get("fc_norm")
+        if pool not in ("token", "avg") or (pool == "avg" and norm is False):
+            without = " without fc_norm" if pool == "avg" else ""
+            raise ValueError(
+                f"config.json describes a classifier with global_pool {pool}{without}; here it is token, or avg with "
+                "fc_norm, and its predictions would be others"
+            )
+        options["global_pool"] = pool == "avg"
     if isinstance(names := config.get("label_names"), list):
         options["classes"] = {"names": names, "numbered": False}
     image = {name: list(given[name]) for name in ("mean", "std") if name in given}
-    model = _model_of(config["num_features"], config.get("model_args", {}).get("num_heads"))
+    model = _model_of(config["num_features"], arguments.get("num_heads"))
     return {"model": model, "options": options, "image": image}
 
 
