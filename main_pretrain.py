@@ -42,8 +42,7 @@ from util.weights.meta import classifier_name
 from visualize.panel import pick_panel_images, training_panel
 
 SCRIPT = "main_pretrain"
-DECODER_OPTIONS = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
-SIZE_OPTIONS = ("patch_size", *DECODER_OPTIONS, "predictor_depth")
+SIZE_OPTIONS = ("patch_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "predictor_depth")
 
 
 def get_args_parser() -> options.OptionParser:
@@ -76,11 +75,6 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     with torch.device("meta"):  # checks the sizes of the model at no cost
         model = build_model(args)
     args.patch_size = model.patch_embed.patch_size[0]
-    if args.predictor_depth == len(model.decoder_blocks):
-        args.predictor_depth = None
-    for name in DECODER_OPTIONS:  # the same run, whether the default is given or not
-        if getattr(args, name) == models_hpm.SIZES[args.model][name]:
-            setattr(args, name, None)
     grid = model.patch_embed.grid_size
     if args.token_size not in (None, grid[0]):
         raise ValueError(
@@ -186,8 +180,13 @@ def main(argv: list[str] | None = None) -> None:
         sampler = EpochSampler(len(source), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
         args.steps_per_epoch = sampler.num_batches // args.accum_iter
         weights = load_pretrained(args.load_from) if args.load_from and run.state is None else None
+        sizes = models_hpm.SIZES[args.model]
         args.initial = run.check(
-            vars(args), FIXED, args.load_from, lambda: fingerprint(weights or load_pretrained(args.load_from))
+            vars(args),
+            FIXED,
+            args.load_from,
+            lambda: fingerprint(weights or load_pretrained(args.load_from)),
+            meant={**sizes, "predictor_depth": args.decoder_depth or sizes["decoder_depth"]},
         )
         has_teacher = args.learning_loss or args.score_by == "loss" or args.target == "ema"
         if has_teacher and run.state is not None and run.state.get("ema_state_dict") is None:

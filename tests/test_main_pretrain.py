@@ -353,6 +353,8 @@ def test_going_back_is_done_once(tmp_path):
     assert "the run has gone back to it before and goes on from there; to go back once more, delete" in log
     assert "(epoch 2, step 2)" in log
     assert (run / "checkpoint-1.pth").read_bytes() == milestone
+    (run / "checkpoint-last.pth").unlink()
+    assert "(epoch 1, step 0)" in pretrain(run, *back, "--max_steps", 14)
     pretrain(run, "--epochs", 4, "--lr", 1e-3)
     assert "(epoch 1, step 0)" in pretrain(run, *back, "--max_steps", 14)  # after other runs, it is meant anew
 

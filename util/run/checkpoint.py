@@ -19,8 +19,9 @@ where it has them:
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from util.run.distributed import from_rank_zero
@@ -117,6 +118,8 @@ def find_resume(folder: Path, resume: str = "", auto_resume: bool = True) -> tup
 
 def _went_back(folder: Path, resume: str) -> bool:
     """Whether the run has gone back to its file `resume`, and saved since."""
+    if not (folder / LAST).exists():
+        return False
     before = read_resumed(folder, "", auto_resume=True).get("options", {})
     same = before.get("resume") and Path(before["resume"]).resolve() == Path(resume).resolve()
     return bool(same) and not before.get("auto_resume", True)
@@ -190,7 +193,12 @@ class Run:
             self.state = read_run(self.path)
 
     def check(
-        self, options: dict[str, Any], fixed: Iterable[str], path: str = "", compute: Callable[[], str] = lambda: ""
+        self,
+        options: dict[str, Any],
+        fixed: Iterable[str],
+        path: str = "",
+        compute: Callable[[], str] = lambda: "",
+        meant: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Compare options and initial weights with those of the checkpoint; `changes` are then the changed options.
 
@@ -199,6 +207,7 @@ class Run:
             path: of the initial weights given now, "" for random ones. Their file is not needed to resume: the
                 checkpoint holds everything.
             compute: their fingerprint.
+            meant: what None stands for: the same run, whether the default is given or not.
 
         Returns:
             Fingerprint of the weights that the run started from, "" for random ones.
@@ -209,7 +218,7 @@ class Run:
         """
         if self.state is None:
             return from_rank_zero(compute) if path else ""
-        self.changes = check_resumable(self.path, self.state, self.script, options, fixed)
+        self.changes = check_resumable(self.path, self.state, self.script, options, fixed, meant)
         recorded = self.state["options"].get("initial")
         given = recorded is not None and path
         if given and from_rank_zero(lambda: Path(path).exists() and compute() != recorded):
@@ -240,7 +249,12 @@ EARLIER = {"teacher_keep": 1.0, "score_by": "predictor"}
 
 
 def check_resumable(
-    path: Path | None, state: dict[str, Any], script: str, options: dict[str, Any], fixed: Iterable[str]
+    path: Path | None,
+    state: dict[str, Any],
+    script: str,
+    options: dict[str, Any],
+    fixed: Iterable[str],
+    meant: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[str]:
     """The options that changed since the checkpoint; for the arguments and errors see `Run.check`."""
     if state["script"] != script:
@@ -249,9 +263,10 @@ def check_resumable(
         raise ValueError(f"{path} holds weights only and cannot be resumed from: give it to --load_from or --finetune")
     before = state["options"]
     for name in fixed:
-        if before.get(name) != options.get(name):
+        old, new = (meant.get(name) if given.get(name) is None else given[name] for given in (before, options))
+        if old != new:
             raise ValueError(
-                f"{path} was trained with --{name} {before.get(name)}, now it is {options.get(name)}: a run cannot "
+                f"{path} was trained with --{name} {old}, now it is {new}: a run cannot "
                 "change that; give the old value, or another --output_dir for a new run"
             )
     if before.get("val_split") != options.get("val_split"):
@@ -266,5 +281,5 @@ def check_resumable(
             "the data it was trained on, or resume from a completed epoch (a milestone, checkpoint-EPOCH.pth)"
         )
     before = {**EARLIER, **before}
-    shared = sorted(before.keys() & options.keys() - set(DERIVED))
+    shared = sorted(before.keys() & options.keys() - {*DERIVED, *fixed})
     return [f"--{name}: {before[name]} -> {options[name]}" for name in shared if before[name] != options[name]]
