@@ -33,7 +33,7 @@ from util.run.folder import BEST, LAST, create, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.splits import evaluation_loader, read_splits
-from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta, warn_unfinished
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, log_loaded, read_meta
 
 SCRIPT = "main_finetune"
 
@@ -201,8 +201,7 @@ def load_weights(args: argparse.Namespace, model: nn.Module, weights: dict[str, 
     allow_missing = [] if args.eval else ["head.", "fc_norm."]
     with options.user_mistakes():
         report = load_into(model, weights, allow_missing, allow_unexpected=(*DECODERS, "norm.", "fc_norm."))
-    log.info("weights of %s\n%s", args.weights, report)
-    warn_unfinished(args.weights, read_meta(args.weights))
+    log_loaded(args.weights, report)
 
 
 def describe(args: argparse.Namespace, train: Source | None, val: Source) -> None:

@@ -27,7 +27,7 @@ from util.run import distributed, folder, options, resolve
 from util.run.amp import Amp
 from util.run.logger import log
 from util.run.splits import data_settings, evaluation_loader, record_val_split, warn_of_range
-from util.weights.load import load_pretrained, read_meta, warn_unfinished
+from util.weights.load import load_pretrained, log_loaded, read_meta
 from util.weights.read import read_file
 
 # Files of --dump_features, as DINO names them.
@@ -234,8 +234,7 @@ def extract_all(
                 encoder, loaded = models_load.build_encoder(
                     weights, *shape, global_pool=args.global_pool, path=args.finetune
                 )
-            log.info("weights of %s\n%s", args.finetune, loaded)
-            warn_unfinished(args.finetune, read_meta(args.finetune))
+            log_loaded(args.finetune, loaded)
         amp.choose_attention(encoder.to(device))
         if args.compile:
             encoder.compile()

@@ -32,7 +32,7 @@ from util.run.folder import create, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.splits import evaluation_loader, read_splits
-from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta, warn_unfinished
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, log_loaded, read_meta
 
 SCRIPT = "main_linprobe"
 
@@ -194,8 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             allow_missing = ["fc_norm."] if args.global_pool else []
             allow_unexpected = (*DECODERS, "head.", "norm.", "fc_norm.")
-            log.info("weights of %s\n%s", args.finetune, load_into(encoder, weights, allow_missing, allow_unexpected))
-            warn_unfinished(args.finetune, read_meta(args.finetune))
+            log_loaded(args.finetune, load_into(encoder, weights, allow_missing, allow_unexpected))
         args.encoder = fingerprint(encoder.state_dict())
         if trained is not None and trained["options"].get("encoder") != args.encoder:
             raise ValueError(

@@ -37,7 +37,7 @@ from util.run.pretrain_options import FIXED, PANELS, add_pretraining_options
 from util.run.splits import evaluation_loader, read_knn_splits, read_pretraining
 from util.schedules import ema_decay_at, slow_teacher
 from util.targets import PIXEL_TARGETS
-from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, read_meta
+from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, log_loaded, read_meta
 from util.weights.meta import classifier_name
 from visualize.panel import pick_panel_images, training_panel
 
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     if weights is not None:
         with options.user_mistakes():
             report = load_into(model, weights, allow_missing=DECODERS, allow_unexpected=("head.", "fc_norm."))
-        log.info("weights of %s\n%s", args.load_from, report)
+        log_loaded(args.load_from, report)
     student = distributed.wrap_ddp(model, device) if world.size > 1 else model
     teacher = EMATeacher(model) if has_teacher else None
     feature_teacher = teacher if args.target == "ema" else frozen

@@ -35,7 +35,7 @@ from util.run.logger import log
 from util.run.loop import Loop
 from util.run.segment_options import FIXED, PROBES, UNREAD, add_segmentation_options
 from util.run.splits import data_settings, evaluation_loader, warn_of_range
-from util.weights.load import fingerprint, load_into, load_pretrained, read_meta, warn_unfinished
+from util.weights.load import fingerprint, load_into, load_pretrained, log_loaded, read_meta
 from visualize.segmentation import Report
 
 SCRIPT = "main_segment"
@@ -152,8 +152,7 @@ def load_weights(args: argparse.Namespace, model: nn.Module, weights: dict[str, 
         return
     with options.user_mistakes():
         report = load_into(model, weights, allow_unexpected=()) if args.eval else model.load_encoder(weights)
-    log.info("weights of %s\n%s", args.weights, report)
-    warn_unfinished(args.weights, read_meta(args.weights))
+    log_loaded(args.weights, report)
 
 
 def describe(args: argparse.Namespace, model: nn.Module, num_images: int) -> str:

@@ -274,8 +274,9 @@ def main(argv: list[str] | None = None) -> None:
         sources = pack(files, folder)
         weight = sum(len(files.read(index)) for index in range(len(files))) / len(files)
         decoder = "Pillow (simplejpeg is not installed)" if decode.simplejpeg is None else "simplejpeg"
-        about = (len(files), weight / 1e3, decoder, torch.__version__)
-        log.info("%d images of %.0f kB, decoded with %s; PyTorch %s", *about)
+        log.info(
+            "%d images of %.0f kB, decoded with %s; PyTorch %s", len(files), weight / 1e3, decoder, torch.__version__
+        )
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -43,7 +43,7 @@ RANKING: dict[str, Callable[[Row], float | None]] = {
 }
 
 
-# Below that table: the columns are no like for like.
+# Below that table, whose columns measure different things.
 SPEARMAN = (
     "Spearman correlations are with the true error of the student, a mean over random masks. Masked image: predictions "
     "averaged over the same masks. Whole image: one prediction, over all patches. Hidden patches: the teacher's scores "

@@ -79,8 +79,8 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     args.output = Path(args.output) if args.output else default_output(source, args.format, args.which)
     if form.suffixes and args.output.suffix not in form.suffixes:
         raise ValueError(f"--output {args.output}: a {args.format} file ends in {' or '.join(form.suffixes)}")
-    folder = [source, source.parent] if source.is_file() and not form.suffixes else [source]  # of a file that it holds
-    if args.output.exists() and any(path.exists() and args.output.samefile(path) for path in folder):
+    replaced = source if form.suffixes or not source.is_file() else source.parent  # a folder replaces the file's
+    if args.output.exists() and replaced.exists() and args.output.samefile(replaced):
         raise ValueError(f"--output {args.output} is the checkpoint itself: choose another name")
     check_target(args.output, () if form.suffixes else FOLDER_CONTENTS, args.overwrite)
 

@@ -238,7 +238,7 @@ def test_a_mean_of_normed_tokens_is_rejected(tmp_path):
     save_for_hf(model, tmp_path / "hub", {}, model_args=arguments, safe_serialization=True)
     path = tmp_path / "hub/config.json"
     config = json.loads(path.read_text())
-    config["model_args"].pop("fc_norm", None)  # not all versions write it
+    config["model_args"].pop("fc_norm", None)  # a config.json need not have it
     path.write_text(json.dumps(config))
     assert read_meta(tmp_path / "hub")["options"]["patch_size"] == 4
     with pytest.raises(ValueError, match="is a classifier on the mean of normed tokens"):

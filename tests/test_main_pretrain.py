@@ -341,7 +341,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path, monkeypa
 
 
 def test_going_back_is_done_once(tmp_path):
-    """The same command, started again, goes on from where it got to; a milestone is never changed."""
+    """The same command, started again, resumes from the newest checkpoint; a milestone is never changed."""
     run = tmp_path / "run"
     pretrain(run, "--epochs", 4, "--save_interval", 1)
     milestone = (run / "checkpoint-1.pth").read_bytes()
@@ -350,7 +350,7 @@ def test_going_back_is_done_once(tmp_path):
     assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == (2, 2)
     assert [line["epoch"] for line in log_lines(run)] == [0, 1]
     log = pretrain(run, *back, "--max_steps", 20)
-    assert "the run has gone back to it before and goes on from there; to go back once more, delete" in log
+    assert f"checkpoint-1.pth is not used again: delete {run}/checkpoint-last.pth to restart from it once more" in log
     assert "(epoch 2, step 2)" in log
     assert (run / "checkpoint-1.pth").read_bytes() == milestone
     (run / "checkpoint-last.pth").unlink()
@@ -378,10 +378,10 @@ def test_a_run_that_goes_back_and_ends_before_it_saves_is_there(tmp_path, monkey
 
 def test_changed_options_of_a_complete_run_have_no_effect(tmp_path):
     pretrain(tmp_path / "run")
-    assert "no effect" not in pretrain(tmp_path / "run")
+    assert "are ignored" not in pretrain(tmp_path / "run")
     log = pretrain(tmp_path / "run", "--seed", 1)
     assert "Changed since the checkpoint: --seed: 0 -> 1" in log
-    assert "The changed options have no effect: choose another --output_dir to train with them" in log
+    assert "The changed options are ignored: choose another --output_dir to train with them" in log
 
 
 def test_changed_data_are_reported(tmp_path):

@@ -40,24 +40,26 @@ def check_files(source: SegmentationSource) -> LabelCounts:
     def count(index: int) -> tuple[np.ndarray, bool]:
         label = read_label(source.files, source.annotations[index])
         try:
-            size = stored_size(source.read(index), source.files.max_image_pixels)
+            width, height, is_rotated = stored_size(source.read(index), source.files.max_image_pixels)
         except UnreadableImage as error:
             raise ValueError(f"{source.name(index)} cannot be used: {error}") from error
-        width, height, is_rotated = size
         if label.shape != (height, width):
+            hint = f"; {ORIENTATION}" if is_rotated else ""
             raise ValueError(
                 f"{source.files.name(source.annotations[index])} has {label.shape[1]} x {label.shape[0]} pixels, its "
-                f"image {source.name(index)} {width} x {height}: they must be equal{f'; {ORIENTATION}' * is_rotated}"
+                f"image {source.name(index)} {width} x {height}: they must be equal{hint}"
             )
         return np.bincount(label.ravel(), minlength=256), is_rotated
 
-    pixels, first, rotated = np.zeros(256, dtype=np.int64), [""] * 256, []
+    pixels, first = np.zeros(256, dtype=np.int64), [""] * 256
+    rotated: list[str] = []
     with own_limits(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for index, (counts, is_rotated) in enumerate(pool.map(count, range(len(source)))):
             for value in np.flatnonzero((counts > 0) & (pixels == 0)):
                 first[value] = source.files.name(source.annotations[index])
             pixels += counts
-            rotated += [source.name(index)] * is_rotated
+            if is_rotated:
+                rotated.append(source.name(index))
     if rotated:
         log.warning(
             "%d of %d images are stored rotated, such as %s; %s", len(rotated), len(source), rotated[0], ORIENTATION

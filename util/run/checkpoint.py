@@ -80,17 +80,17 @@ def find_resume(folder: Path, resume: str = "", auto_resume: bool = True) -> tup
     """The checkpoint that a run resumes from and its content, in this order:
 
     1. with `auto_resume` the newest complete one of its own folder, so that the same command can be started again;
-    2. the file `resume`; without `auto_resume` it may be an earlier one of the same folder, but where the run has gone
-       back to that file before, the first rule holds, for the same reason;
+    2. the file `resume`; without `auto_resume` it may be an earlier one of the same folder, from which the run then
+       restarts, once: if it has done so before, the first rule holds, for the same reason;
     3. none: a new run.
 
     Raises:
         ValueError: the folder holds a run that a new one would overwrite, or checkpoints of which none is complete.
     """
     own = resume and Path(resume).resolve().parent == folder.resolve()
-    if own and not auto_resume and _went_back(folder, resume):
+    if own and not auto_resume and _has_restarted(folder, resume):
         log.info(
-            "--resume %s: the run has gone back to it before and goes on from there; to go back once more, delete %s",
+            "--resume %s is not used again: delete %s to restart from it once more",
             resume,
             folder / LAST,
         )
@@ -116,8 +116,8 @@ def find_resume(folder: Path, resume: str = "", auto_resume: bool = True) -> tup
     return (Path(resume), read_run(resume)) if resume else None
 
 
-def _went_back(folder: Path, resume: str) -> bool:
-    """Whether the run has gone back to its file `resume`, and saved since."""
+def _has_restarted(folder: Path, resume: str) -> bool:
+    """Whether the run has restarted from its earlier file `resume`, and saved since."""
     if not (folder / LAST).exists():
         return False
     before = read_resumed(folder, "", auto_resume=True).get("options", {})
@@ -127,7 +127,7 @@ def _went_back(folder: Path, resume: str) -> bool:
 
 def read_resumed(folder: Path, resume: str, auto_resume: bool) -> dict[str, Any]:
     """Metadata (`read_meta`) of the checkpoint that a run will resume from; {} for a new run."""
-    own = auto_resume or (resume and _went_back(folder, resume))
+    own = auto_resume or (resume and _has_restarted(folder, resume))
     for path in (folder / LAST, folder / PREVIOUS) if own else ():
         if path.exists():
             with contextlib.suppress(ValueError):  # damaged: reported by `Run`
@@ -137,7 +137,7 @@ def read_resumed(folder: Path, resume: str, auto_resume: bool) -> dict[str, Any]
 
 def make_newest(folder: Path, path: Path) -> None:
     """Make a checkpoint of a folder its newest one, before the run that resumes from it saves: in place of a damaged
-    one, or of the one that the run goes back from, which becomes the previous one.
+    one, or of a later one, which becomes the previous one.
 
     Raises:
         OSError: as in `save_run`.

@@ -132,7 +132,7 @@ class Loop:
         if is_finished(self.epoch, self.step, options):
             log.info("Run already complete (epoch %d/%d, step %d)", self.epoch, self.options["epochs"], self.step)
             if self.run.changes:
-                log.warning("The changed options have no effect: choose another --output_dir to train with them")
+                log.warning("The changed options are ignored: choose another --output_dir to train with them")
             return
         folder = self.run.folder
         if self.run.path is not None:

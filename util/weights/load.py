@@ -102,8 +102,9 @@ def warn_unfinished(path: str | Path, meta: dict[str, Any]) -> None:
         meta: as `read_meta`.
     """
     if meta.get("script") == "main_pretrain" and meta["epoch"] < meta["options"]["epochs"]:
-        epochs = (meta["epoch"], meta["options"]["epochs"])
-        log.warning("%s: pre-training is not complete, %d of %d epochs are done", path, *epochs)
+        log.warning(
+            "%s: pre-training is not complete, %d of %d epochs are done", path, meta["epoch"], meta["options"]["epochs"]
+        )
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,12 @@ class LoadReport:
             f"unused             {summarize_names(self.unused)}\n"
             f"newly initialised  {summarize_names(self.newly_initialised)}"
         )
+
+
+def log_loaded(path: str | Path, report: LoadReport) -> None:
+    """Log which tensors of a file were loaded, and warn if its pre-training is not complete."""
+    log.info("weights of %s\n%s", path, report)
+    warn_unfinished(path, read_meta(path))
 
 
 def summarize_names(names: list[str]) -> str:
