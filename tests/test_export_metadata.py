@@ -15,6 +15,7 @@ from models_load import load_classifier
 from util.data.transforms import CenterCrop, resized_side
 from util.weights.load import read_meta
 from util.weights.meta import DEFAULTS, MODEL_OF_WIDTH, settings_of
+from visualize import __main__ as visualize
 
 __all__ = ["classifiers", "pretrained"]  # fixtures
 
@@ -96,6 +97,9 @@ def test_an_export_of_the_teacher_says_so(tmp_path, pretrained):
         path = tmp_path / f"{which}.safetensors"
         run("export", "--checkpoint", pretrained, "--format", "safetensors", "--which", which, "--output", path)
         assert read_meta(path)["options"].get("which", "student") == which
+        args = visualize.resolve_options(visualize.get_args_parser().parse_args(["--checkpoint", str(path)]))
+        name = {"ema": "EMA teacher"}.get(which, which)
+        assert visualize.load_models(args)[2] == (name, name)
 
 
 def test_crop_of_an_export(tmp_path, pretrained):

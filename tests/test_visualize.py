@@ -248,6 +248,16 @@ def test_random_masks_in_place_of_those_of_features_are_reported(tmp_path):
     assert warning not in run("visualize", "--num_images", 1, "--checkpoint", path, "--output", tmp_path / "p.png")
 
 
+def test_a_model_has_two_names(tmp_path):
+    """The size alone, and with its decoder as in the recipes."""
+    path = save(tmp_path / "run.pth")
+    state = torch.load(path, weights_only=True)
+    state["model"] = state["options"]["model"] = "mae_vit_micro_patch16_dec64d2b"
+    torch.save(state, path)
+    given = ["--checkpoint", str(path), "--model", "mae_vit_micro_patch16"]
+    assert visualize.resolve_options(visualize.get_args_parser().parse_args(given)).model.startswith("mae_vit_micro")
+
+
 def test_device_and_cache_are_those_of_this_machine(tmp_path):
     path = save(tmp_path / "run.pth", "--device cpu --cache_dir /elsewhere")
     args = visualize.resolve_options(visualize.get_args_parser().parse_args(["--checkpoint", str(path)]))

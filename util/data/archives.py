@@ -16,11 +16,11 @@ from pathlib import Path, PurePosixPath
 from util.data.files import printable, summarize
 from util.data.listing import Listing, is_inside, is_skipped_folder, why_skipped
 from util.data.listing_cache import FEWEST, cache_folder, identity_of, read_listing, write_listing
-from util.data.split_names import ALL_NAMES, NoSuchSplit, is_named, names_of, warn_of_classes
+from util.data.split_names import ALL_NAMES, COMPRESSED, NoSuchSplit, is_named, names_of, warn_of_classes
 
 log = logging.getLogger("hpm")
 
-ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+ARCHIVE_SUFFIXES = (".tar", *COMPRESSED)
 LABEL_SUFFIXES = (".cls", ".json")  # of WebDataset
 _LONGEST_LABEL = 1 << 20  # bytes of such a file
 _OUTSIDE = "links, devices and names that point outside"

@@ -10,6 +10,7 @@ from util.data.files import printable
 from util.data.listing import contents, is_skipped_folder, list_folder, why_skipped
 from util.data.split_names import (
     ALL_NAMES,
+    COMPRESSED,
     SHARD_SUFFIXES,
     NoSuchSplit,
     expand_braces,
@@ -19,8 +20,6 @@ from util.data.split_names import (
     of_split,
     warn_of_classes,
 )
-
-COMPRESSED = (".tar.gz", ".tgz")
 
 
 def find_place(data_path: str | list[str], split: str | None, whole: bool) -> list[Path]:

@@ -21,9 +21,9 @@ from util.data.decode import MAX_PIXELS, UnreadableImage, ValueRange, default_ra
 from util.data.files import ImageFiles, SeveralFiles, pack
 from util.data.held_out import Subset, split_off
 from util.data.listing import from_list_file, list_folder, overlaps, to_files, why_skipped
-from util.data.places import COMPRESSED, find_place, has_split
+from util.data.places import find_place, has_split
 from util.data.shards import is_webdataset, list_shards, read_samples
-from util.data.split_names import SHARD_SUFFIXES, NoSuchSplit, is_numbered, warn_of_gaps, warn_of_packed
+from util.data.split_names import COMPRESSED, SHARD_SUFFIXES, NoSuchSplit, is_numbered, warn_of_gaps, warn_of_packed
 
 Files = ImageFiles | SeveralFiles | ArrowImages
 OnRankZero = Callable[[Callable[[], Any]], Any]

@@ -11,6 +11,7 @@ from util.data.files import summarize
 log = logging.getLogger("hpm")
 
 SHARD_SUFFIXES = (".tar", ".parquet")
+COMPRESSED = (".tar.gz", ".tgz")
 
 _ALIASES = {"val": ("val", "validation", "valid")}
 _NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?")  # the Hugging Face Hub appends hashes
@@ -114,7 +115,7 @@ def warn_of_gaps(files: list[Path]) -> None:
 
 def warn_of_packed(folder: Path) -> None:
     """Warn of compressed archives next to shards."""
-    packed = sorted(path.name for path in folder.iterdir() if path.name.endswith((".tar.gz", ".tgz", ".zip")))
+    packed = sorted(path.name for path in folder.iterdir() if path.name.endswith((*COMPRESSED, ".zip")))
     if packed:
         log.warning("%s: shards must be .tar files; these are not used: %s", folder, summarize(packed))
 
