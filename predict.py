@@ -21,8 +21,8 @@ from torch import Tensor
 
 import models_load
 import models_vit
-from util.data.datasets import ImageDataset, Sample
-from util.data.decode import REASONS, UnreadableImage
+from util.data.datasets import MarkUnreadable, report_unreadable
+from util.data.decode import REASONS
 from util.data.sources import Source, build_source
 from util.data.transforms import ToModelInput
 from util.run import distributed, options, resolve
@@ -36,7 +36,6 @@ log = logging.getLogger("hpm")
 
 TOP = 5
 PIXELS = ("mean", "std", "value_range")
-NAMED = 20  # unreadable images named in the log; the CSV names all
 
 
 def get_args_parser() -> options.OptionParser:
@@ -96,17 +95,6 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
             raise ValueError(f"--{name} {path}: expected the name of a file, {' or '.join(suffixes)}")
     resolve.resolve_workers(args, world, 10)
     return args
-
-
-class MarkUnreadable(ImageDataset):
-    """`ImageDataset` in which an unreadable image is a black one with the reason, instead of an error."""
-
-    def __getitem__(self, key: Any) -> Sample:
-        try:
-            return super().__getitem__(key)
-        except UnreadableImage as error:
-            black = self.transform(np.zeros((8, 8, 3), dtype=np.uint8))
-            return Sample(black, 0, key, bad=key, reason=REASONS.index(error.reason))
 
 
 def open_checkpoint(args: argparse.Namespace) -> tuple[models_vit.VisionTransformer, Any, list[str]]:
@@ -172,17 +160,6 @@ def predict(
             best = logits.softmax(dim=-1).topk(top, dim=-1)
             shares[kept], classes[kept] = best.values.cpu()[good], best.indices.cpu()[good]
     return features, shares, classes, reasons
-
-
-def report_unreadable(source: Source, reasons: Tensor) -> None:
-    """Name the images that have no prediction, the first ones, and count them by reason."""
-    bad = (reasons >= 0).nonzero().flatten().tolist()
-    for index in bad[:NAMED]:
-        log.warning("unreadable (%s): %s", REASONS[reasons[index]], source.name(index))
-    if bad:
-        counts = {reason: int((reasons == k).sum()) for k, reason in enumerate(REASONS)}
-        text = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
-        log.warning("%s of %s images are unreadable (%s): no predictions", f"{len(bad):,}", f"{len(source):,}", text)
 
 
 def write_features(path: Path, features: Tensor, files: list[str]) -> None:

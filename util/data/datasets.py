@@ -1,5 +1,6 @@
 """Samples of a data set. The randomness of a sample is a function of (seed, epoch, index)."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,10 @@ from util.data.decode import REASONS, UnreadableImage
 from util.data.sources import Source, build_source
 from util.rng import seed_all, stable_hash
 
+log = logging.getLogger("hpm")
+
 _ATTEMPTS = 20  # replacements tried for an unreadable image
+_NAMED = 20  # unreadable images named in the log
 
 
 class Sample(NamedTuple):
@@ -86,6 +90,28 @@ class ImageDataset(Dataset):
         raise UnreadableImage(
             f"{self.source.name(index)} is unreadable, and so are {_ATTEMPTS} replacements: {last}", last.reason
         ) from last
+
+
+class MarkUnreadable(ImageDataset):
+    """`ImageDataset` in which an unreadable image is a black one with the reason, instead of an error."""
+
+    def __getitem__(self, key: Any) -> Sample:
+        try:
+            return super().__getitem__(key)
+        except UnreadableImage as error:
+            black = self.transform(np.zeros((8, 8, 3), dtype=np.uint8))
+            return Sample(black, 0, key, bad=key, reason=REASONS.index(error.reason))
+
+
+def report_unreadable(source: Source, reasons: torch.Tensor) -> None:
+    """Name the images that have no prediction, the first ones, and count them by reason."""
+    bad = (reasons >= 0).nonzero().flatten().tolist()
+    for index in bad[:_NAMED]:
+        log.warning("unreadable (%s): %s", REASONS[reasons[index]], source.name(index))
+    if bad:
+        counts = {reason: int((reasons == k).sum()) for k, reason in enumerate(REASONS)}
+        text = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
+        log.warning("%s of %s images are unreadable (%s): no predictions", f"{len(bad):,}", f"{len(source):,}", text)
 
 
 def build_dataset(
