@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.data.datasets import report_unreadable
+from util.data.sources import Source
 from util.knn import knn_correct
 from util.run.amp import Amp
 from util.run.distributed import all_reduce_sum
@@ -104,41 +106,50 @@ def extract_features(
     to_model_input: Callable[[Tensor], Tensor],
     count: int,
     width: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Features of a whole data set, on every rank: (count, width) float32 on the CPU, row i from image i.
 
     Args:
         encode: (B, C, H, W) -> (B, width).
+        batches: of `util.data.datasets.Sample`, with images that are unreadable marked as such.
         count: number of images. Each rank fills the rows of its own, whose indices come with them, so that neither the
             order nor the number of ranks matters.
+
+    Returns:
+        The features, and why an image is unreadable (count,), as in `Sample`: -1 if it is not.
     """
-    features, filled = torch.zeros(count, width), torch.zeros(count)
-    for images, _, index, *_ in batches:
+    features, filled, reasons = torch.zeros(count, width), torch.zeros(count), torch.zeros(count)
+    for images, _, index, _, reason in batches:
         with amp.autocast():
             features[index] = encode(to_model_input(images)).float().cpu()
         filled[index] += 1
-    for part in [*features.split(65536), filled]:  # other ranks' rows are zero here
+        reasons[index] = reason.float() + 1
+    for part in [*features.split(65536), filled, reasons]:  # other ranks' rows are zero here
         part.copy_(all_reduce_sum(part.to(amp.device)))
     assert (filled == 1).all(), "each image must occur once, on one rank"
-    return features
+    return features, reasons.long() - 1
 
 
 def extract_splits(
     encode: Callable[[Tensor], Tensor],
     loaders: Mapping[str, Iterable],
-    labels: Mapping[str, Tensor],
+    sources: Mapping[str, Source],
     amp: Amp,
     to_model_input: Callable[[Tensor], Tensor],
     width: int,
     world_size: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """`extract_features` and labels of several splits, by their names."""
-    features = {}
-    for split, loader in loaders.items():
-        count = len(labels[split])
-        batches = track(loader, -(-count // world_size), f"{split} features")
-        features[split] = extract_features(encode, batches, amp, to_model_input, count, width), labels[split]
-    return features
+    """`extract_features` and labels of several splits, by their names, without the images marked as unreadable."""
+    splits = {}
+    for split, source in sources.items():
+        batches = track(loaders[split], -(-len(source) // world_size), f"{split} features")
+        features, reasons = extract_features(encode, batches, amp, to_model_input, len(source), width)
+        labels, readable = torch.from_numpy(source.labels), reasons < 0
+        if not readable.all():
+            report_unreadable(source, reasons, "left out of the k-NN")
+            features, labels = features[readable], labels[readable]
+        splits[split] = features, labels
+    return splits
 
 
 def knn_accuracy(

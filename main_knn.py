@@ -26,7 +26,7 @@ from util.data.sources import Source, build_splits
 from util.run import distributed, folder, options, resolve
 from util.run.amp import Amp
 from util.run.logger import log
-from util.run.splits import data_settings, evaluation_loader, record_val_split, warn_of_range
+from util.run.splits import data_settings, knn_loaders, record_val_split, warn_of_range
 from util.weights.load import load_pretrained, log_loaded, read_meta
 from util.weights.read import read_file
 
@@ -245,9 +245,8 @@ def extract_all(
         width = encoder.embed_dim
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=False)
     crop = transforms.CenterCrop(args.input_size, args.crop_pct)
-    loaders = {split: evaluation_loader(args, source, crop, world) for split, source in sources.items()}
-    labels = {split: torch.from_numpy(source.labels) for split, source in sources.items()}
-    return extract_splits(encode, loaders, labels, amp, to_model_input, width, world.size)
+    loaders = knn_loaders(args, sources, crop, world)
+    return extract_splits(encode, loaders, sources, amp, to_model_input, width, world.size)
 
 
 if __name__ == "__main__":

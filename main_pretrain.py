@@ -34,7 +34,7 @@ from util.run.folder import run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.pretrain_options import FIXED, PANELS, add_pretraining_options
-from util.run.splits import evaluation_loader, read_knn_splits, read_pretraining
+from util.run.splits import knn_loaders, read_knn_splits, read_pretraining
 from util.schedules import ema_decay_at, slow_teacher
 from util.targets import PIXEL_TARGETS
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, log_loaded, read_meta
@@ -138,8 +138,8 @@ def score_knn(
     crop = CenterCrop(args.input_size, resolve.evaluation_crop(args.input_size, {}))
     features = extract_splits(
         lambda images: F.normalize(encoder(images).float(), dim=-1),
-        {split: evaluation_loader(args, source, crop, world) for split, source in sources.items()},
-        {split: torch.from_numpy(source.labels) for split, source in sources.items()},
+        knn_loaders(args, sources, crop, world),
+        sources,
         amp,
         ToModelInput(args.mean, args.std, device, flip=False),
         encoder.embed_dim,

@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = track(loader, len(source), "predictions")
     features, shares, classes, reasons = predict(model, batches, amp, to_model_input, len(source))
 
-    report_unreadable(source, reasons)
+    report_unreadable(source, reasons, "no predictions")
     files = [source.name(index) for index in range(len(source))]
     if "features" in args.paths:
         write_features(args.paths["features"], features, files)

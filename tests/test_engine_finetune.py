@@ -56,9 +56,10 @@ def test_features_stand_in_the_order_of_the_data():
     loader, dataset = batches(23, 5)
     shuffled = list(loader)[::-1]
     encode = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 6))
-    features = extract_features(encode, shuffled, Amp("fp32", CPU), TO_INPUT, 23, 6)
+    features, reasons = extract_features(encode, shuffled, Amp("fp32", CPU), TO_INPUT, 23, 6)
     expected = encode(TO_INPUT(torch.stack([dataset[i].image for i in range(23)])))
     torch.testing.assert_close(features, expected)
+    assert (reasons == -1).all()
 
 
 def test_a_missing_image_is_noticed():

@@ -22,7 +22,7 @@ class Sample(NamedTuple):
     """image (3, S, S) uint8, its label and index.
 
     If the requested image was unreadable, these three belong to its replacement, `bad` is its index, and `reason` the
-    position of the reason in `decode.REASONS`; else both are -1.
+    position of the reason in `decode.REASONS`; else both are -1. In `MarkUnreadable`, `index` stays its own.
     """
 
     image: torch.Tensor
@@ -103,15 +103,15 @@ class MarkUnreadable(ImageDataset):
             return Sample(black, 0, key, bad=key, reason=REASONS.index(error.reason))
 
 
-def report_unreadable(source: Source, reasons: torch.Tensor) -> None:
-    """Name the images that have no prediction, the first ones, and count them by reason."""
+def report_unreadable(source: Source, reasons: torch.Tensor, consequence: str) -> None:
+    """Log the unreadable images of (N,) reasons, the first ones by name and all by reason, and what follows."""
     bad = (reasons >= 0).nonzero().flatten().tolist()
     for index in bad[:_NAMED]:
         log.warning("unreadable (%s): %s", REASONS[reasons[index]], source.name(index))
     if bad:
         counts = {reason: int((reasons == k).sum()) for k, reason in enumerate(REASONS)}
         text = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
-        log.warning("%s of %s images are unreadable (%s): no predictions", f"{len(bad):,}", f"{len(source):,}", text)
+        log.warning("%s of %s images are unreadable (%s): %s", f"{len(bad):,}", f"{len(source):,}", text, consequence)
 
 
 def build_dataset(

@@ -2,13 +2,13 @@
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from util.data.classes import class_record, count_classes, label_as, match_classes
-from util.data.datasets import ImageDataset
+from util.data.datasets import ImageDataset, MarkUnreadable
 from util.data.held_out import Subset, fingerprint
 from util.data.loader import ShardSampler, build_loader
 from util.data.places import has_split
@@ -134,6 +134,17 @@ def read_knn_splits(given: argparse.Namespace) -> dict[str, Source]:
         f"{len(val):,}",
     )
     return {"train": train, "test": val}
+
+
+def knn_loaders(
+    given: argparse.Namespace, sources: Mapping[str, Source], crop: Callable[[Any], Any], world: World
+) -> dict[str, DataLoader]:
+    """Batches of "train" and "test". Training images are only neighbours, so unreadable ones are marked."""
+    datasets = {"train": MarkUnreadable, "test": ImageDataset}
+    return {
+        split: evaluation_loader(given, source, crop, world, dataset=datasets[split])
+        for split, source in sources.items()
+    }
 
 
 def evaluation_loader(
