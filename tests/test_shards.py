@@ -1,6 +1,7 @@
 """WebDataset shards: the same images, labels, order and resume as the folder they were made from."""
 
 import io
+import itertools
 import resource
 import tarfile
 from pathlib import Path
@@ -245,8 +246,9 @@ def test_words_in_the_names_of_several_folders_tell_the_splits(tmp_path):
         for number in range(2):
             write_tar(tmp_path / f"imagenet_{split}/{number}.tar", {"a.jpg": IMAGE, "a.cls": b"0"})
     both = f"{tmp_path}/imagenet_{{train,val}}/{{0..1}}.tar"
-    for labels_needed in (True, False):
-        train = build_source(both, "train", labels_needed=labels_needed)
+    each = [f"{tmp_path}/imagenet_{split}/{{0..1}}.tar" for split in ("train", "val")]
+    for patterns, labels_needed in itertools.product((both, each), (True, False)):
+        train = build_source(patterns, "train", labels_needed=labels_needed)
         assert len(train) == 2
         assert all("imagenet_train" in train.name(index) for index in range(2))
     assert len(build_source(both, "val")) == 2

@@ -72,10 +72,14 @@ def _image_folders(path: Path) -> list[str]:
     return sorted(found)
 
 
+def expanded(patterns: list[str]) -> list[str]:
+    """The names that patterns stand for; what exists under such a name is no pattern."""
+    return [name for text in patterns for name in ([text] if Path(text).exists() else expand_braces(text))]
+
+
 def _shards(patterns: list[str], split: str | None, whole: bool) -> list[Path]:
     """The shards of a split among those that are named one by one or by patterns."""
-    names = [name for text in patterns for name in ([text] if Path(text).exists() else expand_braces(text))]
-    files = [Path(name) for name in names]
+    files = [Path(name) for name in expanded(patterns)]
     for file in files:
         if not file.is_file():
             raise ValueError(f"--data_path: {file} does not exist or is no file")

@@ -21,7 +21,7 @@ from util.data.decode import MAX_PIXELS, UnreadableImage, ValueRange, default_ra
 from util.data.files import ImageFiles, SeveralFiles, pack
 from util.data.held_out import Subset, split_off
 from util.data.listing import from_list_file, list_folder, overlaps, to_files, why_skipped
-from util.data.places import find_place, has_split
+from util.data.places import expanded, find_place, has_split
 from util.data.shards import is_webdataset, list_shards, read_samples
 from util.data.split_names import COMPRESSED, SHARD_SUFFIXES, NoSuchSplit, is_numbered, warn_of_gaps, warn_of_packed
 
@@ -107,7 +107,7 @@ def _data_sets(data_path: str | list[str], labels_needed: bool) -> Sequence[str 
     if isinstance(data_path, str):
         return [data_path]
     shards = all(Path(path).suffix in SHARD_SUFFIXES for path in data_path)
-    if shards and (labels_needed or all(is_numbered(Path(path)) for path in data_path)):
+    if shards and (labels_needed or all(is_numbered(Path(name)) for name in expanded(data_path))):
         return [data_path]
     if labels_needed:
         raise ValueError(f"--data_path: {len(data_path)} paths were given, but labels can only come from one")
