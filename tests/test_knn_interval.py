@@ -74,6 +74,19 @@ def test_unreadable_training_images_are_left_out(tmp_path, data, start):
     assert found == knn(tmp_path / "run/checkpoint-last.pth", tree)
 
 
+def test_labels_from_one(tmp_path):
+    images = {f"{i}.jpg": image for i, image in enumerate(members().values())}
+    tree = write_tree(
+        tmp_path / "d", {f"{split}/{name}": images[name] for split in ("train", "val") for name in images}
+    )
+    for split in ("train", "val"):
+        (tree / f"{split}.txt").write_text("".join(f"{name} {1 + i % 3}\n" for i, name in enumerate(images)))
+    options = ["--data_path", tree, *KNN, "--epochs", 1]
+    run("main_pretrain", *OPTIONS, *options, "--output_dir", tmp_path / "run")
+    found = knn(tmp_path / "run/checkpoint-last.pth", tree, "--nb_classes", 4)
+    assert found == pytest.approx(scores(log_lines(tmp_path / "run")[-1]), abs=0.005)
+
+
 def test_comparison_of_runs_shows_percent(tmp_path):
     pytest.importorskip("matplotlib")
     from visualize import curves
@@ -99,6 +112,8 @@ MISTAKES = {
     "--knn_interval 1 --knn_k 49 --shapes_train 48": "--knn_k 49 of 48 training images",
     "--knn_interval 1 --data_path FLAT": "--knn_interval needs labelled images, give them as --knn_data_path: ",
     "--knn_interval 1 --data_path FLAT OTHER": "labels can only come from one",
+    "--knn_interval 1 --knn_data_path FLAT": "--knn_data_path FLAT: looked for train/CLASS/*.jpg, ",
+    "--knn_interval 1 --knn_data_path TRAIN": "found train/; give the folder that holds val/\n",
 }
 
 
@@ -106,7 +121,8 @@ MISTAKES = {
 def test_mistakes(tmp_path, capsys, text, message):
     for name in ("flat", "other"):
         write_tree(tmp_path / name, {f"{i}.jpg": data for i, data in enumerate(members().values())})
-        text = text.replace(name.upper(), str(tmp_path / name))
+        text, message = (part.replace(name.upper(), str(tmp_path / name)) for part in (text, message))
+    text = text.replace("TRAIN", str(write_tree(tmp_path / "t", {f"train/{k}/a.jpg": b"" for k in range(2)})))
     with pytest.raises(SystemExit) as stop:
         run("main_pretrain", *OPTIONS, "--output_dir", tmp_path / "run", *text.split())
     assert stop.value.code == 2

@@ -27,6 +27,7 @@ from util.data.split_names import COMPRESSED, SHARD_SUFFIXES, NoSuchSplit, is_nu
 
 Files = ImageFiles | SeveralFiles | ArrowImages
 OnRankZero = Callable[[Callable[[], Any]], Any]
+NO_VAL = "; without a val split, --val_fraction holds out a part of the training images"
 
 
 class Source(Labelled, Protocol):
@@ -216,8 +217,7 @@ def build_val(data_path: str | list[str] | None, shapes_count: int | None, **set
     try:
         return build_source(data_path, "val", shapes_count=shapes_count, **settings)
     except NoSuchSplit as error:
-        hint = "without a val split, --val_fraction holds out a part of the training images"
-        raise NoSuchSplit(f"{error}; {hint}") from error
+        raise NoSuchSplit(f"{error}{NO_VAL}") from error
 
 
 def hold_out(

@@ -13,7 +13,7 @@ from util.data.held_out import Subset, fingerprint
 from util.data.loader import ShardSampler, build_loader
 from util.data.places import has_split
 from util.data.shapes import DEFAULT_SIZES
-from util.data.sources import Source, build_source, build_splits, build_val, check_value_range, hold_out
+from util.data.sources import NO_VAL, Source, build_source, build_splits, build_val, check_value_range, hold_out
 from util.run.distributed import World, from_rank_zero
 
 log = logging.getLogger("hpm")
@@ -122,8 +122,11 @@ def read_knn_splits(given: argparse.Namespace) -> dict[str, Source]:
         path, val_fraction = given.data_path, given.val_fraction
     try:
         train, val = build_splits(path, counts, val_fraction=val_fraction, **data_settings(given))
-        count_classes(train, val, None)
+        # Labels may start at 1: without votes, class 0 changes nothing.
+        count_classes(train, val, max(int(train.labels.max()) + 1, len(train.classes)))
     except ValueError as error:
+        if given.knn_data_path is not None:
+            raise ValueError(str(error).replace(NO_VAL, "").replace("--data_path", "--knn_data_path")) from error
         raise ValueError(f"--knn_interval needs labelled images, give them as --knn_data_path: {error}") from error
     if given.knn_k > len(train):
         raise ValueError(f"--knn_k {given.knn_k} of {len(train):,} training images: choose fewer neighbours")
