@@ -25,7 +25,13 @@ HEADS = ("head.", "fc_norm.", "norm.")
 
 
 def load_encoder(
-    path: str | Path, which: str = "student", *, global_pool: bool | None = None, **settings: Any
+    path: str | Path,
+    which: str = "student",
+    *,
+    global_pool: bool | None = None,
+    encoder: str | None = None,
+    head: int | None = None,
+    **settings: Any,
 ) -> tuple[models_vit.VisionTransformer, EvaluationTransform]:
     """The encoder of a weight file in eval mode, and the transform of its images.
 
@@ -38,12 +44,13 @@ def load_encoder(
         which: weights of an HPM checkpoint, "student" or "ema".
         global_pool: pool by the mean of the patch tokens, or by the class token. The default is that of the classifier
             in the file, and the class token for other files, as in main_knn.py.
+        encoder, head: of a linear probe, as in `read_weights`. The features are those of any head.
         settings: model, input_size, crop_pct, mean, std or value_range, for files that do not record them.
 
     Raises:
         ValueError: no such weights, they are not a ViT of this family, or they lack the norm of the class token.
     """
-    return encoder_of(path, *read_weights(path, which), global_pool=global_pool, **settings)
+    return encoder_of(path, *read_weights(path, which, encoder, head), global_pool=global_pool, **settings)
 
 
 def encoder_of(
@@ -61,9 +68,6 @@ def load_classifier(
     """The classifier of a weight file, (B, 3, S, S) -> logits (B, K), its transform, and the names of its classes.
 
     Other arguments as in `load_encoder`.
-
-    Args:
-        encoder, head: of a linear probe, as in `read_weights`.
 
     Returns:
         The names are [] if the file records none, and numbers for the labels of a list file.
@@ -216,7 +220,9 @@ def join_probe(path: Path, meta: dict[str, Any], encoder: str | None, head: int 
     recorded = meta["options"]
     source = encoder or recorded["finetune"]
     if not source or not Path(source).exists():
-        raise ValueError(f"{path} contains only heads, and their encoder {source or ''} is gone: use --encoder")
+        raise ValueError(
+            f"{path} contains only heads, and their encoder {source or ''} is gone: use --encoder (in Python, encoder=)"
+        )
     pooled = recorded["global_pool"]
     model = models_vit.build(
         recorded["model"], recorded["input_size"], recorded["patch_size"], num_classes=0, global_pool=pooled
@@ -224,7 +230,7 @@ def join_probe(path: Path, meta: dict[str, Any], encoder: str | None, head: int 
     weights = load_pretrained(source, recorded["which"])
     load_into(model, weights, ["fc_norm."] if pooled else [], (*DECODERS, *HEADS))
     if fingerprint(model.state_dict()) != recorded["encoder"]:
-        raise ValueError(f"{source} is not the encoder that {path} was trained on: use --encoder")
+        raise ValueError(f"{source} is not the encoder that {path} was trained on: use --encoder (in Python, encoder=)")
     state = load_pretrained(path)
     head = head or best_head(path, meta)
     if f"heads.{head - 1}.weight" not in state:
@@ -250,7 +256,7 @@ def best_head(path: Path, meta: dict[str, Any]) -> int:
     if len(names) == 1:
         return 1
     if best not in names:
-        raise ValueError(f"{path} has {len(names)} heads and no log that names the best: use --head")
+        raise ValueError(f"{path} has {len(names)} heads and no log that names the best: use --head (in Python, head=)")
     return names.index(best) + 1
 
 

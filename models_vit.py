@@ -116,8 +116,8 @@ class LinearProbe(nn.Module):
     """Linear heads, trained in parallel on the features of a frozen encoder: (B, C, H, W) -> logits (S, B, K).
 
     Args:
-        encoder: kept in eval mode and without gradients. With global pooling its `fc_norm` keeps its initial values,
-            that is, it is a layer norm without affine parameters.
+        encoder: kept in eval mode and without gradients. With global pooling its `fc_norm` is that of a
+            fine-tuned checkpoint, else a layer norm without affine parameters.
         num_heads: S.
     """
 

@@ -3,7 +3,7 @@
     python -m export --checkpoint output_dir/checkpoint-last.pth --format timm
     python -m export --checkpoint mae_visualize_vit_base.pth --format hf_mae --output vit-mae-base
 
-The export is opened in its library and compared with the checkpoint before it is put in place. docs/export.md describes
+The export is read back and compared with the checkpoint before it is put in place. docs/export.md describes
 the formats.
 """
 

@@ -154,7 +154,7 @@ class HfMae(HuggingFace):
         if self.source.autoencoder is not None:
             return None
         if "decoder_pred.weight" in self.source.weights:
-            return "the decoder predicts a teacher's features, ViTMAE predicts pixels: use hf_vit for the encoder"
+            return "the decoder predicts another target than ViTMAE's pixels: use hf_vit for the encoder"
         return "the checkpoint has no decoder: use hf_vit for the encoder, or a full pre-training checkpoint"
 
     def keeps(self) -> list[str]:

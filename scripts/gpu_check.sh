@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Check this project on a GPU within ten minutes: the tests that need one (golden values, runs in bf16, steps without
-# host synchronisation), the time of a step of every method, compiled, in bf16, and the input pipeline.
+# host synchronisation), the time of a step of MAE, HPM and five cheaper variants, compiled, in bf16, and the input pipeline.
 #   bash scripts/gpu_check.sh [gpu_check.md]
 # The result is one Markdown file. Without a GPU the script says so and ends with status 0. What fails, or does not fit in
 # the time, is named in the file, and the status is 1.

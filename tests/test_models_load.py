@@ -88,6 +88,19 @@ def test_classifiers_and_probes_give_the_input_of_their_head(folder):
         torch.testing.assert_close(classifier.head(model(images)), classifier(images))
 
 
+def test_a_probe_whose_encoder_has_moved(folder, tmp_path):
+    for name in ("probe", "pretrain"):
+        shutil.copy(folder / name / "checkpoint-last.pth", tmp_path / f"{name}.pth")
+    state = torch.load(tmp_path / "probe.pth", weights_only=True)
+    state["options"]["finetune"] = "gone.pth"
+    torch.save(state, tmp_path / "probe.pth")
+    with pytest.raises(ValueError, match=r"their encoder gone.pth is gone: use --encoder"):
+        models_load.load_encoder(tmp_path / "probe.pth")
+    moved = {"encoder": str(tmp_path / "pretrain.pth"), "head": 1}
+    expected = our_features(folder, folder / "probe/checkpoint-last.pth")
+    torch.testing.assert_close(our_features(folder, tmp_path / "probe.pth", **moved), expected)
+
+
 def test_what_cannot_be_loaded(folder, tmp_path):
     with pytest.raises(ValueError, match="is an encoder without a classifier"):
         models_load.load_classifier(folder / "pretrain/checkpoint-last.pth")

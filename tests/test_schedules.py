@@ -46,3 +46,4 @@ def test_slow_teachers():
     assert "--ema_decay 0.9395 --ema_decay_final 0.9395" in slow_teacher(31, 16, 0.999, 0.9999, 100)
     assert slow_teacher(31, 16, 0.9395, 0.9395, 100) is None
     assert slow_teacher(625, 200, 0.999, 0.9999, 100) is None
+    assert "--ema_decay 0.9999625 --ema_decay_final 0.9999625" in slow_teacher(1000, 800, 1.0, 1.0, 100)

@@ -28,8 +28,8 @@ class Strategy(NamedTuple):
     """How scores choose masked patches; the rest of the mask is random.
 
     Attributes:
-        start, end: share of the masked patches chosen by score in the first and the last epoch, or the name of the
-            option that holds it.
+        start, end: share of the masked patches chosen by score before the first epoch and in the last one, or the name
+            of the option that holds it.
         priority: scores (B, L), generator -> (B, L): the patches of highest priority are chosen. None for the scores.
         chosen: which patches these are, for captions.
     """

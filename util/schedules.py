@@ -59,10 +59,10 @@ def slow_teacher(steps_per_epoch: int, epochs: int, decay: float, final: float, 
     if left[1] <= 0.1:
         return None
     steps = steps_per_epoch * epochs
-    fitting = max(0.0, 1 - 30 / steps)  # leaves 5 % after a tenth of the steps
+    fitting = max(0.0, 1 - float(f"{30 / steps:.3g}"))  # leaves 5 % after a tenth of the steps
     percent = ", ".join(f"{100 * value:.0f} %" for value in left)
     return (
         f"The EMA teacher follows the student too slowly for {steps} steps: after 10 %, 50 % and 100 % of training it "
         f"is still {percent} initial weights, so the patches that it scores as hard are close to random. Try "
-        f"--ema_decay {fitting:.4g} --ema_decay_final {fitting:.4g}"
+        f"--ema_decay {fitting:.10g} --ema_decay_final {fitting:.10g}"
     )

@@ -278,7 +278,7 @@ def check_resumable(
     if state["step"] and steps != steps_before:
         raise ValueError(
             f"{path} is at step {state['step']} of an epoch of {steps_before} steps, an epoch now has {steps}: give "
-            "the data it was trained on, or resume from a completed epoch (a milestone, checkpoint-EPOCH.pth)"
+            "the data it was trained on, or go back to a completed epoch (--no-auto_resume --resume checkpoint-N.pth)"
         )
     before = {**EARLIER, **before}
     shared = sorted(before.keys() & options.keys() - {*DERIVED, *fixed})

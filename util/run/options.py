@@ -191,7 +191,7 @@ def add_data_options(
     group.add_argument(
         "--num_workers",
         type=COUNT_OR_ZERO,
-        help=f"data loading workers per process (default: {num_workers}, or the number of CPU cores if lower). A core "
+        help=f"data loading workers per process (default: {num_workers}, or fewer on fewer CPU cores). A core "
         "decodes about 800 full-size photographs a second; raise it while the log shows a high data_wait",
     )
     group.add_argument("--pin_mem", action=SWITCH, default=True, help="pin CPU memory for faster transfer to the GPU")

@@ -50,7 +50,7 @@ def add_pretraining_options(
         "--vis_interval",
         type=COUNT_OR_ZERO,
         help="epochs between two panels in TensorBoard: masks, reconstructions and predicted hardness of eight "
-        f"validation images; 0 disables them (default: {PANELS} panels per run)",
+        f"validation images; 0 disables them (default: at most {PANELS} panels per run)",
     )
 
     group = parser.add_argument_group("model")
@@ -125,14 +125,14 @@ def add_pretraining_options(
     group.add_argument(
         "--alpha_0",
         type=SHARE,
-        help="fraction of masked patches chosen by predicted loss in the first epoch, of hard_to_easy in the last "
-        "(default: 0)",
+        help="fraction of masked patches chosen by predicted loss before the first epoch; it then changes linearly, to "
+        "alpha_T in the last. For hard_to_easy the two are swapped (default: 0)",
     )
     group.add_argument(
         "--alpha_T",
         type=SHARE,
-        help="fraction of masked patches chosen by predicted loss in the last epoch, of hard_to_easy in the first, of "
-        "constant in all (default: 0.5; 1.0 does worse than random masks)",
+        help="fraction of masked patches chosen by predicted loss in the last epoch, of constant in all (default: 0.5; "
+        "1.0 does worse than random masks)",
     )
     group.add_argument("--mask_block", action=SWITCH, default=False, help="keep one square visible, no mining (UM-MAE)")
     group.add_argument(
