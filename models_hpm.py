@@ -175,7 +175,7 @@ class MaskedAutoencoderViT(nn.Module):
         positions = self.decoder_pos_embed[:, 1:].expand(x.shape[0], -1, -1)  # (B, L, F)
         masked = self.mask_token + gather_tokens(positions, ids_masked)  # (B, M, F)
         visible = x[:, 1:] + gather_tokens(positions, ids_visible)  # (B, V, F)
-        return torch.cat([x[:, :1] + self.decoder_pos_embed[:, :1], visible, masked.to(x.dtype)], dim=1)
+        return torch.cat([x[:, :1] + self.decoder_pos_embed[:, :1], visible, masked], dim=1)
 
     def forward_loss_predictor(self, tokens: Tensor, num_last: int) -> Tensor:
         """Decoder tokens (B, 1 + L, F) -> predicted loss of the last `num_last` of them (B, num_last).

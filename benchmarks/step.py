@@ -147,6 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.flops:
             log.info("\n%s", operations(args.model, args.method, size))
             return
+        if "yes" in args.compile:  # Dynamo counts the graphs of all models together, and fails at its limit of 8
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(cases))
         trainers = {case: Trainer(case, device, size) for case in cases}
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     log.info("%s, PyTorch %s", name, torch.__version__)

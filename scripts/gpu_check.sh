@@ -31,13 +31,11 @@ checks=""
 failed=0
 device=$("$python" -c 'import torch; print(torch.cuda.get_device_name() + ", PyTorch " + torch.__version__)')
 
-# rows FILE...: the table rows in their output, each once, whatever the width of the columns; of a benchmark that was
-# stopped, what it had measured
-rows() {
-    cat "$@" 2>/dev/null | grep '^|' | sed -E 's/ +/ /g; s/-+/-/g' | awk '!seen[$0]++' || true
-    for log in "$@"; do
-        grep -q '^|' "$log" 2>/dev/null || { echo; grep -E '^round|: ready after' "$log" 2>/dev/null || true; }
-    done
+# table TITLE FILE: the table of a benchmark, under its title; of one that was stopped, what it had measured
+table() {
+    [ -e "$2" ] || return 0
+    echo; echo "## $1"; echo
+    grep '^|' "$2" || grep -E '^round|: ready after' "$2" || true
 }
 
 # The result so far. It is written after every check, for when this script is stopped.
@@ -47,8 +45,9 @@ write_report() {
     echo "$device"
     echo
     printf '| check | result | seconds |\n| --- | --- | ---: |\n%s' "$checks"
-    echo; echo "## Steps"; echo
-    rows "$logs/base.log" "$logs/large.log" "$logs/more.log"
+    table "Steps of ViT-B" "$logs/base.log"
+    table "Steps of ViT-L" "$logs/large.log"
+    table "Steps of ViT-L, other methods" "$logs/more.log"
     echo; echo "## Input pipeline"; echo
     cat "$logs/data.log" 2>/dev/null || true
 }

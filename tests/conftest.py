@@ -12,6 +12,12 @@ import pytest
 import torch
 
 
+def pytest_configure(config):
+    """Without `-m gpu`, a GPU is not seen: the scripts would take it, and one GPU is too few for two ranks."""
+    if "gpu" not in config.getoption("markexpr"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")

@@ -42,6 +42,18 @@ def test_default_precision(monkeypatch):
         assert Amp(None, torch.device("cuda")).name == name
 
 
+def test_the_default_precision_is_that_of_the_chosen_gpu(monkeypatch):
+    """`is_bf16_supported` answers for the current device."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(str(device)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bool(calls.append("bf16")))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.empty(*shape))
+    setup(World(0, 1, 0, 1), "cuda:1", None, 1)
+    assert calls == ["cuda:1", "bf16"]
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_autocast_computes_in_what_was_asked_for(name, dtype):
     with Amp(name, CPU).autocast():

@@ -113,37 +113,17 @@ def test_a_step_waits_for_no_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-class FakeScaler:
-    """What fp16's scaler does, on the CPU: an overflow is a gradient that is not finite at a high scale."""
-
-    def __init__(self, scale):
-        self.value = scale
-
-    def is_enabled(self):
-        return True
-
-    def scale(self, tensor):
-        return tensor * self.value
-
-    def unscale_(self, optimizer):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad.div_(self.value)
-
-    def update(self):
-        self.value /= 2
-
-
 def test_overflows_in_fp16_do_not_count_until_the_scale_cannot_fall_further():
     weight = nn.Parameter(torch.ones(2))
     optimizer, amp = torch.optim.AdamW([weight], fused=True), Amp("fp32", CPU)
-    amp.scaler = FakeScaler(8.0)
+    amp.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     counted = []
-    for _ in range(6):  # at scales 8, 4, 2, 1, 1/2, 1/4
+    for _ in range(6):  # at scales 8, 4, 2, 1, 1, 1
         amp.backward(weight.sum() * torch.inf)
         amp.step(optimizer, [weight], 0.0)
         counted.append(amp.read_skipped().total)
     assert counted == [0, 0, 0, 1, 2, 3]
+    assert amp.state_dict()["scale"] == 1.0
     assert torch.equal(weight.detach(), torch.ones(2))
 
 

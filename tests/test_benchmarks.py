@@ -7,7 +7,7 @@ from programs import run
 
 import main_pretrain
 from benchmarks.step import peak_of_process
-from benchmarks.trainer import ALONE, PARTS, Case, Trainer, step_flops
+from benchmarks.trainer import ALONE, METHODS, PARTS, Case, Trainer, step_flops
 
 
 def options_of(method):
@@ -43,6 +43,24 @@ def test_step_prints_its_tables():
     parts = dict(zip(PARTS, rows["MAE micro, fp32, eager, batch 2"], strict=True))
     assert [name for name, share in parts.items() if share.strip() == "-"] == ["teacher", "EMA"]
     assert "HPM micro, fp32, eager, batch 2 : MAE micro, fp32, eager, batch 2 = " in log
+
+
+def test_all_methods_and_models_can_be_compiled_in_one_run(monkeypatch):
+    """Dynamo counts the graphs of all instances of a class together; above its limit, fullgraph=True is an error."""
+
+    class Stop(Exception):
+        pass
+
+    def measure(trainers, *rest):
+        raise Stop(len(trainers), torch._dynamo.config.recompile_limit)
+
+    monkeypatch.setattr("benchmarks.step.Trainer", lambda *arguments: None)
+    monkeypatch.setattr("benchmarks.step.measure", measure)
+    models = ["--model", "mae_vit_base_patch16", "mae_vit_large_patch16", "--method", *METHODS]
+    with torch._dynamo.config.patch(recompile_limit=8), pytest.raises(Stop) as stopped:
+        run("benchmarks.step", *models, "--compile", "yes", "--product_side", 64)
+    cases, limit = stopped.value.args
+    assert cases == 18 <= limit
 
 
 def test_parts_add_up_to_the_step():

@@ -209,6 +209,17 @@ def test_a_step_that_reads_the_number_of_masked_patches_would_be_noticed():
 
 
 @pytest.mark.gpu
+def test_waiting_for_a_gpu_would_be_noticed():
+    values = torch.ones(2, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            values.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_a_step_on_a_gpu_never_synchronises(teacher, compiled):

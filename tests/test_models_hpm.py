@@ -194,6 +194,18 @@ def test_losses_stay_in_float32_under_autocast():
     torch.testing.assert_close(out["loss"], model(images, mask, num_masked=12)["loss"], rtol=0.02, atol=0.02)
 
 
+def test_decoder_tokens_are_not_rounded_under_autocast():
+    """The projection of the visible patches is, positions and mask tokens are not."""
+    model, mask = make(), random_mask(2, 16, 12)
+    ids, latent = split_mask(mask, 12), torch.randn(2, 5, model.pos_embed.shape[-1])
+    expected = model.embed_decoder_tokens(latent, *ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = model.embed_decoder_tokens(latent, *ids)
+    assert tokens.dtype == torch.float32
+    assert torch.equal(tokens[:, 5:], expected[:, 5:])
+    assert not torch.equal(tokens[:, :5], expected[:, :5])
+
+
 def test_feature_targets_and_their_width_go_together():
     model = make(target_dim=24)
     images, mask = torch.randn(2, 3, 32, 32), random_mask(2, 16, 12)

@@ -190,7 +190,8 @@ def build_model(args: argparse.Namespace, weights: dict[str, Tensor]) -> MaskedA
     interpolate_pos_embed(model, weights, "decoder_pos_embed")
     load_into(model, weights)
     model.score_by = args.trained.get("score_by", "predictor")
-    return model.to(distributed.pick_device(args.device, distributed.World(0, 1, 0, 1))).eval()
+    device, _ = distributed.setup(distributed.World(0, 1, 0, 1), args.device, "fp32", 1)  # float32 means float32
+    return model.to(device).eval()
 
 
 def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:

@@ -106,6 +106,8 @@ class Amp:
         self.steps += 1
         self._loss = torch.zeros((), device=self.device)
         self.scaler.update()
+        if self.scaler.is_enabled():  # a loss that is not finite lowers it, too, and growing takes 2000 steps
+            self.scaler.update(self.scaler.scale(torch.ones_like(norm)).clamp(min=1.0))
         optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -94,11 +94,11 @@ def setup(world: World, device: str | None, precision: str | None, timeout_minut
         ValueError: no such device, or it does not support the precision.
     """
     chosen = pick_device(device, world)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # whose precision the default is
     amp = Amp(precision, chosen)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     if world.size > 1:
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
