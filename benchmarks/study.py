@@ -211,7 +211,8 @@ def run_all(args: argparse.Namespace, argv: list[str]) -> int:
     grid = itertools.product(args.seeds, args.variants)  # a seed of all variants before the next seed
     pending = [(variant, seed) for seed, variant in grid if not has_line(done, key(args, variant, seed))]
     already = len(args.seeds) * len(args.variants) - len(pending)
-    log.info("%d runs to do, %d at a time; %d have a line in %s", len(pending), args.jobs, already, args.results)
+    counts = (len(pending), args.jobs, threads_of(args), already)
+    log.info("%d runs to do, %d at a time (threads: %d); %d have a line in %s", *counts, args.results)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of(args))}
     running: dict[tuple[str, int], subprocess.Popen] = {}
     failed, began, count = [], time.monotonic(), len(pending)
