@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
 os.environ.pop("RANK", None)
@@ -30,7 +31,12 @@ def _repeatable():
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path):
+    """Also stops TensorBoard's threads, which would write into the folder of a test after it is deleted."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    for thread in threading.enumerate():
+        if type(thread).__name__ == "_AsyncWriterThread":
+            thread.stop()
 
 
 @pytest.fixture

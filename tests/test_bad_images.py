@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from images import encode, members, picture, write_tree
 from PIL import Image
 from programs import PRETRAIN, assert_same_training, log_lines, run
@@ -16,6 +17,7 @@ from util.data.loader import EpochSampler, build_loader
 from util.data.sources import build_source
 from util.data.transforms import CenterCrop, RandomCrop
 from util.run import watch
+from util.run.amp import Amp
 from util.run.watch import TooManyBadImages, Watch
 
 JPEG = encode(picture(), quality=90)
@@ -157,3 +159,22 @@ def test_ranks_share_one_list(tmp_path, monkeypatch):
     again = rank({3: 0})
     again.check_images()
     assert len(again._listed) == 3
+
+
+def test_faults_of_the_storage_do_not_count_and_are_forgotten(tmp_path):
+    """docs/reliability.md: they end no run, and after a restart the images may be readable again."""
+    source = SimpleNamespace(name=lambda index: f"/d/{index}.jpg")
+
+    def start():
+        sampler = EpochSampler(8, 4)
+        limits = {"save_every_minutes": None, "max_bad_steps": 0, "max_bad_images": 0, "timeout_minutes": 1}
+        return Watch(tmp_path, source, sampler, Amp("fp32", torch.device("cpu")), **limits)
+
+    first = start()
+    first.unreadable = {3: decode.REASONS.index("I/O error")}
+    first.check_images()
+    first.close()
+    assert (tmp_path / "bad_images.txt").read_text() == "/d/3.jpg: I/O error\n"
+    second = start()
+    assert second.metrics() == {}
+    second.close()

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from images import members, write_tar, write_tree
-from programs import ROOT, log_lines, run
+from programs import ROOT, run
 from segment_data import ade_files
 from test_documents import DOCUMENTS, commands, program
 
@@ -166,11 +166,3 @@ def test_log_line_of_the_document(tmp_path):
     assert names(printed) == names(shown)
     for name in names(shown)[2:]:
         assert f"| `{name}` |" in text or name == "lr", name
-
-
-def test_train_loss_is_the_sum(tmp_path):
-    """As PRETRAIN.md says where it explains the log."""
-    options = SMALLER["main_pretrain"].replace("--max_steps 1 ", "").format(out=tmp_path).split()
-    run("main_pretrain", *options, "--shapes_train", 2, "--epochs", 1)
-    (line,) = log_lines(tmp_path)
-    assert line["train_loss"] == pytest.approx(line["train_loss_rec"] + line["train_loss_learn"])

@@ -39,6 +39,7 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -180,6 +181,13 @@ def test_resuming_mid_epoch_keeps_the_points_before(tmp_path, seconds_apart):
 def test_without_git_the_commit_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     assert logs.describe_environment()["git_commit"] is None
+
+
+def test_the_commit_is_what_git_says(tmp_path, monkeypatch):
+    (tmp_path / "git").write_text("#!/bin/sh\necho 1d587fe\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert logs.describe_environment()["git_commit"] == "1d587fe"
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The pre-training script as a whole."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ from programs import (
 )
 
 import models_hpm
+from util.data.datasets import ImageDataset
+from util.data.loader import EpochSampler
+from util.data.sources import ShapesSource
+from util.data.transforms import RandomCrop, ToModelInput
+from util.rng import seed_all
+from util.schedules import adjust_learning_rate
 from util.weights.load import load_into, load_pretrained, read_meta
 
 
@@ -39,7 +46,8 @@ def test_a_plain_run_leaves_what_it_should(tmp_path):
         *{"train_loss", "train_loss_rec", "train_loss_learn", "train_rank_acc", "train_grad_norm", "train_lr"},
         *{"ema_decay", "num_hardest", "epoch_seconds", "images_per_s", "data_wait"},
     } <= set(first)
-    assert (first["num_hardest"], second["num_hardest"]) == (3, 6)  # of 12 masked patches: a quarter, a half
+    assert (first["num_hardest"], second["num_hardest"]) == (3, 6)  # of 12 masked patches
+    assert (first["hard_ratio"], second["hard_ratio"]) == (0.25, 0.5)
     assert first["train_loss"] == pytest.approx(first["train_loss_rec"] + first["train_loss_learn"])
 
     config = json.loads((tmp_path / "run/config.json").read_text())
@@ -56,6 +64,36 @@ def test_a_plain_run_leaves_what_it_should(tmp_path):
     state = checkpoint(tmp_path / "run")
     assert (state["epoch"], state["step"], state["model"], state["script"]) == (2, 0, PRETRAIN[1], "main_pretrain")
     assert read_meta(tmp_path / "run/checkpoint-last.pth")["image"]["mean"] == [0.485, 0.456, 0.406]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pixels_masks_precision_and_learning_rate_of_every_step(tmp_path, monkeypatch, precision):
+    """What the student gets, computed from the parts; each step has random numbers of its own."""
+    seen, forward = [], models_hpm.MaskedAutoencoderViT.forward
+
+    def recorded(self, imgs, mask, *more):
+        out = forward(self, imgs, mask, *more)
+        seen.append((imgs, mask, out["pred"].dtype))
+        return out
+
+    monkeypatch.setattr(models_hpm.MaskedAutoencoderViT, "forward", recorded)
+    mean, std = (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)
+    more = ["--mean", *mean, "--std", *std, "--lr", 1e-3, "--warmup_epochs", 1, "--log_interval", 1]
+    log = pretrain(tmp_path, *more, "--precision", precision)
+    dataset, sampler = ImageDataset(ShapesSource("train", 48), RandomCrop(16)), EpochSampler(48, 8)
+    to_model_input = ToModelInput(mean, std, torch.device("cpu"), flip=True)
+    optimizer, rates = torch.optim.SGD([torch.zeros(1)], lr=0.0), []
+    for number, (imgs, _, dtype) in enumerate(seen):
+        sampler.position = divmod(number, 6)
+        images = torch.stack([dataset[key].image for key in next(iter(sampler))])
+        seed_all("micro-batch", 0, 0, number)
+        assert torch.equal(imgs, to_model_input(images)), number
+        assert dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        rate = adjust_learning_rate(optimizer, number / 6, lr=1e-3, min_lr=0.0, warmup_epochs=1, epochs=2)
+        rates.append(f"{rate:.2e}")
+    assert len({mask.numpy().tobytes() for _, mask, _ in seen}) == len(seen) == 12
+    assert re.findall(r"  lr (\S+)", log)[-12:] == rates
+    assert checkpoint(tmp_path)["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.95)
 
 
 def test_it_learns(tmp_path):

@@ -172,13 +172,20 @@ def test_normalised_pixels():
     assert grey.isfinite().all()
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_recomputes_every_block_and_changes_nothing(monkeypatch):
     images, mask = torch.randn(2, 3, 32, 32), random_mask(2, 16, 12)
-    gradients = []
+    gradients, recomputed, original = [], [], models_hpm.checkpoint_activations
+    monkeypatch.setattr(
+        models_hpm,
+        "checkpoint_activations",
+        lambda block, *a, **k: recomputed.append(block) or original(block, *a, **k),
+    )
     for on in (False, True):
         model = make()
         model.grad_checkpointing = on
         model(images, mask, num_masked=12)["loss"].backward()
+        blocks = [*model.blocks, *model.decoder_blocks, *model.decoder_blocks_losspred] if on else []
+        assert set(recomputed) == set(blocks)
         gradients.append(model.blocks[0].attn.qkv.weight.grad)
     assert torch.equal(*gradients)
 

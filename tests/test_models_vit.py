@@ -1,9 +1,12 @@
 import pytest
 import torch
+from programs import on_ranks
+from test_distributed import in_a_group
 
 import models_hpm
 import models_vit
 from models_vit import FeatureNorm, LinearProbe, VisionTransformer
+from util.run.distributed import World
 from util.weights.load import load_into
 from util.weights.meta import classifier_name
 
@@ -91,3 +94,18 @@ def test_the_probe_leaves_its_encoder_alone():
     optimizer.step()
     assert all(p.grad is None for p in encoder.parameters())
     assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
+
+
+def normalise_a_part(world):
+    norm = FeatureNorm(8)
+    features = 3 * torch.randn(16, 8, generator=torch.Generator().manual_seed(0)) + 1
+    return [
+        tensor.tolist() for tensor in (norm(features[world.rank :: world.size]), norm.running_mean, norm.running_var)
+    ]
+
+
+def test_the_norm_of_a_probe_has_the_statistics_of_all_ranks():
+    whole, *statistics = normalise_a_part(World(0, 1, 0, 1))
+    for rank, (part, *of_rank) in enumerate(on_ranks(in_a_group, normalise_a_part)):
+        torch.testing.assert_close(torch.tensor(part), torch.tensor(whole[rank::2]))
+        torch.testing.assert_close(torch.tensor(of_rank), torch.tensor(statistics))

@@ -112,13 +112,15 @@ def test_any_images(folder, tmp_path):
     assert reasons == {"damaged.jpg": "damaged", "large.png": "over the pixel limit"}
     assert all((row["class1"] == "") == (row["prob1"] == "") == bool(row["unreadable"]) for row in rows)
     assert "2 of 9 images are unreadable (1 damaged, 1 over the pixel limit)" in log
+    assert all(name in log for name in ("damaged.jpg", "large.png"))
     stored = np.load(tmp_path / "f.npz")
     assert [str(name) for name in stored["files"]] == [row["file"] for row in rows]
     assert np.isnan(stored["features"]).all(axis=1).tolist() == [bool(row["unreadable"]) for row in rows]
 
 
-def test_features_are_the_input_of_the_classifier(folder, tmp_path):
+def test_features_are_the_input_of_the_classifier(folder, tmp_path, monkeypatch):
     """Of a classifier together with its predictions; of an encoder alone."""
+    monkeypatch.chdir(tmp_path)
     tuned, images = folder / "tune/checkpoint-best.pth", folder / "data/val"
     predict(
         folder, "tune/checkpoint-best.pth", "--features", tmp_path / "a.npy", output=tmp_path / "a.csv", images=images
@@ -134,7 +136,7 @@ def test_features_are_the_input_of_the_classifier(folder, tmp_path):
     run("predict", "--checkpoint", folder / "pretrain/checkpoint-last.pth", "--which", "ema", "--num_workers", 0,
         "--features", tmp_path / "b.npy", "--data_path", images)  # fmt: skip
     assert np.load(tmp_path / "b.npy").shape == (12, 128)
-    assert not (tmp_path / "b.csv").exists()
+    assert not (tmp_path / "predictions.csv").exists()
 
 
 def test_workers_and_progress(folder, tmp_path):

@@ -36,6 +36,8 @@ def read_splits(given: argparse.Namespace, num_outputs: int | None, owner: str) 
     settings, trained = data_settings(given), given.val_split
     train: Source | None
     if given.eval:
+        if num_outputs is not None and given.nb_classes not in (None, num_outputs):
+            raise ValueError(f"--nb_classes {given.nb_classes}, but {owner} has {num_outputs} outputs: omit the option")
         val = _read_val(given, settings)
         given.nb_classes = given.nb_classes or num_outputs or int(val.labels.max()) + 1
         train, val = None, label_as(given.classes, given.nb_classes, val, owner)
