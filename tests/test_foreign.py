@@ -17,8 +17,13 @@ from util.weights.read import read_file
 
 
 class Dangerous:
+    """Pickled code, which leaves a file if it runs."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
     def __reduce__(self):
-        return eval, ("__import__('pathlib').Path('/tmp/hpm-was-here').touch()",)
+        return eval, (f"__import__('pathlib').Path({str(self.trace)!r}).touch()",)
 
 
 def test_a_namespace_is_the_only_class_allowed(tmp_path):
@@ -28,13 +33,14 @@ def test_a_namespace_is_the_only_class_allowed(tmp_path):
 
 def test_pickled_code_is_rejected_with_its_conversion(tmp_path):
     path = tmp_path / "bad.pth"
-    torch.save({"model": {"w": torch.ones(2)}, "x": Dangerous()}, path)
+    torch.save({"model": {"w": torch.ones(2)}, "x": Dangerous(tmp_path / "ran")}, path)
     with pytest.raises(ValueError, match=r"contains pickled objects other than tensors.*eval.*convert it once"):
         read_file(path)
     with open(path, "wb") as file:
-        pickle.dump(Dangerous(), file)
+        pickle.dump(Dangerous(tmp_path / "ran"), file)
     with pytest.raises(ValueError, match=r"pickled objects|not written by torch.save"):
         read_file(path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_torchscript_archive_is_rejected_with_its_conversion(tmp_path):

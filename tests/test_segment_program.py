@@ -11,6 +11,7 @@ from PIL import Image
 from programs import PRETRAIN, assert_same_training, checkpoint, launch, log_lines, ranks, run
 from segment_data import NAMES, ade_files
 
+import engine_segment
 import main_segment
 import models_vit
 from util.run.distributed import World
@@ -129,6 +130,15 @@ def test_two_ranks_resume_bitwise(tmp_path, pretrained, data):
     assert [line["test_mIoU"] for line in log_lines(tmp_path / "whole")] == [
         line["test_mIoU"] for line in log_lines(tmp_path / "parts")
     ]
+    alone = run("main_segment", "--eval", "--data_path", data, "--output_dir", tmp_path / "whole", "--num_workers", 0)
+    assert mious(alone)[-1] == pytest.approx(log_lines(tmp_path / "whole")[-1]["test_mIoU"], abs=0.006)
+
+
+def test_padding_is_zero_after_normalisation():
+    """Right of and below an image of 2 x 3 pixels in a crop of 4."""
+    padded = engine_segment.blank_padding(torch.ones(1, 3, 4, 4), torch.tensor([[2, 3]]))
+    assert padded.sum() == 3 * 2 * 3
+    assert (padded[:, :, :2, :3] == 1).all()
 
 
 def test_under_torchrun(tmp_path, pretrained, data):
