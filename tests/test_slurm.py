@@ -76,6 +76,15 @@ def slurm(tmp_path):
     return submit
 
 
+@pytest.fixture
+def torchrun_without_signals(tmp_path):
+    """An interpreter whose torchrun has no options to ask for, in no time."""
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/bash\n[[ "$*" != *--help* ]] && exec {sys.executable} "$@"\nexit 0\n')
+    path.chmod(stat.S_IRWXU)
+    return str(path)
+
+
 def calls(tmp_path):
     path = tmp_path / "calls"
     return path.read_text().splitlines() if path.exists() else []
@@ -104,9 +113,9 @@ def test_a_signalled_job_saves_and_is_requeued(slurm, tmp_path):
     assert 2 <= taken < 60
 
 
-def test_a_completed_recipe_is_not_requeued(slurm, tmp_path):
+def test_a_completed_recipe_is_not_requeued(slurm, tmp_path, torchrun_without_signals):
     (tmp_path / "recipe.sh").write_text("exit 0\n")
-    job = slurm(1, tmp_path / "recipe.sh")
+    job = slurm(1, tmp_path / "recipe.sh", PYTHON=torchrun_without_signals)
     out, _ = job.communicate(timeout=300)
     assert job.returncode == 0, out
     assert calls(tmp_path) == []
@@ -122,7 +131,9 @@ def test_a_completed_recipe_is_not_requeued(slurm, tmp_path):
     ],
     ids=["stopped by a signal", "failed after an earlier stop", "cancelled", "failed"],
 )
-def test_the_checkpoint_decides_about_requeueing(slurm, tmp_path, stopped, saves, state, requeued):
+def test_the_checkpoint_decides_about_requeueing(
+    slurm, tmp_path, torchrun_without_signals, stopped, saves, state, requeued
+):
     """Of a recipe that ends with status 3, its second run unfinished."""
     from util.run.checkpoint import save_run
 
@@ -139,7 +150,7 @@ def test_the_checkpoint_decides_about_requeueing(slurm, tmp_path, stopped, saves
         'printf "%q " main_finetune.py --output_dir "$OUT/finetune" --experiment x --lr 1; echo\n'
         f"else {save}exit 3\nfi\n"
     )
-    job = slurm(1, recipe)
+    job = slurm(1, recipe, PYTHON=torchrun_without_signals)
     out, _ = job.communicate(timeout=300)
     assert job.returncode == (0 if requeued else 3), out
     assert calls(tmp_path) == ["scontrol requeue 7"] * requeued
