@@ -146,7 +146,7 @@ def extract_splits(
         features, reasons = extract_features(encode, batches, amp, to_model_input, len(source), width)
         labels, readable = torch.from_numpy(source.labels), reasons < 0
         if not readable.all():
-            report_unreadable(source, reasons, "left out of the k-NN")
+            report_unreadable(source, reasons, "ignored by k-NN")
             features, labels = features[readable], labels[readable]
         splits[split] = features, labels
     return splits

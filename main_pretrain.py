@@ -21,6 +21,7 @@ import models_teacher
 from engine_finetune import extract_splits, knn_accuracy
 from engine_pretrain import train_one_epoch
 from util import knn, masking, rng
+from util.data.classes import needed_outputs
 from util.data.datasets import ImageDataset
 from util.data.loader import EpochSampler, build_loader
 from util.data.sources import Source
@@ -144,9 +145,10 @@ def score_knn(
         encoder.embed_dim,
         world.size,
     )
-    classes = 1 + int(max(source.labels.max() for source in sources.values()))
     mine = slice(world.rank, None, world.size)  # each rank takes its share of the queries
-    top1, top5 = knn_accuracy(features, [args.knn_k], knn.TEMPERATURE, classes, device, mine)[args.knn_k]
+    top1, top5 = knn_accuracy(features, [args.knn_k], knn.TEMPERATURE, needed_outputs(sources["train"]), device, mine)[
+        args.knn_k
+    ]
     log.info("%d-NN  top-1 %.2f  top-5 %.2f", args.knn_k, top1, top5)
     return {"knn_acc1": top1, "knn_acc5": top5}
 

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as tv
 
 from benchmarks.report import ratio, table, with_range
-from benchmarks.trainer import ALONE, Case, Trainer
+from benchmarks.trainer import Case, Trainer
 from util.data import decode
 from util.data.datasets import ImageDataset
 from util.data.files import ImageFiles
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(temporary)
         with options.user_mistakes():
             args = get_args_parser().parse_args(argv)
-            device = distributed.setup(ALONE, args.device, None, timeout_minutes=1)[0]
+            device = distributed.setup(distributed.ALONE, args.device, None, timeout_minutes=1)[0]
             data_path = args.data_path or str(draw_photographs(folder / "drawn", args.images))
             files = choose_images(data_path, args.images, args.batch_size)
         sources = pack(files, folder)

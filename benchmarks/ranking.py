@@ -17,7 +17,6 @@ from torch import Tensor
 
 import main_pretrain
 import models_hpm
-from benchmarks.trainer import ALONE
 from util import masking
 from util.data.datasets import ImageDataset
 from util.data.sources import build_source
@@ -155,7 +154,10 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     """Returns: the correlation of the scores that choose the masks with the true errors, before and after training."""
     with options.user_mistakes():
         args = get_args_parser().parse_args(argv)
-        path, device = Path(args.checkpoint), distributed.setup(ALONE, args.device, None, timeout_minutes=1)[0]
+        path, device = (
+            Path(args.checkpoint),
+            distributed.setup(distributed.ALONE, args.device, None, timeout_minutes=1)[0],
+        )
         meta = read_meta(path)
         if meta.get("script") != main_pretrain.SCRIPT:
             raise ValueError(f"{path} is not a checkpoint of main_pretrain.py")

@@ -22,7 +22,7 @@ import torch
 import main_pretrain
 import models_hpm
 from benchmarks.report import ratio, table, with_range
-from benchmarks.trainer import ALONE, METHODS, PARTS, Case, Trainer, step_flops, synchronize
+from benchmarks.trainer import METHODS, PARTS, Case, Trainer, step_flops, synchronize
 from util.run import distributed, options
 from util.run.amp import Amp
 from util.run.logger import log
@@ -138,7 +138,7 @@ def measure(
 def main(argv: list[str] | None = None) -> None:
     with options.user_mistakes():
         args = get_args_parser().parse_args(argv)
-        device = distributed.setup(ALONE, args.device, None, timeout_minutes=1)[0]
+        device = distributed.setup(distributed.ALONE, args.device, None, timeout_minutes=1)[0]
         args.precision = args.precision or [Amp(None, device).name]
         names = ("model", "method", "precision", "compile", "batch_size")
         cases = [Case(*values) for values in itertools.product(*(getattr(args, name) for name in names))]
@@ -189,7 +189,7 @@ def operations(models: list[str], methods: list[str], size: list[str]) -> str:
         flops = {}
         for method in dict.fromkeys(["mae", *methods]):
             words = [*Case(model, method, "fp32", "no", 1).options(), *size, "--device", "cpu"]
-            given = main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(words), ALONE)
+            given = main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(words), distributed.ALONE)
             flops[method] = step_flops(given, 1)
         rows += [[model, name, f"{flops[name] / 2e9:.1f} G", f"{flops[name] / flops['mae']:.2f}"] for name in methods]
     return table(["model", "method", "multiply-accumulates", ": MAE"], rows)

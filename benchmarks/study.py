@@ -33,7 +33,6 @@ import main_segment
 import models_hpm
 from benchmarks.ranking import rank_correlations, teacher_of
 from benchmarks.subset import subset
-from benchmarks.trainer import ALONE
 from util.run import distributed, options
 from util.run.folder import LAST, read_log
 from util.run.logger import log, setup_logging
@@ -164,7 +163,7 @@ def threads_of(args: argparse.Namespace) -> int:
 def machine(args: argparse.Namespace) -> dict[str, str]:
     """What computes a run."""
     name = f"{threads_of(args)} threads of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    if distributed.pick_device(args.device, ALONE).type == "cuda":
+    if distributed.pick_device(args.device, distributed.ALONE).type == "cuda":
         name = torch.cuda.get_device_name()
     return {"device": name, "torch": torch.__version__}
 
@@ -271,7 +270,7 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]
 
     segmented = segment(args, folder, [*shared, "--seed", seed]) if args.segment_path else {}
     setup_logging(True)
-    device = distributed.pick_device(args.device, ALONE)
+    device = distributed.pick_device(args.device, distributed.ALONE)
     row = key(args, variant, seed) | segmented
     row["knn"] = {str(k): round(top1, 3) for k, (top1, _) in knn.items()}
     last = read_log(folder / "linprobe")[-1]

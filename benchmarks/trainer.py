@@ -22,7 +22,6 @@ from util.run import distributed
 from util.run.amp import Amp
 from util.run.loop import Loop
 
-ALONE = distributed.World(rank=0, size=1, local_rank=0, local_size=1)
 PARTS = ("data", "teacher", "mask", "forward", "backward", "optimizer", "EMA", "rest")
 
 
@@ -82,7 +81,9 @@ class Trainer:
 
     def __init__(self, case: Case, device: torch.device, size: list[str]) -> None:
         argv = [*case.options(), *size, "--device", device.type]
-        self.args = args = main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(argv), ALONE)
+        self.args = args = main_pretrain.resolve_options(
+            main_pretrain.get_args_parser().parse_args(argv), distributed.ALONE
+        )
         rng.seed_all(args.seed)
         self.device = device
         self.amp = Amp(case.precision, device)

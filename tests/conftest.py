@@ -31,8 +31,12 @@ def _repeatable():
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path):
-    """Also stops TensorBoard's threads, which would write into the folder of a test after it is deleted."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_writers_left(tmp_path):
+    """TensorBoard's threads would write into the folder of a test after it is deleted."""
     yield
     for thread in threading.enumerate():
         if type(thread).__name__ == "_AsyncWriterThread":

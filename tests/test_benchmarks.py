@@ -7,12 +7,13 @@ from programs import run
 
 import main_pretrain
 from benchmarks.step import peak_of_process
-from benchmarks.trainer import ALONE, METHODS, PARTS, Case, Trainer, step_flops
+from benchmarks.trainer import METHODS, PARTS, Case, Trainer, step_flops
+from util.run import distributed
 
 
 def options_of(method):
     argv = Case("mae_vit_base_patch16", method, "fp32", "no", 8).options()
-    return main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(argv), ALONE)
+    return main_pretrain.resolve_options(main_pretrain.get_args_parser().parse_args(argv), distributed.ALONE)
 
 
 def test_operations_of_a_step_of_the_base_model():

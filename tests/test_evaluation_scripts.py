@@ -108,22 +108,24 @@ def test_the_probe(tmp_path, pretrained):
 
 
 def test_ways_to_probe(tmp_path, pretrained):
-    """Another optimizer, the mean of the patch tokens, an absolute learning rate."""
+    """Another optimizer, the mean of the patch tokens, the EMA teacher, an absolute learning rate."""
     states = {}
     for name, more in {
         "plain": [],
         "lars": ["--optimizer", "lars"],
         "mean": ["--global_pool"],
+        "ema": ["--which", "ema"],
         "rate": ["--lr", 0.3],
     }.items():
-        given = ["--finetune", pretrained, "--output_dir", tmp_path / name, "--max_steps", 3]
-        run("main_linprobe", *FINETUNE, *given, *more)
+        given = ["--finetune", pretrained, "--output_dir", tmp_path / name, "--epochs", 1]
+        assert "acc1" in run("main_linprobe", *FINETUNE, *given, *more)
         states[name] = checkpoint(tmp_path / name)
     assert "mu" in states["lars"]["optimizer"]["state"][0]
     assert "mu" not in states["plain"]["optimizer"]["state"][0]
     means = {name: state["state_dict"]["norm.running_mean"] for name, state in states.items()}
     assert torch.equal(means["lars"], means["plain"])
     assert not torch.allclose(means["mean"], means["plain"])
+    assert not torch.equal(means["ema"], means["plain"])
     assert states["rate"]["options"]["lr"] == [0.3]
 
 

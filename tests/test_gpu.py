@@ -76,14 +76,13 @@ def test_pictures(tmp_path, pretrained):
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
-def test_the_process_group_of_one_rank(monkeypatch):
+def test_the_process_group_of_one_rank(tmp_path):
     """What two ranks of NCCL call, in a group of one: two cannot share a GPU."""
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "29533")
-    device = distributed.pick_device(DEVICE, distributed.World(0, 1, 0, 1))
+    device = distributed.pick_device(DEVICE, distributed.ALONE)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         assert distributed.from_rank_zero(lambda: "value") == "value"
         assert distributed.gather(3) == [3]

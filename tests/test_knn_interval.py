@@ -60,7 +60,7 @@ def test_interval_other_data_pooling_and_resume(tmp_path, data):
     assert [line.get("knn_acc1") for line in log_lines(tmp_path / "parts")] == [line.get("knn_acc1") for line in whole]
 
 
-def test_unreadable_training_images_are_left_out(tmp_path):
+def test_unreadable_training_images_are_ignored(tmp_path):
     """From two processes; main_knn.py, in one, does the same."""
     damaged, missing = "train/cat/0.jpg", members(per_class=6)
     del missing[damaged]
@@ -68,7 +68,7 @@ def test_unreadable_training_images_are_left_out(tmp_path):
     tree = write_tree(tmp_path / "tree", {**missing, damaged: b"x"})
     log = ranks("main_pretrain", *OPTIONS, "--data_path", tree, *KNN, "--output_dir", tmp_path / "run")
     assert f"unreadable (damaged): {tree / damaged}" in log
-    assert "1 of 18 images are unreadable (1 damaged): left out of the k-NN" in log
+    assert "1 of 18 images are unreadable (1 damaged): ignored by k-NN" in log
     found = knn(tmp_path / "run/checkpoint-last.pth", without)
     assert found == pytest.approx(scores(log_lines(tmp_path / "run")[-1]), abs=0.005)
     assert found == knn(tmp_path / "run/checkpoint-last.pth", tree)

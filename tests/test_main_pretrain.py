@@ -66,7 +66,8 @@ def test_a_plain_run_leaves_what_it_should(tmp_path):
     assert read_meta(tmp_path / "run/checkpoint-last.pth")["image"]["mean"] == [0.485, 0.456, 0.406]
 
 
-def test_pixels_masks_precision_and_learning_rate_of_every_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pixels_masks_precision_and_learning_rate_of_every_step(tmp_path, monkeypatch, precision):
     """What the student gets, computed from the parts; each step has random numbers of its own."""
     seen, forward = [], models_hpm.MaskedAutoencoderViT.forward
 
@@ -78,7 +79,7 @@ def test_pixels_masks_precision_and_learning_rate_of_every_step(tmp_path, monkey
     monkeypatch.setattr(models_hpm.MaskedAutoencoderViT, "forward", recorded)
     mean, std = (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)
     more = ["--mean", *mean, "--std", *std, "--lr", 1e-3, "--warmup_epochs", 1, "--log_interval", 1]
-    log = pretrain(tmp_path, *more, "--precision", "bf16")
+    log = pretrain(tmp_path, *more, "--precision", precision)
     dataset, sampler = ImageDataset(ShapesSource("train", 48), RandomCrop(16)), EpochSampler(48, 8)
     to_model_input = ToModelInput(mean, std, torch.device("cpu"), flip=True)
     optimizer, rates = torch.optim.SGD([torch.zeros(1)], lr=0.0), []
@@ -87,7 +88,7 @@ def test_pixels_masks_precision_and_learning_rate_of_every_step(tmp_path, monkey
         images = torch.stack([dataset[key].image for key in next(iter(sampler))])
         seed_all("micro-batch", 0, 0, number)
         assert torch.equal(imgs, to_model_input(images)), number
-        assert dtype == torch.bfloat16
+        assert dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         rate = adjust_learning_rate(optimizer, number / 6, lr=1e-3, min_lr=0.0, warmup_epochs=1, epochs=2)
         rates.append(f"{rate:.2e}")
     assert len({mask.numpy().tobytes() for _, mask, _ in seen}) == len(seen) == 12
@@ -212,6 +213,7 @@ def test_each_source_of_images_trains_alike(tmp_path):
         ["--mask_strategy", "easiest", "--alpha_0", "0.2"],
         ["--mask_strategy", "random"],
         ["--mask_ratio", "0.5", "--grad_checkpointing", "--clip_grad", "0"],
+        ["--precision", "bf16"],
     ],
     ids=lambda options: " ".join(options),
 )

@@ -137,6 +137,7 @@ def test_features_are_the_input_of_the_classifier(folder, tmp_path, monkeypatch)
         "--features", tmp_path / "b.npy", "--data_path", images)  # fmt: skip
     assert np.load(tmp_path / "b.npy").shape == (12, 128)
     assert not (tmp_path / "predictions.csv").exists()
+    assert not (tmp_path / "b.csv").exists()
 
 
 def test_workers_and_progress(folder, tmp_path):

@@ -248,6 +248,13 @@ def test_random_masks_in_place_of_those_of_features_are_reported(tmp_path):
     assert warning not in run("visualize", "--num_images", 1, "--checkpoint", path, "--output", tmp_path / "p.png")
 
 
+def test_float32_is_float32(tmp_path, monkeypatch):
+    """As in training; on a GPU, PyTorch would compute the patch embedding in TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    run("visualize", "--checkpoint", save(tmp_path / "run.pth"), "--num_images", 1, "--output", tmp_path / "a.png")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_a_model_has_two_names(tmp_path):
     """The size alone, and with its decoder as in the recipes."""
     path = save(tmp_path / "run.pth")

@@ -190,8 +190,7 @@ def build_model(args: argparse.Namespace, weights: dict[str, Tensor]) -> MaskedA
     interpolate_pos_embed(model, weights, "decoder_pos_embed")
     load_into(model, weights)
     model.score_by = args.trained.get("score_by", "predictor")
-    device, _ = distributed.setup(distributed.World(0, 1, 0, 1), args.device, "fp32", 1)  # float32 means float32
-    return model.to(device).eval()
+    return model.to(args.device).eval()
 
 
 def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
@@ -287,6 +286,7 @@ def main(argv: list[str] | None = None) -> None:
             savers = [partial(figure.savefig, format=suffix.removeprefix("."), dpi=130)]
         else:
             kind = Image.registered_extensions()[suffix]
+            args.device, _ = distributed.setup(distributed.ALONE, args.device, "fp32", timeout_minutes=1)
             pictures = draw_pictures(args)
             largest = max(max(picture.size) for picture in pictures)
             if largest > (limit := LARGEST.get(kind, largest)):

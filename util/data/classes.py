@@ -118,13 +118,18 @@ def _look(name: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKC", name).casefold() if c.isalnum())
 
 
+def needed_outputs(train: Labelled) -> int:
+    """Number of outputs of a classifier of these images, at least."""
+    return max(int(train.labels.max()) + 1, len(train.classes))
+
+
 def count_classes(train: Labelled, val: Labelled, nb_classes: int | None) -> int:
     """Number of outputs of a classifier: `nb_classes`, or the number of classes of the training images.
 
     Raises:
         ValueError: more classes than `nb_classes`, labels that start at 1, or labels of val that train lacks.
     """
-    needed = max(int(train.labels.max()) + 1, len(train.classes))
+    needed = needed_outputs(train)
     if getattr(train, "numbered", False) and train.labels.min() == 1 and (nb_classes or 0) < needed:
         raise ValueError(
             f"the training labels are numbers from 1 to {needed - 1}, expected from 0: subtract 1 in both splits, "

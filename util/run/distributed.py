@@ -35,6 +35,9 @@ class World:
     local_size: int
 
 
+ALONE = World(0, 1, 0, 1)  # one process
+
+
 def read_environment(given: Mapping[str, str] | None = None) -> World:
     """torchrun's environment variables; without torchrun, a world of one process. SLURM's variables are ignored.
 
@@ -43,7 +46,7 @@ def read_environment(given: Mapping[str, str] | None = None) -> World:
     """
     environ = os.environ if given is None else given
     if not any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        return World(rank=0, size=1, local_rank=0, local_size=1)
+        return ALONE
     missing = [name for name in _ENVIRONMENT if name not in environ]
     if missing:
         raise ValueError(

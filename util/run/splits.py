@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from util.data.classes import class_record, count_classes, label_as, match_classes
+from util.data.classes import class_record, count_classes, label_as, match_classes, needed_outputs
 from util.data.datasets import ImageDataset, MarkUnreadable
 from util.data.held_out import Subset, fingerprint
 from util.data.loader import ShardSampler, build_loader
@@ -125,7 +125,7 @@ def read_knn_splits(given: argparse.Namespace) -> dict[str, Source]:
     try:
         train, val = build_splits(path, counts, val_fraction=val_fraction, **data_settings(given))
         # Labels may start at 1: without votes, class 0 changes nothing.
-        count_classes(train, val, max(int(train.labels.max()) + 1, len(train.classes)))
+        count_classes(train, val, needed_outputs(train))
     except ValueError as error:
         if given.knn_data_path is not None:
             raise ValueError(str(error).replace(NO_VAL, "").replace("--data_path", "--knn_data_path")) from error
