@@ -1,6 +1,7 @@
 """Training of classifiers and segmentation models, exact evaluation of classifiers, and the extraction of features.
 
-Shapes: B micro-batch, C channels, H, W image, E width, K classes, S heads trained side by side (1 in fine-tuning).
+Shapes: B micro-batch, C channels, H, W image, E width, K classes, S heads trained side by side (1 in fine-tuning), N
+images of a split.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

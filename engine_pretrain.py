@@ -34,7 +34,7 @@ def train_one_epoch(
 
     Args:
         student: the model, wrapped by DDP where there are several processes.
-        teacher: EMA of the student, which scores the patches; None for the MAE baseline.
+        teacher: EMA of the student: scores the patches, provides features, or both. None if neither is needed (MAE).
         feature_teacher: predicts features as reconstruction targets: a frozen network, (B, C, H, W) -> (B, L, D), or
             `teacher` itself, whose patch tokens are then the target. None reconstructs pixels.
         loader: batches of `util.data.datasets.Sample`; their images are uint8.
@@ -53,8 +53,8 @@ def train_one_epoch(
         for images, *_ in batches:
             images = to_model_input(images)  # (B, C, H, W)
 
-            # Score: the EMA teacher sees the whole image, or all but what is hidden from it, and predicts the
-            # reconstruction loss of every patch, or of the hidden ones.
+            # Score: the EMA teacher scores every patch of the whole image, or those hidden from it. It runs only in
+            # epochs that choose patches by score, or if its features are the target.
             scores = target = None
             with torch.no_grad(), amp.autocast():
                 if feature_teacher is not None and not isinstance(feature_teacher, EMATeacher):
@@ -66,7 +66,7 @@ def train_one_epoch(
                     scores, tokens = teacher.score(images, hidden, masks.num_hidden, target)  # (B, L), (B, L, E)
                     target = tokens if features_from_ema else target
 
-            # Mask: the patches of highest predicted loss, more of them from epoch to epoch; the rest at random.
+            # Mask: `num_hardest` patches by score (by default the highest, more in every epoch), the rest at random.
             mask = masks.draw(scores, len(images), loop.epoch, device=images.device)  # (B, L), True = masked
 
             # Reconstruct the masked patches, and rank them by how hard they are to reconstruct.

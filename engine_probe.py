@@ -1,8 +1,8 @@
 """Forward-only probes of frozen features: of patches (CAPI's k-NN and logistic regression), and of whole images.
 
 A patch's label is the commonest of its pixels, and patches that are mostly ignored are dropped. Hyper-parameters are
-chosen on a tenth of the training images. Shapes: B batch, N training patches, Q queries, E width, h, w grid of patches,
-p patch side, K classes.
+chosen on a tenth of the training images. Shapes: B batch, S image side, H, W label map, h, w grid of P patches, p patch
+side, E width, N training patches or images, n those in memory at once, Q queries, k neighbours, K classes.
 """
 
 import logging
@@ -53,7 +53,7 @@ def extract_patches(
     labels = torch.empty(0, dtype=torch.uint8)
     for (images, maps), _, index, *_ in batches:
         tokens = encode(images).cpu()
-        rows = tokens.flatten(2).transpose(1, 2)  # (B, L, E)
+        rows = tokens.flatten(2).transpose(1, 2)  # (B, P, E)
         classes = patch_labels(maps, tokens.shape[2:])
         if len(features) == 0:
             kept = min(per_image, rows.shape[1])

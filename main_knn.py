@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict[int | str, tuple[float, float]]:
         device, amp = distributed.setup(world, args.device, args.precision, args.dist_timeout)
         args.device, args.precision = device.type, amp.name
         features, sources, weights = {}, {}, None
-        if args.dump_features:  # now, not when all features are there
+        if args.dump_features:  # fail before the features are computed
             distributed.from_rank_zero(lambda: folder.create(Path(args.dump_features), "--dump_features"))
         if args.load_features:
             features = read_features(args.load_features)

@@ -111,9 +111,10 @@ def build_model(args: argparse.Namespace) -> models_hpm.MaskedAutoencoderViT:
         learning_loss=args.learning_loss,
         predictor_loss=args.predictor_loss,
         target_dim=widths.get(args.target),
+        score_by=args.score_by,
         **replaced,
     )
-    model.grad_checkpointing, model.score_by = args.grad_checkpointing, args.score_by
+    model.grad_checkpointing = args.grad_checkpointing
     return model
 
 
@@ -122,7 +123,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
-def score_knn(
+def evaluate_knn(
     args: argparse.Namespace,
     world: distributed.World,
     device: torch.device,
@@ -130,8 +131,8 @@ def score_knn(
     weights: dict[str, Tensor],
     sources: dict[str, Source],
 ) -> dict[str, float]:
-    """k-NN accuracy of the encoder with these weights. Training continues as without it: its random numbers are seeded
-    by micro-batch, its gradients and modes are its own."""
+    """k-NN accuracy of the encoder with these weights. Training is unaffected: the encoder is a copy, and the random
+    numbers of each micro-batch are seeded anew."""
     shape = (classifier_name(args.model), args.input_size, args.patch_size)
     encoder, _ = models_load.build_encoder(weights, *shape, global_pool=args.knn_global_pool, path="the student")
     amp.choose_attention(encoder.to(device))
@@ -146,9 +147,9 @@ def score_knn(
         world.size,
     )
     mine = slice(world.rank, None, world.size)  # each rank takes its share of the queries
-    top1, top5 = knn_accuracy(features, [args.knn_k], knn.TEMPERATURE, needed_outputs(sources["train"]), device, mine)[
-        args.knn_k
-    ]
+    outputs = needed_outputs(sources["train"])
+    accuracy = knn_accuracy(features, [args.knn_k], knn.TEMPERATURE, outputs, device, mine)
+    top1, top5 = accuracy[args.knn_k]
     log.info("%d-NN  top-1 %.2f  top-5 %.2f", args.knn_k, top1, top5)
     return {"knn_acc1": top1, "knn_acc5": top5}
 
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
             FIXED,
             args.load_from,
             lambda: fingerprint(weights or load_pretrained(args.load_from)),
-            meant={**sizes, "predictor_depth": args.decoder_depth or sizes["decoder_depth"]},
+            defaults={**sizes, "predictor_depth": args.decoder_depth or sizes["decoder_depth"]},
         )
         has_teacher = args.learning_loss or args.score_by == "loss" or args.target == "ema"
         if has_teacher and run.state is not None and run.state.get("ema_state_dict") is None:
@@ -267,9 +268,10 @@ def main(argv: list[str] | None = None) -> None:
         if loop.stopped:
             break
         metrics = {"train_lr": optimizer.param_groups[0]["lr"]}
-        if knn_sources is not None and ((epoch + 1) % args.knn_interval == 0 or epoch + 1 == args.epochs):
+        done = epoch + 1
+        if knn_sources is not None and (done % args.knn_interval == 0 or done == args.epochs):
             loop.save_mid_epoch()
-            metrics |= score_knn(args, world, device, amp, model.state_dict(), knn_sources)
+            metrics |= evaluate_knn(args, world, device, amp, model.state_dict(), knn_sources)
         if teacher is not None:
             num_hardest = masks.num_hardest[epoch]
             metrics |= {
@@ -278,8 +280,7 @@ def main(argv: list[str] | None = None) -> None:
                 "hard_ratio": num_hardest / masks.num_masked,
             }
         loop.end_epoch(stats, metrics)
-        due = args.vis_interval and (loop.epoch % args.vis_interval == 0 or loop.epoch == args.epochs)
-        if due and panel_images is not None and world.rank == 0:
+        if panel_images is not None and (done % args.vis_interval == 0 or done == args.epochs) and world.rank == 0:
             images, names = panel_images
             panel = training_panel(
                 model,
@@ -290,10 +291,10 @@ def main(argv: list[str] | None = None) -> None:
                 mean=args.mean,
                 std=args.std,
                 feature_target=feature_target if model.target_dim is not None else None,
-                epochs_done=loop.epoch,
+                epochs_done=done,
                 seed=args.seed,
             )
-            loop.logger.image("panel", panel, loop.epoch)
+            loop.logger.image("panel", panel, done)
     loop.close()
 
 

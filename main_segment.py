@@ -33,7 +33,7 @@ from util.run.checkpoint import Run, read_resumed
 from util.run.folder import LAST, create, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
-from util.run.segment_options import FIXED, PROBES, UNREAD, add_segmentation_options
+from util.run.segment_options import FIXED, PROBES, REJECTED, add_segmentation_options
 from util.run.splits import data_settings, evaluation_loader, warn_of_range
 from util.weights.load import fingerprint, load_into, load_pretrained, log_loaded, read_meta
 from visualize.segmentation import Report
@@ -82,7 +82,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     resolve.fill_in(args, {"head": "upernet", "crop": 512, "ignore_index": 255})
     if args.eval and args.head in PROBES:
         raise ValueError(f"--head {args.head} is fitted at every start: omit --eval")
-    for name in UNREAD[args.head]:
+    for name in REJECTED[args.head]:
         if name in given:
             raise ValueError(f"--{name} has no effect with --head {args.head}: omit it")
     resolve.resolve_settings(args, meta)

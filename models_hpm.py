@@ -36,6 +36,7 @@ class MaskedAutoencoderViT(nn.Module):
         predictor_depth: blocks of the loss predictor; None for as many as the reconstructor has (published).
         predictor_loss: objective of the predictor, a name in `PREDICTOR_LOSSES`.
         pixel_target: what is reconstructed without `target_dim`, a name in `PIXEL_TARGETS`.
+        score_by: how `score_patches` scores hidden patches, "predictor" or "loss".
 
     Raises:
         ValueError: the patch size does not divide the image, or a width is not a multiple of its number of heads.
@@ -62,6 +63,7 @@ class MaskedAutoencoderViT(nn.Module):
         predictor_depth: int | None = None,
         predictor_loss: str | None = None,
         pixel_target: str | None = None,
+        score_by: str = "predictor",
     ) -> None:
         super().__init__()
         self.img_size, self.in_chans = models_vit.image_size(img_size, patch_size), in_chans
@@ -70,8 +72,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.predictor_loss = predictor_loss or ("relative" if relative else "absolute")
         self.relative = self.predictor_loss == "relative"
         self.target_dim, self.learning_loss, self.vis_mask_ratio = target_dim, learning_loss, vis_mask_ratio
-        self.grad_checkpointing = False
-        self.score_by = "predictor"  # or "loss": how `score_patches` scores hidden patches
+        self.grad_checkpointing, self.score_by = False, score_by
 
         encoder, decoder = (embed_dim, num_heads), (decoder_embed_dim, decoder_num_heads)
         for part, (width, heads) in {"encoder": encoder, "decoder": decoder}.items():
@@ -124,7 +125,7 @@ class MaskedAutoencoderViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def patchify(self, imgs: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, L, P * P * C); within a patch, channels vary fastest."""
+        """(B, C, H, W) -> (B, L, P * P * C); within a patch, channels vary fastest. The grid is h x w, L = h * w."""
         batch, channels = imgs.shape[:2]
         (h, w), (p, _) = self.patch_embed.grid_size, self.patch_embed.patch_size
         x = imgs.reshape(batch, channels, h, p, w, p).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, P, P, C)
@@ -136,13 +137,13 @@ class MaskedAutoencoderViT(nn.Module):
         x = x.reshape(x.shape[0], h, w, p, p, self.in_chans).permute(0, 5, 1, 3, 2, 4)  # (B, C, h, P, w, P)
         return x.reshape(x.shape[0], self.in_chans, h * p, w * p)
 
-    def pixel_target(self, imgs: Tensor) -> Tensor:
+    def make_pixel_target(self, imgs: Tensor) -> Tensor:
         """Target of the reconstructor: (B, C, H, W) -> (B, L, P * P * C), float32."""
         target = self.patchify(imgs.float())
         return target if self.target_transform is None else self.target_transform(target)
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
-        """Transformer blocks with optional activation checkpointing: (B, N, E) -> (B, N, E)."""
+        """Transformer blocks, with optional activation checkpointing, on N tokens: (B, N, E) -> (B, N, E)."""
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for block in blocks:
             x = checkpoint_activations(block, x, use_reentrant=False) if recompute else block(x)
@@ -181,7 +182,7 @@ class MaskedAutoencoderViT(nn.Module):
         """Decoder tokens (B, 1 + L, F) -> predicted loss of the last `num_last` of them (B, num_last).
 
         The mean over the head's outputs is taken over its weights instead: the same value at a fraction 1 / (P * P * C)
-        of the cost. Float32 always: in bf16, predictions within an image would tie.
+        of the cost. The head runs in float32: in bf16, predictions within an image would tie.
         """
         x = self.run_blocks(self.decoder_blocks_losspred, tokens)
         x = self.decoder_norm_losspred(x[:, -num_last:])
@@ -208,7 +209,7 @@ class MaskedAutoencoderViT(nn.Module):
         return (pred.float() - target.float()).square().mean(dim=-1)
 
     def forward_learning_loss(self, loss_pred: Tensor, patch_loss: Tensor) -> Tensor:
-        """Loss of the predictor (HPM, section 3.2), (B, M), (B, M) -> scalar. No gradient flows into `patch_loss`."""
+        """Loss of the predictor, (B, M), (B, M) -> scalar. No gradient flows into `patch_loss`."""
         return PREDICTOR_LOSSES[self.predictor_loss](loss_pred, patch_loss.detach())
 
     def forward(
@@ -232,7 +233,7 @@ class MaskedAutoencoderViT(nn.Module):
         ids_visible, ids_masked = split_mask(mask, num_masked)
         latent = self.forward_encoder(imgs, ids_visible)
         pred, loss_pred = self.forward_decoder(latent, ids_visible, ids_masked)
-        target = self.pixel_target(imgs) if target is None else target
+        target = self.make_pixel_target(imgs) if target is None else target
         patch_loss = self.forward_loss(pred, gather_tokens(target, ids_masked))
         loss_rec = patch_loss.mean()
         out = {"loss": loss_rec, "loss_rec": loss_rec, "pred": pred, "patch_loss": patch_loss, "latent": latent}
@@ -270,7 +271,7 @@ class MaskedAutoencoderViT(nn.Module):
         ids_visible, ids_hidden = split_mask(hidden, num_hidden)
         tokens = self.embed_decoder_tokens(self.forward_encoder(imgs, ids_visible), ids_visible, ids_hidden)
         if self.score_by == "loss":
-            target = self.pixel_target(imgs) if target is None else target
+            target = self.make_pixel_target(imgs) if target is None else target
             pred = self.forward_reconstructor(tokens, num_hidden)
             scores = self.forward_loss(pred, gather_tokens(target, ids_hidden))  # (B, num_hidden)
         else:
@@ -308,8 +309,8 @@ mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b = MODELS["mae_vit_huge_pat
 
 
 def build_for(name: str, weights: dict[str, Tensor], **settings: Any) -> MaskedAutoencoderViT:
-    """The model of size `name` that fits `weights` (official names), not loaded; settings that are not None override
-    them.
+    """The model of size `name` that fits `weights` (official names), without loading them; settings that are not None
+    override theirs.
 
     The second masking is off: pictures show the unmodified image. Raises ValueError for an encoder without its decoder.
     """

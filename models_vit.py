@@ -117,7 +117,7 @@ class LinearProbe(nn.Module):
 
     Args:
         encoder: kept in eval mode and without gradients. With global pooling its `fc_norm` is that of a
-            fine-tuned checkpoint, else a layer norm without affine parameters.
+            fine-tuned checkpoint, else newly initialised (weight 1, bias 0).
         num_heads: S.
     """
 

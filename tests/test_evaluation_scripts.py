@@ -194,7 +194,7 @@ def test_a_run_resumed_elsewhere_has_a_best_checkpoint_of_its_own(tmp_path, pret
     torch.save(state | {"extra": state["extra"] | {"best": 101.0}}, path)
     log = start("main_finetune", tmp_path / "b", pretrained, "--epochs", 3, "--resume", path, "--start_epoch", 2)
     assert (tmp_path / "b/checkpoint-best.pth").exists()
-    assert f"--start_epoch 2 has no effect: the checkpoint says epoch {state['epoch']}" in log
+    assert f"--start_epoch 2 is ignored: the checkpoint says epoch {state['epoch']}" in log
 
 
 def test_killed_while_the_end_of_an_epoch_is_saved(tmp_path, pretrained, monkeypatch):

@@ -165,10 +165,10 @@ def test_second_masking_replaces_some_visible_tokens():
 
 def test_normalised_pixels():
     model = make(norm_pix_loss=True)
-    target = model.pixel_target(torch.rand(2, 3, 32, 32))
+    target = model.make_pixel_target(torch.rand(2, 3, 32, 32))
     torch.testing.assert_close(target.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
     torch.testing.assert_close(target.std(-1), torch.ones(2, 16), atol=1e-3, rtol=0)
-    grey = model.pixel_target(torch.full((1, 3, 32, 32), 0.5))
+    grey = model.make_pixel_target(torch.full((1, 3, 32, 32), 0.5))
     assert grey.isfinite().all()
 
 

@@ -28,8 +28,8 @@ OFFICIAL_PRETRAIN = """--batch_size 32 --accum_iter 8 --model mae_vit_base_patch
 
 
 def only_names(node):
-    """Lists of options that may not change, or that have no effect, are no use of them."""
-    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("FIXED", "UNREAD")
+    """Lists of options that may not change, or that are ignored or rejected, are no use of them."""
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("FIXED", "UNREAD", "REJECTED")
 
 
 def is_given(node):

@@ -77,7 +77,7 @@ def test_the_exact_target_reconstructs_the_image(images, norm_pix_loss):
     model = build(norm_pix_loss=norm_pix_loss)
     imgs = normalised(images)
     mask = plan().draw(model.predict_loss(imgs).detach(), 3, 0)
-    exact = model.pixel_target(imgs)[mask].view(3, 27, -1)
+    exact = model.make_pixel_target(imgs)[mask].view(3, 27, -1)
     back = reconstruct(model, imgs, mask, exact) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     assert (back - images / 255).abs().max() < 1 / 255
     wrong = reconstruct(model, imgs, mask, exact + 1) * torch.tensor(STD).view(3, 1, 1)

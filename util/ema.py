@@ -1,4 +1,4 @@
-"""The exponential-moving-average teacher (HPM, section 3.3)."""
+"""The exponential-moving-average teacher (HPM; the decay and its ramp are the official code's)."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Losses of the loss predictor and of feature targets (HPM, section 3.2), always in float32.
+"""Losses of the loss predictor and of feature targets (HPM), always in float32.
 
 Shapes: B batch, M masked patches, D prediction width.
 """

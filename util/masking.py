@@ -1,6 +1,7 @@
-"""Masks: random (MAE), the hardest patches first (HPM, section 3.3), block and regular (UM-MAE).
+"""Masks: random (MAE), the hardest patches first (HPM), block and regular (UM-MAE).
 
-Shapes: B batch, L patches, V visible, M masked, E width. A mask is bool (B, L), True = masked, M of them in every row.
+Shapes: B batch, L patches in a grid of h x w, V visible, M masked, E width. A mask is bool (B, L), True = masked, M of
+them in every row.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +18,8 @@ def count_masked(num_patches: int, mask_ratio: float) -> int:
 def num_hardest(num_masked: int, epoch: int, total_epochs: int, alpha_0: float = 0.0, alpha_T: float = 0.5) -> int:
     """Number of masked patches that are chosen by predicted loss in `epoch` (counted from 0).
 
-    The easy-to-hard schedule, alpha_t = alpha_0 + t / T (alpha_T - alpha_0) (HPM, section 3.3), constant within an
-    epoch. As in the official code t counts from 1, so the last epoch reaches `alpha_T`.
+    The easy-to-hard schedule, alpha_t = alpha_0 + t / T (alpha_T - alpha_0) (HPM), constant within an epoch.
+    As in the official code t counts from 1, so the last epoch reaches `alpha_T`.
     """
     progress = (epoch + 1) / total_epochs
     return int(num_masked * (alpha_0 + progress * (alpha_T - alpha_0)))
@@ -127,7 +128,7 @@ def regular_mask(
 
 
 def gather_tokens(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Select tokens by index: (B, N, E), (B, K) -> (B, K, E). Static shapes, unlike boolean indexing."""
+    """Select K of N tokens by index: (B, N, E), (B, K) -> (B, K, E). Static shapes, unlike boolean indexing."""
     return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[-1]))
 
 

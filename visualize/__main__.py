@@ -91,10 +91,8 @@ def get_args_parser() -> options.OptionParser:
         metavar=("LOW", "HIGH"),
         help="as in training, for images of more than 8 bits (default: the run's, or by image)",
     )
-    group.add_argument(
-        "--max_image_pixels", type=options.COUNT, default=MAX_PIXELS, help="larger images are unreadable"
-    )
-    group.add_argument("--cache_dir", help="folder for decompressed .tar.gz archives (default: ~/.cache/hpm)")
+    group.add_argument("--max_image_pixels", type=options.COUNT, default=MAX_PIXELS, help="reject larger images")
+    group.add_argument("--cache_dir", help="folder of decompressed .tar.gz archives (default: ~/.cache/hpm)")
     group = parser.add_argument_group("checkpoints without metadata (official HPM, MAE)")
     group.add_argument("--model", choices=list(MODELS), metavar="MODEL", help=f"default: {FOREIGN['model']}")
     group.add_argument("--target", choices=TARGETS, help="reconstruction target (default: pixel)")
@@ -179,7 +177,8 @@ def build_model(args: argparse.Namespace, weights: dict[str, Tensor]) -> MaskedA
         ValueError: there is no decoder in the weights, or they do not fit the model.
     """
     settings = {"img_size": args.input_size, "relative": args.relative}
-    settings["predictor_loss"] = args.trained.get("predictor_loss")  # of checkpoints since there are others
+    for name in ("predictor_loss", "score_by"):  # not in older checkpoints, which have the defaults
+        settings[name] = args.trained.get(name)
     if args.trained.get("decoder_num_heads"):  # cannot be inferred from tensor shapes
         settings["decoder_num_heads"] = args.trained["decoder_num_heads"]
     if args.target in PIXEL_TARGETS:
@@ -189,7 +188,6 @@ def build_model(args: argparse.Namespace, weights: dict[str, Tensor]) -> MaskedA
     model = build_for(args.model, weights, **settings)
     interpolate_pos_embed(model, weights, "decoder_pos_embed")
     load_into(model, weights)
-    model.score_by = args.trained.get("score_by", "predictor")
     return model.to(args.device).eval()
 
 

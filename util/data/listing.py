@@ -16,7 +16,7 @@ log = logging.getLogger("hpm")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-LARGEST_LABEL = 10_000_000  # that is a number
+LARGEST_LABEL = 10_000_000  # larger numbers are rejected as labels
 
 # Folders of archivers, network drives and desktops.
 TOOL_FOLDERS = (
@@ -151,7 +151,7 @@ def to_files(listing: Listing, labels_needed: bool = True, name: str = "") -> Im
         outside = len(listing.images) - len(images)
         if outside and images:
             listing.skipped["images outside class folders"] += outside
-    if listing.labels:  # of another use
+    if listing.labels:  # label files of an archive that is not read as WebDataset
         listing.skipped["files without an image extension"] += len(listing.labels)
     listing.log_skipped()
     if labels_needed:

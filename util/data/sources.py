@@ -155,7 +155,7 @@ def build_source(
         whole: without labels, or if a part is held out: where there is no "train" split, every image under the path
             belongs to it.
         value_range, max_image_pixels: as in `decode_rgb`.
-        cache_dir: default ~/.cache/hpm.
+        cache_dir: default $XDG_CACHE_HOME/hpm, or ~/.cache/hpm.
         on_rank_zero: lists on rank 0 and broadcasts the result (util.run.distributed.from_rank_zero).
 
     Raises:

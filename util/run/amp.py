@@ -20,8 +20,13 @@ class NonFinite(FloatingPointError):
 
 
 class SkippedSteps(NamedTuple):
-    """Skipped optimizer steps: those in total, and of the longest row since the counters were last read its length, its
-    first step (counted by this process) and the loss of this rank there."""
+    """Skipped optimizer steps.
+
+    Attributes:
+        total: number since the start of the process.
+        in_a_row, first, loss: the longest sequence since the counters were last read: its length, its first step
+            (counted by this process) and the loss of this rank there.
+    """
 
     total: int
     in_a_row: int
@@ -89,7 +94,7 @@ class Amp:
         if clip_grad > 0:
             torch._foreach_mul_(gradients, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
         skipped = 1.0 - norm.isfinite().float()
-        optimizer.grad_scale, optimizer.found_inf = None, skipped
+        optimizer.grad_scale, optimizer.found_inf = None, skipped  # where found_inf is 1, nothing is updated
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
 
@@ -106,7 +111,7 @@ class Amp:
         self.steps += 1
         self._loss = torch.zeros((), device=self.device)
         self.scaler.update()
-        if self.scaler.is_enabled():  # a loss that is not finite lowers it, too, and growing takes 2000 steps
+        if self.scaler.is_enabled():  # non-finite losses lower the scale, too, and it doubles only every 2000 steps
             self.scaler.update(self.scaler.scale(torch.ones_like(norm)).clamp(min=1.0))
         optimizer.zero_grad(set_to_none=True)
         return norm

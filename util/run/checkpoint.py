@@ -64,8 +64,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
 
 
 def best_accuracy(folder: Path, epochs: int) -> float | None:
-    """That of a folder's best checkpoint; None without one, or if it is of later epochs than those completed, since
-    the run has gone back."""
+    """Accuracy of a folder's best checkpoint; None without one, or if it was saved after more than `epochs` epochs,
+    since the run has restarted from an earlier checkpoint."""
     if not (folder / BEST).exists():
         return None
     try:
@@ -198,7 +198,7 @@ class Run:
         fixed: Iterable[str],
         path: str = "",
         compute: Callable[[], str] = lambda: "",
-        meant: Mapping[str, Any] = MappingProxyType({}),
+        defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Compare options and initial weights with those of the checkpoint; `changes` are then the changed options.
 
@@ -207,7 +207,7 @@ class Run:
             path: of the initial weights given now, "" for random ones. Their file is not needed to resume: the
                 checkpoint holds everything.
             compute: their fingerprint.
-            meant: what None stands for: the same run, whether the default is given or not.
+            defaults: values that None stands for; giving a default explicitly is not a change.
 
         Returns:
             Fingerprint of the weights that the run started from, "" for random ones.
@@ -218,7 +218,7 @@ class Run:
         """
         if self.state is None:
             return from_rank_zero(compute) if path else ""
-        self.changes = check_resumable(self.path, self.state, self.script, options, fixed, meant)
+        self.changes = check_resumable(self.path, self.state, self.script, options, fixed, defaults)
         recorded = self.state["options"].get("initial")
         given = recorded is not None and path
         if given and from_rank_zero(lambda: Path(path).exists() and compute() != recorded):
@@ -238,13 +238,13 @@ class Run:
             self._lock.close()
 
 
-# What the checkpoint's options hold that is no option, or has no effect on what follows.
+# Entries of the stored options that are not options, or do not affect the rest of the run.
 DERIVED = (
     *("steps_per_epoch", "processes", "encoder", "initial", "classes", "origins", "val_split", "weights"),
     *("teacher_path", "start_epoch", "resume", "auto_resume"),
 )
 
-# What runs did before there were these options.
+# Values for checkpoints written before these options existed.
 EARLIER = {"teacher_keep": 1.0, "score_by": "predictor"}
 
 
@@ -254,7 +254,7 @@ def check_resumable(
     script: str,
     options: dict[str, Any],
     fixed: Iterable[str],
-    meant: Mapping[str, Any] = MappingProxyType({}),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[str]:
     """The options that changed since the checkpoint; for the arguments and errors see `Run.check`."""
     if state["script"] != script:
@@ -263,7 +263,7 @@ def check_resumable(
         raise ValueError(f"{path} holds weights only and cannot be resumed from: give it to --load_from or --finetune")
     before = state["options"]
     for name in fixed:
-        old, new = (meant.get(name) if given.get(name) is None else given[name] for given in (before, options))
+        old, new = (defaults.get(name) if given.get(name) is None else given[name] for given in (before, options))
         if old != new:
             raise ValueError(
                 f"{path} was trained with --{name} {old}, now it is {new}: a run cannot "

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported after a group exists, its default arguments would hold the group forever
+import torch.distributed.nn  # before a group exists: its default arguments would keep the group alive
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,7 +98,7 @@ def setup(world: World, device: str | None, precision: str | None, timeout_minut
     """
     chosen = pick_device(device, world)
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # whose precision the default is
+        torch.cuda.set_device(chosen)  # the default precision depends on this GPU
     amp = Amp(precision, chosen)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

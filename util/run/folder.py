@@ -36,7 +36,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any], also: Iterable[Pa
     """Write a file so that under its name there is always a complete one, also after a power failure.
 
     Args:
-        also: further names of the new file, which it is given before its own: if `path` is new, so are they.
+        also: further names for the same content. They are replaced before `path`, so they are never older than it.
 
     Raises:
         OSError: the disk is full or read-only; the previous file is intact.

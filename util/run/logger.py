@@ -91,7 +91,7 @@ class RunLogger:
         log_dir: folder of the TensorBoard events.
         position: epochs completed, as a fraction. Later lines and events belong to work that will be repeated: lines
             are cut, events hidden.
-        config: what this run is, for config.json, which keeps that of the run's earlier parts as its history.
+        config: content of config.json. The content from earlier parts of the run is kept under `history`.
     """
 
     def __init__(self, folder: Path | None, log_dir: Path, position: float, config: dict[str, Any]) -> None:
@@ -147,8 +147,8 @@ class Progress:
         global_batch: images per step over all ranks.
 
     Attributes:
-        step: optimizer steps completed. Whoever takes them counts them here.
-        waited: seconds spent waiting for data. Whoever waits adds to it.
+        step: optimizer steps completed, incremented by the loop.
+        waited: seconds spent waiting for data, added up by the loop.
     """
 
     def __init__(self, logger: RunLogger, epoch: int, epochs: int, step: int, steps: int, global_batch: int) -> None:

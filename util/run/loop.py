@@ -52,8 +52,8 @@ class Loop:
     Args:
         run: the run's folder, and the checkpoint to resume from.
         options: every option, resolved; saved in checkpoints and config.json.
-        stateful: what has a state, by its key in the checkpoint. One is the `optimizer`, whose default lr is the peak
-            of the schedule.
+        stateful: objects with a `state_dict`, by their key in the checkpoint. `optimizer` is required; its default lr
+            is the peak of the schedule.
         sampler: the order of the training images.
         source: the training images.
 
@@ -79,7 +79,7 @@ class Loop:
         self.epoch, self.step, self.stopped = options["start_epoch"], 0, False
         self.best: float | None = None
         self.meter = MeanMeter()
-        self.opened = False  # from the first epoch on: log, watch
+        self.opened = False  # True once `epochs` has created the log and the watch
         if run.state is not None:
             self._restore(run.state)
 
@@ -98,7 +98,7 @@ class Loop:
             log.info("Changed since the checkpoint: %s", change)
         if self.options["start_epoch"] not in (0, self.epoch):
             log.warning(
-                "--start_epoch %d has no effect: the checkpoint says epoch %d", self.options["start_epoch"], self.epoch
+                "--start_epoch %d is ignored: the checkpoint says epoch %d", self.options["start_epoch"], self.epoch
             )
         before, now = state["options"].get("processes"), self.options["processes"]
         if before != now:

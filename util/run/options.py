@@ -44,7 +44,7 @@ def user_mistakes() -> Iterator[None]:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends the defaults that say something: no None, no empty string, none that the help text states itself."""
+    """Appends defaults, except for None, empty strings and those that the help text states itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, "") or "default" in (action.help or ""):
@@ -175,12 +175,12 @@ def add_data_options(
         "by image, from 0 to the first of 255, 65535 and 4294967295, for floats also 1, that no value exceeds)",
     )
     group.add_argument(
-        "--max_image_pixels", type=COUNT, default=MAX_PIXELS, help="larger images are unreadable (decompression bombs)"
+        "--max_image_pixels", type=COUNT, default=MAX_PIXELS, help="reject larger images (decompression bombs)"
     )
     group.add_argument(
         "--cache_dir",
         help="folder of decompressed .tar.gz archives, converted parquet files and listings of archives (default: "
-        "~/.cache/hpm)",
+        "$XDG_CACHE_HOME/hpm, or ~/.cache/hpm)",
     )
     group.add_argument(
         "--mean", type=NUMBER, nargs=3, help="channel means in 0..1 (default: the checkpoint's, or ImageNet's)"

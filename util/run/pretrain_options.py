@@ -39,7 +39,7 @@ FIXED = [
 def add_pretraining_options(
     parser: OptionParser, models: list[str], targets: list[str], networks: Mapping[str, str]
 ) -> None:
-    """Add them.
+    """Add the options of main_pretrain.py to `parser`.
 
     Args:
         models, targets: choices of --model and --target.
@@ -120,7 +120,8 @@ def add_pretraining_options(
     group.add_argument(
         "--mask_strategy",
         choices=list(STRATEGIES),
-        help="how predicted loss selects the masked patches (default: easy_to_hard; random without scores)",
+        help="how predicted loss selects the masked patches (default: easy_to_hard; random without a loss predictor, "
+        "unless --score_by loss)",
     )
     group.add_argument(
         "--alpha_0",
@@ -131,8 +132,8 @@ def add_pretraining_options(
     group.add_argument(
         "--alpha_T",
         type=SHARE,
-        help="fraction of masked patches chosen by predicted loss in the last epoch, of constant in all (default: 0.5; "
-        "1.0 does worse than random masks)",
+        help="fraction of masked patches chosen by predicted loss in the last epoch; with --mask_strategy constant in "
+        "every epoch (default: 0.5; 1.0 does worse than random masks)",
     )
     group.add_argument("--mask_block", action=SWITCH, default=False, help="keep one square visible, no mining (UM-MAE)")
     group.add_argument(
@@ -161,8 +162,8 @@ def add_pretraining_options(
         "--knn_interval",
         type=COUNT_OR_ZERO,
         default=0,
-        help="epochs between two evaluations of the encoder as main_knn.py's, logged as knn_acc1 and knn_acc5; 0 "
-        "disables them",
+        help="evaluate the encoder by k-NN every N epochs, as main_knn.py does, logged as knn_acc1 and knn_acc5; 0 "
+        "disables it",
     )
     group.add_argument("--knn_data_path", help="labelled images with train and val (default: --data_path)")
     group.add_argument("--knn_k", type=COUNT, help="number of neighbours (default: 20)")

@@ -25,8 +25,8 @@ def fill_in(given: argparse.Namespace, defaults: dict[str, Any]) -> None:
 
 
 def resolve_settings(given: argparse.Namespace, meta: dict[str, Any], names: Iterable[str] = tuple(DEFAULTS)) -> None:
-    """Model, sizes and image statistics that were not given, in place: from a checkpoint's metadata (`read_meta`), else
-    the defaults. `origins` then tells which: "option", "checkpoint" or "default"."""
+    """Fill in model, sizes and image statistics that were not given, in place: from a checkpoint's metadata
+    (`read_meta`), else the defaults. `origins` then tells which: "option", "checkpoint" or "default"."""
     recorded = settings_of(meta)
     given.origins = {}
     for name in names:
@@ -43,7 +43,7 @@ def resolve_settings(given: argparse.Namespace, meta: dict[str, Any], names: Ite
 def reject_changes(
     given: argparse.Namespace, parser: argparse.ArgumentParser, recorded: dict[str, Any], names: Iterable[str]
 ) -> None:
-    """Of an evaluation, which takes these settings from the checkpoint.
+    """Reject options of an evaluation that differ from its checkpoint.
 
     Raises:
         ValueError: another value was given.

@@ -19,11 +19,11 @@ FIXED = [
     *["steps", "eval_interval", "global_batch", "decay_positions"],
 ]
 
-# Options that have no effect with a head.
+# Options that a head does not read; with it they are rejected.
 WINDOWS = ["crop", "stride", "short_side"]
 ENCODER = ["layer_decay", "drop_path", "decay_positions"]
 TRAINING = ["steps", "warmup_steps", "eval_interval", "global_batch", "lr", "weight_decay", *ENCODER]
-UNREAD = {
+REJECTED = {
     "upernet": ["input_size", "max_patches"],
     "linear": ["input_size", "max_patches", *ENCODER],
     **{head: [*WINDOWS, *TRAINING] for head in PROBES},

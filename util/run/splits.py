@@ -1,4 +1,5 @@
-"""The images of a script: a classifier's, with labels that mean its outputs; pre-training's; batches of evaluation."""
+"""The data of the scripts: labelled splits, whose labels are outputs of the classifier; images of pre-training; loaders
+of an evaluation."""
 
 import argparse
 import logging

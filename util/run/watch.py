@@ -93,7 +93,7 @@ class Watch:
         self._noted = number
 
     def after_step(self, epoch: int, step: int, steps: int, due: bool, save: Callable[[str], None]) -> bool:
-        """Whether the run stops here, with `step` the next of `steps`. The same answer on every rank.
+        """Whether the run stops after this step; the same answer on every rank. `step` is the next of `steps`.
 
         Args:
             due: `check` now; before a save it is done in any case.
@@ -117,8 +117,8 @@ class Watch:
         """Report skipped steps and unreadable images; this waits for the device.
 
         Raises:
-            NonFinite: more than `max_bad_steps` consecutive steps were skipped. Weights and checkpoint are those of
-                before.
+            NonFinite: more than `max_bad_steps` consecutive steps were skipped. Weights and checkpoints are unaffected
+                by them.
             TooManyBadImages: more than `max_bad_images` images cannot be read.
         """
         self.check_skipped_steps(epoch * steps + step, steps)
