@@ -125,7 +125,7 @@ def read_features(path: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Features and labels that --dump_features stored, by split.
 
     Raises:
-        ValueError: a file is missing or damaged, or the numbers of features and labels differ.
+        ValueError: a file is missing or damaged, the numbers of features and labels differ, or there is one class.
     """
     stored = {}
     for split in SPLITS:
@@ -133,6 +133,10 @@ def read_features(path: str) -> dict[str, tuple[Tensor, Tensor]]:
         if len(parts[0]) != len(parts[1]):
             raise ValueError(f"{path}: {len(parts[0])} {split} features, but {len(parts[1])} labels")
         stored[split] = tuple(parts)
+    if len(stored["train"][1].unique()) < 2:
+        raise ValueError(
+            f"{path}: all training labels are equal, so any prediction would be right: store other features"
+        )
     return stored
 
 

@@ -101,7 +101,7 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[models_vit.VisionTransfor
     """The model, its transform and the names of its classes; [] for an encoder without classes.
 
     Raises:
-        ValueError: no such weights, or no classifier and no --features to store.
+        ValueError: no such weights, no classifier and no --features to store, or a classifier of one class.
     """
     weights, meta = models_load.read_weights(args.checkpoint, args.which, args.encoder, args.head)
     resolve.resolve_settings(args, meta, PIXELS)
@@ -114,6 +114,10 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[models_vit.VisionTransfor
     if args.global_pool is not None:
         raise ValueError("--global_pool and --cls_token are for encoders, a classifier has its own pooling: omit them")
     model, transform, names = models_load.classifier_of(args.checkpoint, weights, meta, **settings)
+    if model.num_classes == 1:
+        raise ValueError(
+            f"{args.checkpoint} has one output, whose probability is always 1: there is nothing to predict"
+        )
     if args.class_names:
         names = read_names(args.class_names, model.num_classes)
     if not names:

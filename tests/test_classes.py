@@ -113,6 +113,24 @@ def test_labels_from_one_are_an_error_that_says_how_to_proceed():
         count_classes(from_zero, val, None)
 
 
+def test_a_single_class_is_an_error(tmp_path):
+    """As where a folder of images is taken for a class: any prediction would be right."""
+    train, val = splits(tree(tmp_path / "d", ["images"], ["images"]))
+    for given in (None, 1, 10):
+        with pytest.raises(
+            ValueError, match="all training images have the class 'images', so any prediction .* folder"
+        ):
+            count_classes(train, val, given)
+    numbers = source_of([], [3, 3], numbered=True)
+    with pytest.raises(ValueError, match="all training images have the class 3, so any prediction would be right"):
+        count_classes(numbers, numbers, None)
+    for record in (class_record(train), None):
+        with pytest.raises(ValueError, match="the file has one output, so any prediction would be right"):
+            label_as(record, 1, val, "the file")
+    two = source_of(["cat", "dog"], [0, 1])
+    assert label_as(class_record(two), 2, source_of(["dog"], [0]), "the file").labels.tolist() == [1]
+
+
 def test_shapes_match_by_name_too():
     shapes = ShapesSource("val", 20)
     assert match_classes(class_record(shapes), shapes) is shapes

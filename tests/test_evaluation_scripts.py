@@ -494,6 +494,10 @@ def test_stored_features_have_their_number_of_classes(tmp_path, pretrained, caps
     with pytest.raises(SystemExit):
         run("main_knn", "--load_features", tmp_path / "f", "--nb_knn", 5, "--nb_classes", 5)
     assert "--nb_classes 5, but the stored labels have 10" in capsys.readouterr().err
+    torch.save({"tensor": torch.zeros(48, dtype=torch.long)}, tmp_path / "f/trainlabels.pth")
+    with pytest.raises(SystemExit):
+        run("main_knn", "--load_features", tmp_path / "f", "--nb_knn", 5)
+    assert "f: all training labels are equal, so any prediction would be right" in capsys.readouterr().err
 
 
 def test_evaluation_crop(tmp_path, pretrained):

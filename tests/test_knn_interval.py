@@ -113,6 +113,7 @@ MISTAKES = {
     "--knn_interval 1 --data_path FLAT": "--knn_interval needs labelled images, give them as --knn_data_path: ",
     "--knn_interval 1 --data_path FLAT OTHER": "labels can only come from one",
     "--knn_interval 1 --knn_data_path FLAT": "--knn_data_path FLAT: looked for train/CLASS/*.jpg, ",
+    "--knn_interval 1 --knn_data_path IMAGES": "all training images have the class 'images', so any prediction",
     "--knn_interval 1 --knn_data_path TRAIN": "found train/; give the folder that holds val/\n",
 }
 
@@ -123,6 +124,8 @@ def test_mistakes(tmp_path, capsys, text, message):
         write_tree(tmp_path / name, {f"{i}.jpg": data for i, data in enumerate(members().values())})
         text, message = (part.replace(name.upper(), str(tmp_path / name)) for part in (text, message))
     text = text.replace("TRAIN", str(write_tree(tmp_path / "t", {f"train/{k}/a.jpg": b"" for k in range(2)})))
+    one = members(classes=["images"])
+    text = text.replace("IMAGES", str(write_tree(tmp_path / "one", one)))
     with pytest.raises(SystemExit) as stop:
         run("main_pretrain", *OPTIONS, "--output_dir", tmp_path / "run", *text.split())
     assert stop.value.code == 2

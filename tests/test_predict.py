@@ -182,6 +182,17 @@ def test_mistakes_end_in_a_line(folder, tmp_path, monkeypatch, capsys, text, mes
     assert not list(tmp_path.iterdir())
 
 
+def test_a_classifier_of_one_class_is_rejected(folder, tmp_path, capsys):
+    """Its probability is always 1, and its accuracy 100 %."""
+    weights = load_pretrained(folder / "tune/checkpoint-best.pth")
+    weights = {name: tensor[:1] if name.startswith("head.") else tensor for name, tensor in weights.items()}
+    torch.save({"model": weights}, tmp_path / "one.pth")
+    for script, options in (("predict", ["--checkpoint"]), ("main_finetune", [*SIZES, "--eval", "--finetune"])):
+        with pytest.raises(SystemExit):
+            run(script, *options, tmp_path / "one.pth", "--data_path", folder / "data")
+        assert "one.pth has one output, " in capsys.readouterr().err
+
+
 def test_two_processes_are_rejected(folder, monkeypatch, capsys):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")

@@ -129,7 +129,10 @@ FLAT = labels_of(2, size=(46, 52))
             png(FLAT + 1),
             r"p_002.png has label 4, which is class 3 counted from 0, but there are 3 classes \(objectInfo",
         ),
-        (png(FLAT - 1), r"p_002.png has label 255, .* shifted already; give --no-reduce_zero_label"),
+        (
+            png(FLAT - 1),
+            r"p_002.png has label 255, .* if 255 means no class, give --no-reduce_zero_label, .* \(--ignore",
+        ),
         (png(np.where(FLAT == 3, 200, FLAT).astype(np.uint8)), r"p_002.png has label 200, which is class 199"),
     ],
     ids=[
@@ -225,6 +228,7 @@ def test_a_background_class_is_not_ignored_by_mistake(tmp_path):
     for name in [name for name in files if name.endswith(".png")]:
         label = np.zeros((46, 52), dtype=np.uint8)
         label[:10, :20] = 1
+        label[:3, :20] = 2
         files[name] = png(label)
         files[name.replace("annotations", "images").replace(".png", ".jpg")] = encode(image_of(label, 0))
     path = write_tree(tmp_path, files)
@@ -234,13 +238,49 @@ def test_a_background_class_is_not_ignored_by_mistake(tmp_path):
     assert classes_of(path, form=PLAIN) == 4  # label 0, and those of objectInfo3.txt
 
 
-def test_nothing_but_ignored_pixels(tmp_path):
+def relabelled(tmp_path, labels, split=""):
+    """Labels 0 to 3 become `labels`, in the label maps of a split ("" for both)."""
     files = ade_files()
-    for name in [name for name in files if name.endswith(".png")]:
+    for name in [name for name in files if name.startswith(f"annotations/{split}")]:
         with Image.open(io.BytesIO(files[name])) as image:
-            files[name] = png(np.zeros(image.size[::-1], dtype=np.uint8))
-    with pytest.raises(ValueError, match="every pixel of every label map is ignored"):
-        classes_of(write_tree(tmp_path, files), trust_zero=True)
+            files[name] = png(np.array(labels, dtype=np.uint8)[np.array(image)])
+    return write_tree(tmp_path / f"{labels} {split}", files)
+
+
+@pytest.mark.parametrize("split", ["", "validation"])
+def test_nothing_but_ignored_pixels(tmp_path, split):
+    with pytest.raises(ValueError, match=r"every pixel of the label maps is ignored, such as in .*p_000.png"):
+        classes_of(relabelled(tmp_path, (0, 0, 0, 0), split), trust_zero=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "split", "form", "value"),
+    [
+        ((0, 1, 1, 1), "", REDUCED, 1),  # label 0 has less than half of the pixels
+        ((0, 255, 255, 255), "", PLAIN, 0),
+        ((1, 1, 1, 1), "", PLAIN, 1),
+        ((0, 255, 255, 255), "validation", PLAIN, 0),
+    ],
+)
+@pytest.mark.parametrize("num_classes", [None, 4])
+def test_a_single_class_is_an_error(tmp_path, labels, split, form, value, num_classes):
+    """Any prediction would be right: a binary mask is read by the wrong convention."""
+    advice = (
+        r"With --reduce_zero_label 0 is ignored .* with --no-reduce_zero_label 255 is ignored .* masks of 0 and 255"
+    )
+    where = "validation" if split else "training"
+    message = rf"{where}/p_000.png has label {value}, .* the only class: any prediction .*{advice}"
+    with pytest.raises(ValueError, match=message):
+        classes_of(relabelled(tmp_path, labels, split), num_classes, form)
+
+
+def test_binary_masks_are_two_classes(tmp_path):
+    path = relabelled(tmp_path, (0, 1, 1, 1))
+    (path / "objectInfo3.txt").unlink()
+    assert classes_of(path, form=PLAIN) == 2
+    masks = relabelled(tmp_path, (0, 255, 255, 255))
+    with pytest.raises(ValueError, match="has label 255, .* a class, as in masks of 0 and 255, write 1 for it"):
+        classes_of(masks)
 
 
 def test_the_histogram_of_labels(tmp_path):

@@ -90,8 +90,12 @@ def label_as(record: dict[str, Any] | None, num_classes: int, source: L, owner: 
     """`match_classes` for a model that may store no classes: ImageNet's by their WordNet ids, others by position.
 
     Raises:
-        ValueError: classes or labels that the model does not have.
+        ValueError: classes or labels that the model does not have, or it has one output.
     """
+    if num_classes < 2:
+        raise ValueError(
+            f"{owner} has one output, so any prediction would be right: evaluate one of two classes or more"
+        )
     record = record or imagenet_record(num_classes, source)
     named = sum(bool(name) for name in source.classes)
     if record is not None:
@@ -123,12 +127,24 @@ def needed_outputs(train: Labelled) -> int:
     return max(int(train.labels.max()) + 1, len(train.classes))
 
 
+def reject_single_class(train: Labelled) -> None:
+    """Raises ValueError if all training images have the same label: any prediction would be right."""
+    if len(np.unique(train.labels)) < 2:
+        label = int(train.labels[0])
+        name = repr(train.classes[label]) if train.classes else label
+        raise ValueError(
+            f"all training images have the class {name}, so any prediction would be right: expected two classes or "
+            "more, as one folder per class (train/CLASS/*.jpg) or as labels"
+        )
+
+
 def count_classes(train: Labelled, val: Labelled, nb_classes: int | None) -> int:
     """Number of outputs of a classifier: `nb_classes`, or the number of classes of the training images.
 
     Raises:
-        ValueError: more classes than `nb_classes`, labels that start at 1, or labels of val that train lacks.
+        ValueError: one class, more than `nb_classes`, labels that start at 1, or labels of val that train lacks.
     """
+    reject_single_class(train)
     needed = needed_outputs(train)
     if getattr(train, "numbered", False) and train.labels.min() == 1 and (nb_classes or 0) < needed:
         raise ValueError(

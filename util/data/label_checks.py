@@ -76,13 +76,15 @@ def count_classes(
         trust_zero: the user says that label 0 is no class; otherwise too many of them are taken for a mistake.
 
     Raises:
-        ValueError: labels that do not fit it, with a file that has one.
+        ValueError: labels that do not fit it, with a file that has one; fewer than two classes in a split.
     """
     present = {int(value): counts for counts in splits for value in np.flatnonzero(counts.pixels)}
     if form.reduce_zero and 255 in present:
         raise ValueError(
-            f"{present[255].first[255]} has label 255, but with --reduce_zero_label the ignored label is 0: the labels "
-            "seem to be shifted already; give --no-reduce_zero_label, and if 0 is ignored as well, write 255 for it"
+            f"{present[255].first[255]} has label 255, but with --reduce_zero_label the ignored label is 0: if 255 "
+            "means no class, give --no-reduce_zero_label, which ignores it (--ignore_index), and if 0 is ignored as "
+            "well, write 255 for it; if 255 is a class, as in masks of 0 and 255, write 1 for it and give "
+            "--no-reduce_zero_label"
         )
     for counts in splits:
         if form.reduce_zero and not trust_zero and counts.share(0) > MOSTLY_IGNORED:
@@ -90,11 +92,20 @@ def count_classes(
                 f"label 0 has {100 * counts.share(0):.0f} % of the pixels ({counts.first[0]} has it) and would be "
                 "ignored: if it is a class such as background, give --no-reduce_zero_label; if not, --reduce_zero_label"
             )
-    classes = {value - form.reduce_zero: value for value in present if value > 0 or not form.reduce_zero}
-    if not form.reduce_zero:
-        classes.pop(form.ignore_index, None)
-    if not classes:
-        raise ValueError("every pixel of every label map is ignored: there is nothing to learn")
+        labels = [value for value in np.flatnonzero(counts.pixels).tolist() if value != form.ignored_label]
+        if not labels:
+            raise ValueError(
+                f"every pixel of the label maps is ignored, such as in {counts.first[form.ignored_label]}: there is "
+                "nothing to learn; look at --reduce_zero_label and --ignore_index"
+            )
+        if len(labels) == 1:
+            raise ValueError(
+                f"{counts.first[labels[0]]} has label {labels[0]}, which is the only class: any prediction would be "
+                "right. With --reduce_zero_label 0 is ignored and classes count from 1; with --no-reduce_zero_label "
+                f"{form.ignore_index} is ignored (--ignore_index) and classes count from 0; masks of 0 and 255 need 1 "
+                "for 255"
+            )
+    classes = {value - form.reduce_zero: value for value in present if value != form.ignored_label}
     total = num_classes or len(names) or max(classes) + 1
     if form.reduce_zero and form.ignore_index < total:
         raise ValueError(
@@ -116,7 +127,7 @@ def describe_labels(counts: LabelCounts, names: list[str], form: LabelFormat, mo
     shares = [100 * counts.share(index + form.reduce_zero) for index in range(len(names))]
     short = [name.split(",")[0] for name in names]  # ADE20K's names are lists of synonyms
     largest = sorted(range(len(names)), key=lambda index: -shares[index])[:most]
-    parts = [f"ignored {100 * counts.share(0 if form.reduce_zero else form.ignore_index):.1f} %"]
+    parts = [f"ignored {100 * counts.share(form.ignored_label):.1f} %"]
     parts += [f"{short[index]} {shares[index]:.1f} %" for index in largest]
     if len(names) > most:
         parts.append(f"{len(names) - most} more")

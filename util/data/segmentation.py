@@ -46,6 +46,11 @@ class LabelFormat:
     reduce_zero: bool = True
     ignore_index: int = 255
 
+    @property
+    def ignored_label(self) -> int:
+        """The ignored value in the files."""
+        return 0 if self.reduce_zero else self.ignore_index
+
     def to_classes(self, label: np.ndarray) -> np.ndarray:
         if not self.reduce_zero:
             return label
