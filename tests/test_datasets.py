@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from images import encode, members, picture, write_tar, write_tree
 
 from util.data.datasets import ImageDataset, build_dataset
-from util.data.sources import ShapesSource, build_source
+from util.data.sources import ShapesSource, build_source, hold_out
 from util.data.transforms import RandomCrop
 
 
@@ -205,6 +206,39 @@ def test_classes_below_another_folder_are_not_one_class(tmp_path):
         with pytest.raises(ValueError, match=message):
             build_source(str(path), "train", whole=True)
         assert len(build_source(str(path), "train", labels_needed=False)) == 6
+
+
+SPLIT_FOLDERS = [("Training", "Testing"), ("Train", "Val"), ("training_set", "test_set"), ("TEST", "valid", "other")]
+
+
+@pytest.mark.parametrize("folders", SPLIT_FOLDERS)
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+@pytest.mark.parametrize("below", ["cat/", ""])
+def test_folders_spelled_like_splits_are_no_classes(tmp_path, log, folders, kind, below):
+    """Those of Kaggle would give a classifier that tells training images from test images."""
+    files = {f"{folder}/{below}{i}.jpg": encode(picture(i)) for folder in folders for i in range(2)}
+    path = write_tree(tmp_path / "d", files) if kind == "folder" else write_tar(tmp_path / "a.tar", files)
+    like = r"\W+".join(sorted(folder for folder in folders if folder != "other"))
+    with pytest.raises(
+        ValueError, match=rf"folders that are spelled like splits.*{like}.* rename them to train/ and val/"
+    ):
+        hold_out(str(path), 0.5)
+    assert len(build_source(str(path), None)) == len(files)
+    assert "split" not in log.text
+    assert len(build_source(str(path), "train", labels_needed=False)) == len(files)
+    assert re.search(rf"all folders of {path} are used, also those that are spelled like splits \({like}\)", log.text)
+
+
+def test_class_folders_with_the_same_folders_are_reported(tmp_path, log):
+    """They may be sessions or domains, with the classes below; Tiny ImageNet has an images/ in each class."""
+    for name, folders, warns in (("domains", ("cat", "dog"), True), ("tiny", ("images",), False)):
+        files = {f"{top}/{below}/0.jpg": encode(picture()) for top in ("Art", "Clipart") for below in folders}
+        assert build_source(str(write_tree(tmp_path / name, files)), "train", whole=True).classes == ["Art", "Clipart"]
+        assert (f"{tmp_path}/{name}: the classes are Art, Clipart, and all have the same folders" in log.text) == warns
+    files["Art/more/0.jpg"] = encode(picture())
+    log.clear()
+    build_source(str(write_tree(tmp_path / "others", files)), "train", whole=True)
+    assert "the same folders" not in log.text
 
 
 def test_a_class_named_like_a_split(tmp_path, log):

@@ -5,12 +5,14 @@ import logging
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from util.data.files import ImageFiles, pack, printable, summarize
+from util.data.split_names import is_like_split
 
 log = logging.getLogger("hpm")
 
@@ -142,7 +144,7 @@ def to_files(listing: Listing, labels_needed: bool = True, name: str = "") -> Im
         name: the split, for error messages.
 
     Raises:
-        ValueError: no images, or without a class; a class without images.
+        ValueError: no images, or without a class; a class without images; folders that are no classes.
     """
     images, classes = dict(listing.images), [""]
     if labels_needed:
@@ -169,13 +171,16 @@ def to_files(listing: Listing, labels_needed: bool = True, name: str = "") -> Im
             )
     elif not images:
         raise ValueError(f"{printable(listing.root)} contains no images ({', '.join(IMAGE_SUFFIXES)})")
-    if labels_needed and len(classes) == 1 and all(path.count("/") > 1 for path in images):
-        below = sorted({"/".join(path.split("/")[:2]) for path in images})
-        if len(below) > 1:
-            raise ValueError(
-                f"{printable(listing.root)} has one class folder, {printable(classes[0])}, and no images in it but in "
-                f"its folders ({summarize([printable(folder) for folder in below])}): give the folder, or pack the "
-                "archive, so that the classes come first"
+    if labels_needed:
+        _check_classes(printable(listing.root), images, classes)
+    elif name == "train":
+        tops = {path.split("/")[0] for path in images if "/" in path}
+        if like := sorted(printable(top) for top in tops if is_like_split(top)):
+            log.warning(
+                "all folders of %s are used, also those that are spelled like splits (%s): rename one to train/ to "
+                "train on it alone",
+                printable(listing.root),
+                summarize(like),
             )
     names = sorted(images, key=by_parts)
     number = {folder: label for label, folder in enumerate(classes)}
@@ -188,6 +193,36 @@ def to_files(listing: Listing, labels_needed: bool = True, name: str = "") -> Im
         classes=class_names(classes) if labels_needed else [],
         extents=None if None in extents else np.array(extents, dtype=np.int64),
     )
+
+
+def _check_classes(root: str, images: Iterable[str], classes: list[str]) -> None:
+    """Warn if class folders may be something else, with the classes below them.
+
+    Raises:
+        ValueError: they are.
+    """
+    if len(like := [printable(folder) for folder in classes if is_like_split(folder)]) > 1:
+        raise ValueError(
+            f"{root} has class folders that are spelled like splits ({summarize(like)}): rename them to train/ and val/"
+        )
+    folders: dict[str, set[str]] = {name: set() for name in classes}
+    for path in images:
+        top, *below = path.split("/")
+        if len(below) < 2:
+            return
+        folders[top].add(below[0])
+    same = sorted(printable(folder) for folder in folders[classes[0]])
+    if len(same) < 2 or any(found != folders[classes[0]] for found in folders.values()):
+        return
+    if len(classes) == 1:
+        top = printable(classes[0])
+        raise ValueError(
+            f"{root} has one class folder, {top}, and no images in it but in its folders "
+            f"({summarize([f'{top}/{folder}' for folder in same])}): give the folder, or pack the archive, so that the "
+            "classes come first"
+        )
+    tops = summarize([printable(name) for name in classes])
+    log.warning("%s: the classes are %s, and all have the same folders (%s)", root, tops, summarize(same))
 
 
 def from_list_file(root: Path, list_file: Path, labels_needed: bool = True) -> ImageFiles:

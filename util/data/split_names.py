@@ -14,6 +14,7 @@ SHARD_SUFFIXES = (".tar", ".parquet")
 COMPRESSED = (".tar.gz", ".tgz")
 
 _ALIASES = {"val": ("val", "validation", "valid")}
+_SPELLINGS = re.compile(r"(train|val|valid|validation|test)(ing)?([ _-]?(set|data|images))?", re.IGNORECASE)
 _NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?")  # the Hugging Face Hub appends hashes
 _MOST = 1_000_000  # names from a pattern
 
@@ -33,6 +34,11 @@ ALL_NAMES = {name for split in ("train", "val", "test") for name in names_of(spl
 def has_word(name: str, split: str) -> bool:
     """Whether a name has that of a split as a word."""
     return any(word in names_of(split) for word in re.split(r"[^a-z]+", name.lower()))
+
+
+def is_like_split(folder: str) -> bool:
+    """Whether the name of a folder is that of a split in another spelling, such as Training or test_set."""
+    return _SPELLINGS.fullmatch(folder) is not None
 
 
 def is_named(path: Path, split: str) -> bool:
