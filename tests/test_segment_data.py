@@ -13,7 +13,7 @@ from segment_data import NAMES, ade_files, image_of, labels_of
 
 from util.data.files import pack
 from util.data.joint_transforms import EvaluationResize, ProbeResize, TrainingCrop, distort, fit, resize_label
-from util.data.label_checks import check_files, count_classes, describe_labels
+from util.data.label_checks import check_files, checked_sources, describe_labels
 from util.data.segmentation import LabelFormat, LabelledImage, class_names, find_pairs
 from util.data.sources import build_source
 
@@ -29,9 +29,8 @@ def source(path, split="train", form=REDUCED):
 
 
 def classes_of(path, num_classes=None, form=REDUCED, trust_zero=False):
-    counts = [check_files(source(path, split, form)) for split in ("train", "val")]
-    names = class_names(build_source(str(path), None), form)
-    return count_classes(counts, names, num_classes, form, trust_zero)
+    files = build_source(str(path), None)
+    return len(checked_sources(files, ["train", "val"], form, num_classes, trust_zero=trust_zero)[1])
 
 
 # --------------------------------------------------------------------------------------------------------------- pairs
@@ -177,6 +176,41 @@ def test_indices_of_a_palette_are_labels(tmp_path, kind):
         label.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
     path = replaced(tmp_path, encode(label, "PNG"))
     np.testing.assert_array_equal(source(path, form=PLAIN).load(2).label, FLAT)
+
+
+COLOURS = [0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255]
+
+
+def with_palettes(tmp_path, palettes):
+    """The data set with the palette of each label map; None for a grey one."""
+    files = ade_files()
+    names = sorted(name for name in files if name.startswith("annotations/"))
+    for name, palette in zip(names, palettes, strict=True):
+        with Image.open(io.BytesIO(files[name])) as image:
+            label = image.copy()
+        if palette:
+            label = Image.frombytes("P", label.size, label.tobytes())
+            label.putpalette(palette)
+        files[name] = encode(label, "PNG")
+    return write_tree(tmp_path, files)
+
+
+@pytest.mark.parametrize("other", [1, 9], ids=["in a split", "between the splits"])
+def test_palettes_that_differ_are_an_error(tmp_path, other):
+    """The indices that count are then another class in each file. Files 0 to 7 are of the training split."""
+    palettes = [COLOURS] * 13
+    palettes[other] = [*COLOURS[:3], *COLOURS[6:9], *COLOURS[3:6], *COLOURS[9:]]
+    path = with_palettes(tmp_path, palettes)
+    second = ("training/p_001" if other == 1 else "validation/p_001") + ".png"
+    message = rf"training/p_000.png and .*{second} have label 1 in different colours, \(255, 0, 0\) and \(0, 255, 0\)"
+    with pytest.raises(ValueError, match=rf"{message}: .* one palette"):
+        classes_of(path)
+
+
+def test_palettes_that_agree_in_what_is_used(tmp_path):
+    """Colours of other indices may differ, and grey label maps have none."""
+    longer = [*COLOURS, 1, 2, 3, 4, 5, 6]
+    assert classes_of(with_palettes(tmp_path, [None, COLOURS, longer, [*COLOURS, 9, 9, 9], *[COLOURS] * 9])) == 3
 
 
 def test_exif_orientation_is_reported(tmp_path, log):

@@ -21,10 +21,12 @@ MOSTLY_IGNORED = 0.5  # share of the pixels; more than that in label 0 looks lik
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """Pixels by the value in the file (256,), and the first file that has the value ("" for none)."""
+    """By the value in the file: pixels (256,), the first file that has it ("" for none), and the first file with each
+    colour that palettes give it."""
 
     pixels: np.ndarray
     first: list[str]
+    colours: list[dict[tuple[int, ...], str]]
 
     def share(self, value: int) -> float:
         return float(self.pixels[value] / self.pixels.sum())
@@ -37,8 +39,8 @@ def check_files(source: SegmentationSource) -> LabelCounts:
         ValueError: a label map of another kind, or of another size than its image.
     """
 
-    def count(index: int) -> tuple[np.ndarray, bool]:
-        label = read_label(source.files, source.annotations[index])
+    def count(index: int) -> tuple[np.ndarray, np.ndarray, bool]:
+        label, palette = read_label(source.files, source.annotations[index])
         try:
             width, height, is_rotated = stored_size(source.read(index), source.files.max_image_pixels)
         except UnreadableImage as error:
@@ -49,14 +51,18 @@ def check_files(source: SegmentationSource) -> LabelCounts:
                 f"{source.files.name(source.annotations[index])} has {label.shape[1]} x {label.shape[0]} pixels, its "
                 f"image {source.name(index)} {width} x {height}: they must be equal{hint}"
             )
-        return np.bincount(label.ravel(), minlength=256), is_rotated
+        return np.bincount(label.ravel(), minlength=256), palette, is_rotated
 
     pixels, first = np.zeros(256, dtype=np.int64), [""] * 256
+    colours: list[dict[tuple[int, ...], str]] = [{} for _ in range(256)]
     rotated: list[str] = []
     with own_limits(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for index, (counts, is_rotated) in enumerate(pool.map(count, range(len(source)))):
+        for index, (counts, palette, is_rotated) in enumerate(pool.map(count, range(len(source)))):
+            name = source.files.name(source.annotations[index])
             for value in np.flatnonzero((counts > 0) & (pixels == 0)):
-                first[value] = source.files.name(source.annotations[index])
+                first[value] = name
+            for value in np.flatnonzero(counts[: len(palette)]):
+                colours[value].setdefault(tuple(palette[value].tolist()), name)
             pixels += counts
             if is_rotated:
                 rotated.append(source.name(index))
@@ -64,7 +70,21 @@ def check_files(source: SegmentationSource) -> LabelCounts:
         log.warning(
             "%d of %d images are stored rotated, such as %s; %s", len(rotated), len(source), rotated[0], ORIENTATION
         )
-    return LabelCounts(pixels, first)
+    return LabelCounts(pixels, first, colours)
+
+
+def check_palettes(splits: Sequence[LabelCounts]) -> None:
+    """Raises ValueError if an index has different colours in two label maps: it may then be another class in each."""
+    for label in range(256):
+        files: dict[tuple[int, ...], str] = {}
+        for counts in splits:
+            files = counts.colours[label] | files
+        if len(files) > 1:
+            (colour, name), (other_colour, other) = list(files.items())[:2]
+            raise ValueError(
+                f"{name} and {other} have label {label} in different colours, {colour} and {other_colour}: the indices "
+                "count, so store all label maps with one palette, or as class indices without one"
+            )
 
 
 def count_classes(
@@ -150,10 +170,11 @@ def checked_sources(
         on_rank_zero: runs the checks on rank 0 and broadcasts the result (util.run.distributed.from_rank_zero).
 
     Raises:
-        ValueError: as `find_pairs`, `check_files`, `class_names` and `count_classes`.
+        ValueError: as `find_pairs`, `check_files`, `check_palettes`, `class_names` and `count_classes`.
     """
     sources = {split: find_pairs(files, split, form) for split in splits}
     counts = on_rank_zero(lambda: [check_files(source) for source in sources.values()])
+    check_palettes(counts)
     names = on_rank_zero(lambda: class_names(files, form))
     total = count_classes(counts, names, num_classes, form, trust_zero)
     names += [f"class {index}" for index in range(len(names), total)]

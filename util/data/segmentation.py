@@ -96,7 +96,7 @@ class SegmentationSource:
         return self.files.read(self.images[index])
 
     def load(self, index: int) -> LabelledImage:
-        label = read_label(self.files, self.annotations[index])
+        label, _ = read_label(self.files, self.annotations[index])
         return LabelledImage(self.files.load(self.images[index]), self.format.to_classes(label))
 
 
@@ -136,8 +136,8 @@ def find_pairs(files: ImageFiles, split: str, label_format: LabelFormat) -> Segm
     )
 
 
-def read_label(files: ImageFiles, position: int) -> np.ndarray:
-    """(H, W) uint8, the values of the file; with a palette, its indices.
+def read_label(files: ImageFiles, position: int) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a label map (H, W) uint8, indices if it has a palette; and the palette (K, 3) uint8, else (0, 3).
 
     Raises:
         ValueError: not an 8-bit PNG of one channel.
@@ -148,7 +148,8 @@ def read_label(files: ImageFiles, position: int) -> np.ndarray:
             is_png, mode = image.format == "PNG", image.mode
             fewer_bits = is_png and mode == "L" and data[_PNG_DEPTH] != 8  # Pillow scales those to 0..255
             if is_png and mode in ("L", "P") and not fewer_bits:
-                return np.array(image)
+                palette = np.array(image.getpalette() or [], dtype=np.uint8).reshape(-1, 3)
+                return np.array(image), palette
             mode += f" with {data[_PNG_DEPTH]} bits" if fewer_bits else ""
             mode += "" if is_png else f" in a {image.format}, where values can change"
     except UnreadableImage as error:
