@@ -302,11 +302,39 @@ def test_several_archives_of_trees_keep_their_splits(tmp_path):
     assert "train" not in {name.split("/")[-3] for name in map(source.name, range(24))}
 
 
-def test_other_files_that_end_in_cls_are_no_labels(tmp_path):
+def test_other_files_that_end_in_cls_are_no_labels(tmp_path, log):
     path = write_tar(
         tmp_path / "a.tar", {**members(), "train/article.cls": b"LaTeX", "train/cat/0.json": b'{"label": 1}'}
     )
     assert build_source(str(path), "train").classes == ["cat", "cat-2", "dog"]
+    assert "skipped 2 label files (.cls, .json)" in log.text
+
+
+def parts(label):
+    """Samples in folders, as some tools write them, with labels in .json files: `label` of (folder, number)."""
+    keys = [(f"part{number // 4}", number) for number in range(8)]
+    files = {f"{folder}/{number}.jpg": IMAGE for folder, number in keys}
+    return files | {f"{folder}/{number}.json": b'{"label": "%s"}' % label(folder, number) for folder, number in keys}
+
+
+def test_labels_that_contradict_the_folders_are_an_error(tmp_path, log):
+    """One archive of class folders is told from one of samples by its name; not where both would make classes."""
+    files = parts(lambda folder, number: b"%d" % (number % 2))
+    one = write_tar(tmp_path / "one.tar", {f"train/{name}": data for name, data in files.items()})
+    (tmp_path / "d").mkdir()
+    train = write_tar(tmp_path / "d/train.tar", files)
+    for path in (one, tmp_path / "d"):
+        message = r"in class folders \(part0, part1\).* '[01]' of part./\d.jpg: .*train-000000.tar.* --delete"
+        with pytest.raises(ValueError, match=message):
+            build_source(str(path), "train")
+        assert len(build_source(str(path), "train", labels_needed=False)) == 8
+    train.rename(tmp_path / "d/train-000000.tar")
+    for path in (tmp_path / "d", tmp_path / "d/train-000000.tar"):
+        source = build_source(str(path), "train")
+        assert (source.classes, np.bincount(source.labels).tolist()) == ([], [4, 4])
+    same = write_tar(tmp_path / "same.tar", parts(lambda folder, number: folder[-1:].encode()))
+    assert build_source(str(same), "train", whole=True).classes == ["part0", "part1"]
+    assert "skipped 8 label files (.cls, .json)" in log.text
 
 
 # ----------------------------------------------------------------------------------------------- programs

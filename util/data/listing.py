@@ -154,7 +154,7 @@ def to_files(listing: Listing, labels_needed: bool = True, name: str = "") -> Im
         if outside and images:
             listing.skipped["images outside class folders"] += outside
     if listing.labels:  # label files of an archive that is not read as WebDataset
-        listing.skipped["files without an image extension"] += len(listing.labels)
+        listing.skipped["label files (.cls, .json)"] += len(listing.labels)
     listing.log_skipped()
     if labels_needed:
         empty = sorted({path.split("/")[0] for path in listing.folders} - set(classes))

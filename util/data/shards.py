@@ -25,11 +25,36 @@ log = logging.getLogger("hpm")
 _THREADS = 16  # archives listed at a time: on a network file system, reading a header is mostly waiting
 
 
-def is_webdataset(listing: Listing) -> bool:
-    """Whether an archive holds labels of its own; .json files next to images in folders may be something else."""
+def is_webdataset(listing: Listing, numbered: bool) -> bool:
+    """Whether an archive holds labels of its own; .json files next to images in folders may be something else, unless
+    the archive is numbered, as shards are, and most images have one."""
     in_folders = any("/" in name for name in listing.images)
     labels = {name: label for name, label in listing.labels.items() if name.endswith(".cls") or not in_folders}
-    return bool(labels) and any(_label_of(name, labels) is not None for name in listing.images)
+    if labels and any(_label_of(name, labels) is not None for name in listing.images):
+        return True
+    return numbered and bool(_labels_of_most(listing))
+
+
+def reject_contradictions(listing: Listing) -> None:
+    """Raises ValueError if most images in class folders have labels of their own that make other classes."""
+    labels = _labels_of_most(listing)
+    folders = {name: name.split("/")[0] for name in labels}
+    pairs = {(folders[name], label) for name, label in labels.items()}
+    if len(pairs) > min(len(set(folders.values())), len(set(labels.values()))):
+        name, label = next(iter(labels.items()))
+        tops = summarize([printable(folder) for folder in sorted(set(folders.values()))])
+        raise ValueError(
+            f"{printable(listing.root)}: the images are in class folders ({tops}), and have other labels in .json "
+            f"files, such as {label!r} of {printable(name)}: to use those, name the archive as a shard "
+            "(train-000000.tar); to use the folders, remove them (tar --delete --wildcards '*.json' -f ARCHIVE)"
+        )
+
+
+def _labels_of_most(listing: Listing) -> dict[str, str]:
+    """The label of each image that has one in a file of its key; {} if most have none."""
+    found = {name: _label_of(name, listing.labels) for name in listing.images} if listing.labels else {}
+    labels = {name: label for name, label in found.items() if label is not None}
+    return labels if 2 * len(labels) > len(listing.images) else {}
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from util.data.files import ImageFiles, SeveralFiles, pack
 from util.data.held_out import Subset, split_off
 from util.data.listing import from_list_file, list_folder, overlaps, to_files, why_skipped
 from util.data.places import expanded, find_place, has_split
-from util.data.shards import is_webdataset, list_shards, read_samples
+from util.data.shards import is_webdataset, list_shards, read_samples, reject_contradictions
 from util.data.split_names import COMPRESSED, SHARD_SUFFIXES, NoSuchSplit, is_numbered, warn_of_gaps, warn_of_packed
 
 Files = ImageFiles | SeveralFiles | ArrowImages
@@ -93,9 +93,12 @@ def _read_place(
     listing = list_archive(plain, cache_dir)
     if split is not None:
         listing = below_split(listing, split, whole=not given or (whole and split == "train"))
-    unlabelled = labels_needed and is_numbered(first) and not any("/" in name for name in listing.images)
-    if unlabelled or is_webdataset(listing):
+    numbered = is_numbered(first)
+    unlabelled = labels_needed and numbered and not any("/" in name for name in listing.images)
+    if unlabelled or is_webdataset(listing, numbered):
         return read_samples([listing], labels_needed)
+    if labels_needed:
+        reject_contradictions(listing)
     return to_files(listing, labels_needed, split or "")
 
 
