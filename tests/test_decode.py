@@ -212,6 +212,47 @@ def test_pgm_files_state_their_own_maximum():
     assert decode_rgb(data.replace(b"4095", b"65535"), (0, 4095))[0, :, 0].tolist() == [0, 51, 255]
 
 
+@pytest.mark.parametrize("magic", ["P6", "P3"])
+def test_16_bit_ppm_values_are_scaled_by_their_range(magic):
+    """Pillow itself drops the low bytes. A maximum other than 65535 is the range, as in PGM; 8 bits are unchanged."""
+    values = stored("uint16", 0, 4095, 3)
+    body = values.astype(">u2").tobytes() if magic == "P6" else " ".join(map(str, values.ravel())).encode() + b"\n# end"
+    head = f"{magic} 48 40 65535\n".encode()
+    np.testing.assert_array_equal(decode_rgb(head + body, (0, 4095)), scaled(values, 0, 4095))
+    np.testing.assert_array_equal(decode_rgb(head + body), scaled(values, 0, 65535))
+    by_maximum = head.replace(b"65535", b"4095") + body
+    for value_range in (None, (0, 100)):
+        np.testing.assert_allclose(decode_rgb(by_maximum, value_range).astype(int), scaled(values, 0, 4095), atol=1)
+    with pytest.raises(UnreadableImage, match="not a readable image"):
+        decode_rgb(head + body[:500])
+    small = np.asarray(picture())
+    body = small.tobytes() if magic == "P6" else " ".join(map(str, small.ravel())).encode()
+    np.testing.assert_array_equal(decode_rgb(head.replace(b"65535", b"255") + body, (0, 100)), small)
+
+
+def test_floats_of_a_portable_float_map_are_scaled_by_their_range():
+    data = b"Pf 3 1 -1.0\n" + np.array([0, 0.5, 1], "<f4").tobytes()
+    assert decode_rgb(data)[0, :, 0].tolist() == [0, 128, 255]
+    assert decode_rgb(data, (0, 2))[0, :, 0].tolist() == [0, 64, 128]
+
+
+@pytest.mark.parametrize("kind", ["uint16", "float32"])
+@pytest.mark.parametrize(
+    ("photometric", "name"), [(5, "CMYK"), (6, "YCbCr"), (8, "Lab"), (32803, "photometric type 32")]
+)
+def test_other_colours_of_more_than_8_bits_are_unsupported(kind, photometric, name):
+    """Their values are no shares of red, green and blue; in CMYK 0 is white."""
+    channels = {5: 4, 32803: 1}.get(photometric, 3)
+    values = np.zeros((8, 8, channels) if channels > 1 else (8, 8), kind)
+    with pytest.raises(
+        UnreadableImage, match=f"^{name}.* of more than 8 bits is not supported: expected grey"
+    ) as error:
+        decode_rgb(write_tiff(values, photometric=photometric))
+    assert error.value.reason == "unsupported"
+    inks = decode_rgb(write_tiff(np.zeros((8, 8, 4), np.uint8), photometric=5))
+    assert (inks == 255).all()
+
+
 BANDS = {
     "2 grey": (np.zeros((8, 8, 2), np.uint8), 1, (0,), r"^2 bands are not supported"),
     "4 grey": (np.zeros((8, 8, 4), np.uint8), 1, (0, 0, 0), r"^4 bands are not supported"),

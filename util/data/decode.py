@@ -3,7 +3,8 @@
 Images of more than 8 bits (unsigned and signed integers, floats; one or three channels) are scaled by a value range,
 whose lower end becomes 0 and whose upper end becomes 255. By default it starts at 0 and ends at the first of 255, 65535
 and 4294967295 (for floats also 1) that no value of the image exceeds: 8-bit values in a wider type stay unchanged, as
-in Pillow's convert("RGB"), and 16-bit values are divided by 257.
+in Pillow's convert("RGB"), and 16-bit values are divided by 257. PGM and PPM files that state another maximum
+than 65535 are scaled by that.
 """
 
 import io
@@ -144,13 +145,16 @@ def _read_with_pillow(data: bytes, max_image_pixels: int) -> np.ndarray:
         return tiff.read(data, layout)
     with Image.open(io.BytesIO(data)) as image:
         _check_size(image.width, image.height, max_image_pixels)
+        maximum = _stated_maximum(image)
+        if image.mode == "RGB" and maximum > 255:
+            return _read_16_bit_ppm(data, image, maximum)
         if image.mode == "F" or image.mode.startswith("I"):
             *_, parameters = image.tile[0]
             if layout is not None and layout.is_compressed and "B" in parameters[0]:  # libtiff swaps the bytes itself
                 values = _decode_as(data, parameters[0].replace("B", "N"))
             else:
                 values = np.asarray(image)
-            if image.format == "PPM" and parameters[-1] not in ("B", 65535):  # its own maximum, scaled by Pillow
+            if 255 < maximum < 65535:  # Pillow has scaled it to 65535
                 values = to_8_bits(values, (0, 65535))
             return values.view(np.uint32) if layout is not None and layout.sample_type == (1, 32) else values
         is_wide = data[24] == 16 if image.format == "PNG" else layout is not None and layout.sample_type == (1, 16)
@@ -158,6 +162,25 @@ def _read_with_pillow(data: bytes, max_image_pixels: int) -> np.ndarray:
             *_, parameters = image.tile[0]
             return _read_16_bits(data, parameters if isinstance(parameters, str) else parameters[0])
         return np.array(image.convert("RGB"))
+
+
+def _stated_maximum(image: Image.Image) -> int:
+    """The largest value of a PGM or PPM file according to its header; 255 for other files."""
+    if image.format != "PPM" or image.mode == "F":
+        return 255
+    *_, parameters = image.tile[0]
+    if isinstance(parameters, str):
+        return 65535 if parameters == "I;16B" else 255
+    return parameters[-1]
+
+
+def _read_16_bit_ppm(data: bytes, image: Image.Image, maximum: int) -> np.ndarray:
+    """As `read_values`, of a PPM file: Pillow drops the low bytes of its colours, but not those of a PGM file."""
+    _, _, start, _ = image.tile[0]
+    magic = {b"P6": b"P5", b"P3": b"P2"}[data[:2]]
+    width, height = 3 * image.width, image.height
+    grey = b"%s %d %d %d\n" % (magic, width, height, maximum) + data[start:]
+    return _read_with_pillow(grey, width * height).reshape(height, -1, 3)
 
 
 def _read_16_bits(data: bytes, raw_mode: str) -> np.ndarray:

@@ -17,6 +17,10 @@ _SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Colour channels of photometric types other than greyscale: RGB, CMYK, YCbCr, Lab.
 _COLOUR_CHANNELS = {2: 3, 5: 4, 6: 3, 8: 3}
 
+# Photometric types of more than 8 bits that can be used: grey (WhiteIsZero, BlackIsZero) and RGB.
+_WIDE_TYPES = (0, 1, 2)
+_NAMES = {5: "CMYK", 6: "YCbCr", 8: "Lab"}
+
 # (sample format, bits) that Pillow reads correctly with one channel; format 1 is unsigned, 2 signed, 3 float.
 _PILLOW_TYPES = {(1, 12), (1, 16), (2, 16), (2, 32), (3, 32)}
 _WHITE_IS_ZERO_TYPES = {(1, 16), (3, 32)}  # of a negative
@@ -45,7 +49,8 @@ def read_layout(data: bytes) -> Layout | None:
     """Layout of the first page of a TIFF file; None for other files.
 
     Raises:
-        Unsupported: it has more bands or pages than one image in grey or colour, so some would be dropped.
+        Unsupported: it has more bands or pages than one image in grey or colour, so some would be dropped; or more than
+            8 bits of other colours than RGB.
     """
     if data[:4] not in _SIGNATURES:
         return None
@@ -54,14 +59,17 @@ def read_layout(data: bytes) -> Layout | None:
     same_size = sum((page.get(256), page.get(257)) == (tags[256], tags[257]) for page in pages)
     if same_size > 1:
         raise Unsupported(f"{same_size} bands are not supported (pages of equal size): expected {_EXPECTED}")
-    channels, extra = tags.get(277, 1), tags.get(338, ())
-    unused = channels - _COLOUR_CHANNELS.get(tags.get(262, 1), 1)
+    channels, extra, photometric = tags.get(277, 1), tags.get(338, ()), tags.get(262, 1)
+    unused = channels - _COLOUR_CHANNELS.get(photometric, 1)
     is_alpha = unused == 1 and extra in ((), (1,), (2,))
     if unused and not is_alpha:
         raise Unsupported(f"{channels} bands are not supported: expected {_EXPECTED}")
     sample_type = (max(tags.get(339, (1,))), max(tags.get(258, (1,))))
+    if sample_type[1] > 8 and photometric not in _WIDE_TYPES:
+        name = _NAMES.get(photometric, f"photometric type {photometric}")
+        raise Unsupported(f"{name} of more than 8 bits is not supported: expected {_EXPECTED}")
     planar = channels > 1 and tags.get(284, 1) == 2
-    white_is_zero, is_little = tags.get(262, 1) == 0, data[:2] == b"II"
+    white_is_zero, is_little = photometric == 0, data[:2] == b"II"
     fits = sample_type[0] in (1, 4) and sample_type[1] <= 8
     if channels == 1 and white_is_zero:
         fits = fits or (sample_type in _WHITE_IS_ZERO_TYPES and (is_little or sample_type[0] == 3))

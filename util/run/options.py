@@ -137,7 +137,6 @@ DATA_LAYOUT = (
     "folder, or parquet files) (default: Shapes, images that the program draws itself, which need no file)"
 )
 
-
 IMAGES = "image files, folders and archives of images, with or without labels (default: Shapes)"
 UNLABELLED = ". Labels are not needed; several paths are allowed"
 
@@ -172,7 +171,8 @@ def add_data_options(
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="stored values that become black and white, for images of more than 8 bits (default: the checkpoint's, or "
-        "by image, from 0 to the first of 255, 65535 and 4294967295, for floats also 1, that no value exceeds)",
+        "by image, from 0 to the first of 255, 65535 and 4294967295, for floats also 1, that no value exceeds; "
+        "PGM and PPM files that state another maximum than 65535 use that)",
     )
     group.add_argument(
         "--max_image_pixels", type=COUNT, default=MAX_PIXELS, help="reject larger images (decompression bombs)"
