@@ -10,7 +10,7 @@ from images import encode, picture, write_png_16, write_tiff
 from PIL import Image, PngImagePlugin
 
 from util.data import decode, tiff
-from util.data.decode import UnreadableImage, decode_rgb
+from util.data.decode import UnreadableImage, decode_rgb, stored_size
 
 
 def with_pillow(data):
@@ -55,10 +55,52 @@ def test_the_accelerator_is_used(monkeypatch):
     decode_rgb(JPEGS["4:2:0"])
 
 
-def test_exif_orientation_is_not_applied():
+GREY_16 = Image.fromarray(np.arange(40 * 48, dtype=np.uint16).reshape(40, 48))
+ROTATED = {  # of each way to decode: image, format, options
+    "jpeg": (picture(), "JPEG", {}),
+    "webp": (picture(), "WEBP", {"lossless": True}),
+    "png": (picture(), "PNG", {}),
+    "tiff": (picture(), "TIFF", {}),
+    "compressed tiff": (picture(), "TIFF", {"compression": "tiff_lzw"}),
+    "grey tiff of 16 bits": (GREY_16, "TIFF", {}),
+    "compressed float tiff": (picture(mode="F"), "TIFF", {"compression": "tiff_lzw"}),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("image", "kind", "options"), ROTATED.values(), ids=ROTATED)
+def test_exif_orientation_is_not_applied_but_found(image, kind, options, orientation):
+    """Pillow itself applies those of TIFF."""
     exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode_rgb(encode(picture(size=(40, 48)), exif=exif)).shape == (40, 48, 3)
+    exif[0x0112] = orientation
+    data = encode(image, kind, exif=exif, **options)
+    np.testing.assert_array_equal(decode_rgb(data), decode_rgb(encode(image, kind, **options)))
+    assert stored_size(data) == (48, 40, orientation != 1)
+    assert stored_size(encode(image, kind, **options)) == (48, 40, False)
+
+
+@pytest.mark.parametrize("kind", ["uint16", "float64"])
+def test_the_orientation_of_other_tiff_types_is_found_too(kind):
+    """Colours of 16 bits, which Pillow reads, and what tifffile reads."""
+    tifffile = pytest.importorskip("tifffile")
+    files = {}
+    for orientation in (1, 6):
+        file = io.BytesIO()
+        tag = (274, "H", 1, orientation, True)
+        tifffile.imwrite(file, stored(kind, 0, 4095, 3), photometric="rgb", extratags=[tag])
+        files[orientation] = file.getvalue()
+    np.testing.assert_array_equal(decode_rgb(files[6]), decode_rgb(files[1]))
+    assert [stored_size(data) for data in files.values()] == [(48, 40, False), (48, 40, True)]
+
+
+def test_the_orientation_of_a_png_may_follow_the_pixels():
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encode(picture(), "PNG", exif=exif)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    chunk, rest = data[start:end], data[:start] + data[end:]
+    assert stored_size(rest[:-12] + chunk + rest[-12:]) == (48, 40, True)
 
 
 BROKEN = {

@@ -31,6 +31,15 @@ REASONS = ("damaged", "unsupported", "over the pixel limit", "missing", "I/O err
 _SIMPLE_COLORSPACES = ("YCbCr", "Gray", "RGB")
 
 _ORIENTATION = 0x0112  # tag of EXIF
+_UNDO = {  # of an orientation that Pillow has applied
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 _TEXT_LIMIT = 1 << 28  # bytes of text in a PNG file; Pillow's limit is 1 << 20
 
@@ -46,7 +55,8 @@ class UnreadableImage(ValueError):
 def decode_rgb(data: bytes, value_range: ValueRange | None = None, max_image_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Bytes of an image file -> (H, W, 3) uint8. Greyscale, palette, CMYK and RGBA images are converted.
 
-    As in torchvision's ImageFolder, transparency is dropped and EXIF orientation is not applied.
+    As in torchvision's ImageFolder, transparency is dropped and EXIF orientation is not applied. Nor is that of TIFF,
+    which Pillow applies.
 
     Args:
         value_range: the stored values that become 0 and 255, for images of more than 8 bits; None for the default.
@@ -128,12 +138,14 @@ def stored_size(data: bytes, max_image_pixels: int = MAX_PIXELS) -> tuple[int, i
     """
     with own_limits(), unreadable_images():
         layout = tiff.read_layout(data)
-        if layout is not None and not layout.fits_pillow:
-            width, height, rotated = layout.width, layout.height, False
-        else:
+        if layout is None or layout.fits_pillow:
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
-                rotated = image.format in ("JPEG", "MPO", "WEBP") and image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+                # Tags of a PNG may follow its pixels: without any, Pillow would decode all pixels to find none.
+                may_have_tags = image.format != "PNG" or b"eXIf" in data
+                rotated = may_have_tags and image.getexif().get(_ORIENTATION) in _UNDO
+        if layout is not None:
+            width, height, rotated = layout.width, layout.height, layout.orientation in _UNDO
         _check_size(width, height, max_image_pixels)
     return width, height, rotated
 
@@ -153,7 +165,7 @@ def _read_with_pillow(data: bytes, max_image_pixels: int) -> np.ndarray:
             if layout is not None and layout.is_compressed and "B" in parameters[0]:  # libtiff swaps the bytes itself
                 values = _decode_as(data, parameters[0].replace("B", "N"))
             else:
-                values = np.asarray(image)
+                values = np.asarray(_as_stored(image))
             if 255 < maximum < 65535:  # Pillow has scaled it to 65535
                 values = to_8_bits(values, (0, 65535))
             return values.view(np.uint32) if layout is not None and layout.sample_type == (1, 32) else values
@@ -161,7 +173,14 @@ def _read_with_pillow(data: bytes, max_image_pixels: int) -> np.ndarray:
         if is_wide and image.mode in ("RGB", "RGBA"):
             *_, parameters = image.tile[0]
             return _read_16_bits(data, parameters if isinstance(parameters, str) else parameters[0])
-        return np.array(image.convert("RGB"))
+        return np.array(_as_stored(image).convert("RGB"))
+
+
+def _as_stored(image: Image.Image) -> Image.Image:
+    """The image without the orientation that Pillow applies to TIFF, and only to that, as it loads the pixels."""
+    undo = _UNDO.get(image.getexif().get(_ORIENTATION)) if image.format == "TIFF" else None
+    image.load()
+    return image if undo is None else image.transpose(undo)
 
 
 def _stated_maximum(image: Image.Image) -> int:
@@ -205,7 +224,7 @@ def _decode_as(data: bytes, raw_mode: str) -> np.ndarray:
             parameters = raw_mode if isinstance(tile[3], str) else (raw_mode, *tile[3][1:])
             tiles.append(tile._replace(args=parameters) if hasattr(tile, "_replace") else (*tile[:3], parameters))
         image.tile = tiles  # plain tuples before Pillow 11
-        return np.asarray(image)
+        return np.asarray(_as_stored(image))
 
 
 def _check_size(width: int, height: int, max_image_pixels: int) -> None:

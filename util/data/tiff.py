@@ -34,7 +34,7 @@ class Unsupported(ValueError):
 
 class Layout(NamedTuple):
     """Attributes: sample_type: (sample format, bits); channels: with alpha; fits_pillow: Pillow reads it correctly;
-    is_compressed: libtiff decodes it; white_is_zero: it is stored as a negative."""
+    is_compressed: libtiff decodes it; white_is_zero: it is stored as a negative; orientation: as in EXIF."""
 
     width: int
     height: int
@@ -43,6 +43,7 @@ class Layout(NamedTuple):
     fits_pillow: bool
     is_compressed: bool
     white_is_zero: bool
+    orientation: int
 
 
 def read_layout(data: bytes) -> Layout | None:
@@ -77,7 +78,8 @@ def read_layout(data: bytes) -> Layout | None:
         fits = fits or sample_type in _PILLOW_TYPES or (sample_type == (1, 32) and is_little)
     else:
         fits = fits or (sample_type == (1, 16) and channels > 2 and not planar)
-    return Layout(tags[256], tags[257], channels, sample_type, fits, tags.get(259, 1) != 1, white_is_zero)
+    is_compressed, orientation = tags.get(259, 1) != 1, tags.get(274, 1)
+    return Layout(tags[256], tags[257], channels, sample_type, fits, is_compressed, white_is_zero, orientation)
 
 
 def _pages(data: bytes) -> Iterator[ImageFileDirectory_v2]:
