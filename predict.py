@@ -181,13 +181,13 @@ def read_images(args: argparse.Namespace) -> Source:
         ValueError: there are none.
     """
     split = args.split or ("val" if args.data_path is None else None)
-    settings: dict[str, Any] = {"labels_needed": False, "shapes_count": args.shapes_val, **data_settings(args)}
+    settings = {"labels_needed": False, "whole": False, "shapes_count": args.shapes_val, **data_settings(args)}
     try:
         return build_source(args.data_path, split, **settings)
     except ValueError as error:
         if split is not None:
             raise
-        raise ValueError(f"{error}. A Hugging Face data set needs --split train or val") from error
+        raise ValueError(f"{error}. A Hugging Face DatasetDict needs --split train or val") from error
 
 
 def main(argv: list[str] | None = None) -> None:

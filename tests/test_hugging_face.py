@@ -201,3 +201,14 @@ def test_images_as_plain_bytes(tmp_path):
         source = build_source(str(tmp_path), split)
         assert np.array_equal(source.load(1), source.load(0))
         assert source.labels.tolist() == [0, 1]
+
+
+def test_without_a_split_every_row_is_read(tmp_path):
+    """As predict.py does; a data set that is no DatasetDict has no splits to choose from."""
+    rows("train").save_to_disk(tmp_path / "saved")
+    write_parquet(tmp_path / "flat")
+    patterns = [f"{tmp_path}/flat/{name}-{{00000..00001}}-of-00002.parquet" for name in ("train", "validation")]
+    for path, count in ((str(tmp_path / "saved"), 12), (str(tmp_path / "flat"), 24), (patterns[0], 12), (patterns, 24)):
+        source = build_source(path, None)
+        assert len(source) == count
+        assert source.load(count - 1).shape == (40, 48, 3)

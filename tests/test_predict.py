@@ -21,6 +21,7 @@ def folder(tmp_path_factory):
     """An encoder, a classifier and a linear probe on it, and their data."""
     folder = tmp_path_factory.mktemp("predict")
     data = write_tree(folder / "data", members(per_class=4))
+    write_tree(folder / "only_val", members(("val",)))
     run("main_pretrain", *PRETRAIN, "--epochs", 1, "--output_dir", folder / "pretrain", "--mean", 0.4, 0.5, 0.6)
     encoder = ["--finetune", folder / "pretrain/checkpoint-last.pth", "--data_path", data, "--warmup_epochs", 0]
     sizes = ["--batch_size", 4, "--num_workers", 0]
@@ -161,6 +162,8 @@ MISTAKES = {
     "--checkpoint PROBE --head 3": "--head 3",
     "--checkpoint TUNED --data_path /nowhere": "--data_path /nowhere does not exist",
     "--checkpoint TUNED --data_path UNSPLIT --split val": "looked for val/CLASS/*.jpg",
+    "--checkpoint TUNED --data_path ONLY_VAL --split train": "looked for train/CLASS/*.jpg",
+    "--checkpoint TUNED --data_path UNSPLIT --split train": "looked for train/CLASS/*.jpg",
     "--checkpoint TUNED --split test": "--split test: Shapes have train and val",
     "--checkpoint /nowhere.pth": "checkpoint /nowhere.pth does not exist",
 }
@@ -170,7 +173,8 @@ MISTAKES = {
 def test_mistakes_end_in_a_line(folder, tmp_path, monkeypatch, capsys, text, message):
     monkeypatch.chdir(tmp_path)
     places = {"ENCODER": "pretrain/checkpoint-last.pth", "TUNED": "tune/checkpoint-best.pth"}
-    for name, path in {**places, "PROBE": "probe/checkpoint-last.pth", "UNSPLIT": "data/train"}.items():
+    places |= {"PROBE": "probe/checkpoint-last.pth", "UNSPLIT": "data/train", "ONLY_VAL": "only_val"}
+    for name, path in places.items():
         text = text.replace(name, str(folder / path))
     with pytest.raises(SystemExit) as stop:
         run("predict", *text.split())

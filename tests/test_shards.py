@@ -15,7 +15,7 @@ from util.data import files as files_module
 from util.data.classes import class_record, count_classes, match_classes
 from util.data.places import has_split
 from util.data.sources import build_source
-from util.data.split_names import expand_braces, warn_of_gaps
+from util.data.split_names import NoSuchSplit, expand_braces, warn_of_gaps
 from util.run.options import UserMistake
 
 IMAGE = encode(picture())
@@ -290,6 +290,19 @@ def test_more_shards_than_files_that_may_be_open(tmp_path, monkeypatch):
     data = [source.read(i) for i in (*range(12), *range(12))]
     assert data[:12] == data[12:]
     assert len(files_module._descriptors) == 8
+
+
+def test_without_a_split_all_shards_are_read(tmp_path):
+    """As predict.py does. With a split that it names, there must be shards of it."""
+    for split in ("train", "val"):
+        write_shards(tmp_path / f"d/{split}-{{}}.tar", split)
+    write_shards(tmp_path / "e/{}.tar")
+    assert len(build_source(str(tmp_path / "d"), None)) == 24
+    assert len(build_source(str(tmp_path / "e"), None)) == 12
+    for path in (str(tmp_path / "e"), f"{tmp_path}/e/{{0000..0002}}.tar"):
+        assert len(build_source(path, "train", labels_needed=False)) == 12
+        with pytest.raises(NoSuchSplit, match="train"):
+            build_source(path, "train", labels_needed=False, whole=False)
 
 
 def test_several_archives_of_trees_keep_their_splits(tmp_path):

@@ -365,6 +365,7 @@ MISTAKES = {
     "--checkpoint HPM --images broken.jpg": "broken.jpg",
     "--checkpoint HPM --images text.txt": "text.txt is neither a folder nor an archive",
     "--checkpoint HPM --images nothing": "nothing contains no images",
+    "--checkpoint HPM --images only --split train": "--images only: looked for train/CLASS/*.jpg",
     "--checkpoint HPM --images nothing --split val": "--images nothing: looked for val/CLASS/*.jpg",
     "--checkpoint HPM --device cuda": "this PyTorch finds no CUDA device",
     "--checkpoint HPM --device gpu": "--device gpu",
@@ -385,6 +386,8 @@ def test_mistakes_end_with_one_line(hpm, text, message, tmp_path, capsys, monkey
     weights = student.state_dict()
     encoder = {name: value for name, value in weights.items() if not name.startswith(("decoder", "mask_token"))}
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "only/val").mkdir(parents=True)
+    (tmp_path / "only/val/a.jpg").write_bytes(encode(picture()))
     (tmp_path / "damaged.pth").write_bytes(b"half a file")
     (tmp_path / "truncated.pth").write_bytes(hpm.read_bytes()[:100_000])
     (tmp_path / "broken.jpg").write_bytes(encode(picture())[:200])

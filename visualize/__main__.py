@@ -202,7 +202,7 @@ def load_images(args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     source: Source = ShapesSource(args.split or "val")
     named = False
     if args.images is not None:
-        settings: dict[str, Any] = {"labels_needed": False, **data_settings(args)}
+        settings: dict[str, Any] = {"labels_needed": False, "whole": False, **data_settings(args)}
         try:
             source = SeveralFiles([build_source(path, args.split, **settings) for path in args.images])
         except ValueError as error:

@@ -43,8 +43,10 @@ def find_place(data_path: str | list[str], split: str | None, whole: bool) -> li
         raise ValueError(f"--data_path {data_path} does not exist: give a folder or a .tar archive of images")
     if path.suffix == ".parquet":
         return _shards([data_path], split, whole)
-    if path.is_file() or split is None:
+    if path.is_file():
         return [path]
+    if split is None:
+        return _shards_inside(path) or [path]
     place = locate(path, split)
     if place and whole and split == "train":
         warn_of_classes(str(place[0]), _image_folders(path))

@@ -70,7 +70,7 @@ def _read_place(
 ) -> Files:
     """`place` is `data_path` itself, or what `find_place` chose as the split."""
     first = place[0]
-    if split is not None and is_arrow(place):
+    if is_arrow(place):
         warn_of_gaps(place)
         return open_arrow(place, cache_dir, labels_needed)
     if len(place) > 1:
@@ -140,7 +140,7 @@ def build_source(
     split: str | None,
     *,
     labels_needed: bool = True,
-    whole: bool = False,
+    whole: bool | None = None,
     value_range: ValueRange | None = None,
     max_image_pixels: int = MAX_PIXELS,
     shapes_count: int | None = None,
@@ -155,8 +155,8 @@ def build_source(
             WebDataset shards or a Hugging Face data set (docs/data.md). A list of paths if they are shards, or without
             `labels_needed` of any kind, whose images follow each other.
         labels_needed: without it, as for pre-training, images need no class folders.
-        whole: without labels, or if a part is held out: where there is no "train" split, every image under the path
-            belongs to it.
+        whole: where there is no "train" split, every image under the path belongs to it. The default is not
+            `labels_needed`; it is for pre-training and for data of which a part is held out.
         value_range, max_image_pixels: as in `decode_rgb`.
         cache_dir: default $XDG_CACHE_HOME/hpm, or ~/.cache/hpm.
         on_rank_zero: lists on rank 0 and broadcasts the result (util.run.distributed.from_rank_zero).
@@ -169,14 +169,14 @@ def build_source(
     if data_path is None:
         return ShapesSource(split or "train", shapes_count)
     labels_needed = labels_needed and split is not None
-    whole = whole or not labels_needed
+    whole = not labels_needed if whole is None else whole
     parts: list[Files] = []
     for path in _data_sets(data_path, labels_needed):
         is_file = isinstance(path, str) and Path(path).is_file()
         place = find_place(path, split, whole) if is_file else on_rank_zero(partial(find_place, path, split, whole))
         read = partial(_read_place, place, path, split, cache_dir, labels_needed, whole)
         # Caches are those of each node, and filled outside any collective: it can outlast their timeout.
-        if split is not None and is_arrow(place):
+        if is_arrow(place):
             parts.append(limited(read(), value_range=value_range, max_image_pixels=max_image_pixels))
             continue
         plain = decompressed(place[0], cache_dir) if place[0].name.endswith(COMPRESSED) else None
