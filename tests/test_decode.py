@@ -328,6 +328,17 @@ def test_alpha_is_dropped_from_tiff_as_from_png():
         np.testing.assert_array_equal(decode_rgb(write_tiff(rgba, photometric=2, extra=extra)), rgba[..., :3])
 
 
+@pytest.mark.parametrize("kind", ["complex64", "complex128"])
+def test_complex_values_are_unsupported(kind):
+    """As of radar images: the real part alone is not the image."""
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.ones((8, 8), kind))
+    with pytest.raises(UnreadableImage, match="^complex values are not supported: expected") as error:
+        decode_rgb(file.getvalue())
+    assert error.value.reason == "unsupported"
+
+
 def test_types_that_pillow_lacks_name_tifffile(monkeypatch):
     monkeypatch.setattr(tiff, "tifffile", None)
     with pytest.raises(UnreadableImage, match=r"3 x 32 bits \(float\) is not supported.*pip install tifffile") as error:

@@ -285,6 +285,26 @@ def test_list_files_may_have_a_byte_order_mark_and_windows_line_ends(tmp_path, e
     assert source.labels.tolist() == [0, 1]
 
 
+def test_an_image_that_is_listed_twice(tmp_path, log):
+    """With two labels (several per image, one a line) it is no example of either; with one it may be weighted."""
+    tree = write_tree(tmp_path / "d", {**members(), "train.txt": b"cat/0.jpg 0\ndog/1.jpg 1\ncat/0.jpg 2\n"})
+    with pytest.raises(ValueError, match=r"train.txt, line 3: 'cat/0.jpg' has the label 2, and 0 in an earlier line"):
+        build_source(str(tree), "train")
+    message = f"{tree}/train.txt lists 1 of 3 images again, the first is cat/0.jpg: they count more often"
+    assert len(build_source(str(tree), "train", labels_needed=False)) == 3
+    assert message in log.text
+    log.clear()
+    (tree / "train.txt").write_text("cat/0.jpg 0\ndog/1.jpg 1\ncat/0.jpg 0\n")
+    assert len(build_source(str(tree), "train")) == 3
+    assert message in log.text
+
+
+def test_a_list_file_that_cannot_be_decoded_is_named(tmp_path):
+    tree = write_tree(tmp_path / "d", {**members(), "train.txt": "cat/0.jpg 0\n".encode("utf-16")[:-1]})
+    with pytest.raises(ValueError, match=r"d/train.txt cannot be read as UTF-16 .*: save it as UTF-8"):
+        build_source(str(tree), "train")
+
+
 def test_invisible_characters_of_a_list_file_are_shown(tmp_path):
     tree = write_tree(tmp_path / "d", {**members(), "train.txt": "\u200bcat/0.jpg 0\n".encode()})
     with pytest.raises(ValueError, match=r"lists '\\u200bcat/0.jpg', but .*u200bcat/0.jpg does not exist"):

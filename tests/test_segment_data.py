@@ -84,6 +84,20 @@ def test_names_of_classes(tmp_path):
         class_names(build_source(str(path), None), REDUCED)
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_names_that_are_not_utf_8_are_an_error_that_names_the_file(tmp_path, kind):
+    for encoding in ("utf-8", "utf-8-sig", "latin-1"):
+        files = ade_files() | {"objectInfo3.txt": "Name\tIdx\ncafé\t1\n".encode(encoding)}
+        path = tmp_path / encoding
+        path = write_tree(path, files) if kind == "folder" else write_tar(path.with_suffix(".tar"), files)
+        read = build_source(str(path), None)
+        if encoding == "latin-1":
+            with pytest.raises(ValueError, match=r"objectInfo3.txt is not UTF-8 \(byte 0xe9 at 12\): save it as UTF-8"):
+                class_names(read, PLAIN)
+        else:
+            class_names(read, PLAIN)
+
+
 @pytest.mark.parametrize(
     ("removed", "message"),
     [

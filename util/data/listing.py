@@ -231,9 +231,10 @@ def from_list_file(root: Path, list_file: Path, labels_needed: bool = True) -> I
     If each label belongs to one folder and each folder to one label, the folders name the labels.
 
     Raises:
-        ValueError: a line that is not of this form, a path that points outside, or no images.
+        ValueError: a line that is not of this form, a path that points outside, an image with two labels, or no images.
     """
     names, labels = [], []
+    label_of: dict[str, int] = {}
     for number, line in enumerate(_read_text(list_file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -246,8 +247,18 @@ def from_list_file(root: Path, list_file: Path, labels_needed: bool = True) -> I
             raise ValueError(f"{list_file}, line {number}: {name!r} points outside {root}")
         if int(label) > LARGEST_LABEL:
             raise ValueError(f"{list_file}, line {number}: label {label} is too large to be the number of a class")
+        earlier = label_of.setdefault(name, int(label))
+        if labels_needed and earlier != int(label):
+            raise ValueError(
+                f"{list_file}, line {number}: {name!r} has the label {label}, and {earlier} in an earlier line: "
+                "expected one label for each image"
+            )
         names.append(name)
         labels.append(int(label))
+    if more := len(names) - len(label_of):
+        repeated = next(name for name, count in Counter(names).items() if count > 1)
+        message = "%s lists %d of %d images again, the first is %s: they count more often"
+        log.warning(message, list_file, more, len(names), printable(repeated))
     if not names:
         raise ValueError(f"{list_file} lists no images; expected one 'RELATIVE/PATH LABEL' per line")
     if not (root / names[0]).is_file():
@@ -266,10 +277,17 @@ def names_of_numbers(paths: list[str], labels: list[int]) -> list[str]:
 
 
 def _read_text(path: Path) -> str:
-    """Text of a list file without byte order mark; bytes that are not UTF-8 survive, as in file names."""
+    """Text of a list file without byte order mark; bytes that are not UTF-8 survive, as in file names.
+
+    Raises:
+        ValueError: damaged UTF-16.
+    """
     data = path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16")
+        try:
+            return data.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} cannot be read as UTF-16 ({error.reason}): save it as UTF-8") from error
     return os.fsdecode(data.removeprefix(codecs.BOM_UTF8)).replace("\r\n", "\n")
 
 

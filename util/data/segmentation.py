@@ -167,11 +167,16 @@ def class_names(files: ImageFiles, form: LabelFormat) -> list[str]:
     not in it is a class without a name.
 
     Raises:
-        ValueError: the file has no such column.
+        ValueError: the file is not UTF-8 or has no such column.
     """
-    text, path = _object_info(files)
-    if text is None:
+    data, path = _object_info(files)
+    if data is None:
         return []
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"byte {data[error.start]:#x} at {error.start}"
+        raise ValueError(f"{path} is not UTF-8 ({where}): save it as UTF-8") from error
     rows = list(csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     if "name" not in header:
@@ -183,15 +188,15 @@ def class_names(files: ImageFiles, form: LabelFormat) -> list[str]:
     return [names.get(label, f"label {label}") for label in range(int(form.reduce_zero), max(names, default=-1) + 1)]
 
 
-def _object_info(files: ImageFiles) -> tuple[str | None, str]:
+def _object_info(files: ImageFiles) -> tuple[bytes | None, str]:
     if files.extents is None:
         for path in sorted([*Path(files.root).glob("objectInfo*.txt"), *Path(files.root).glob("*/objectInfo*.txt")]):
-            return path.read_text(), str(path)
+            return path.read_bytes(), str(path)
         return None, ""
     with tarfile.open(files.root, "r:") as tar:
         for member in tar:
             if re.fullmatch(r"objectInfo.*\.txt", os.path.basename(member.name)) and member.isreg():
                 with open(files.root, "rb") as file:
                     file.seek(member.offset_data)
-                    return file.read(member.size).decode(), f"{files.root}: {member.name}"
+                    return file.read(member.size), f"{files.root}: {member.name}"
     return None, ""

@@ -21,6 +21,8 @@ _COLOUR_CHANNELS = {2: 3, 5: 4, 6: 3, 8: 3}
 _WIDE_TYPES = (0, 1, 2)
 _NAMES = {5: "CMYK", 6: "YCbCr", 8: "Lab"}
 
+_COMPLEX = (5, 6)  # sample formats: integers, floats
+
 # (sample format, bits) that Pillow reads correctly with one channel; format 1 is unsigned, 2 signed, 3 float.
 _PILLOW_TYPES = {(1, 12), (1, 16), (2, 16), (2, 32), (3, 32)}
 _WHITE_IS_ZERO_TYPES = {(1, 16), (3, 32)}  # of a negative
@@ -50,8 +52,8 @@ def read_layout(data: bytes) -> Layout | None:
     """Layout of the first page of a TIFF file; None for other files.
 
     Raises:
-        Unsupported: it has more bands or pages than one image in grey or colour, so some would be dropped; or more than
-            8 bits of other colours than RGB.
+        Unsupported: it has more bands or pages than one image in grey or colour, so some would be dropped; complex
+            values; or more than 8 bits of other colours than RGB.
     """
     if data[:4] not in _SIGNATURES:
         return None
@@ -66,6 +68,8 @@ def read_layout(data: bytes) -> Layout | None:
     if unused and not is_alpha:
         raise Unsupported(f"{channels} bands are not supported: expected {_EXPECTED}")
     sample_type = (max(tags.get(339, (1,))), max(tags.get(258, (1,))))
+    if sample_type[0] in _COMPLEX:
+        raise Unsupported(f"complex values are not supported: expected {_EXPECTED}")
     if sample_type[1] > 8 and photometric not in _WIDE_TYPES:
         name = _NAMES.get(photometric, f"photometric type {photometric}")
         raise Unsupported(f"{name} of more than 8 bits is not supported: expected {_EXPECTED}")
