@@ -154,6 +154,32 @@ def test_where_a_run_goes_on(tmp_path, log):
         folder.RunFolder(tmp_path / "run", "main_pretrain")
 
 
+@pytest.mark.parametrize("left", ["checkpoint-best.pth", "checkpoint-2.pth", "log.jsonl"])
+def test_what_is_left_of_a_run_is_not_overwritten(tmp_path, left):
+    """Without its newest checkpoint: only what the command names can be resumed."""
+    run, other = tmp_path / "run", tmp_path / "other.pth"
+    run.mkdir()
+    folder.write_file(other, state(7))
+    if left == "log.jsonl":
+        (run / left).write_text('{"epoch": 0}\n{"epoch": 1}\n')
+    else:
+        folder.write_file(run / left, state(2))
+        assert checkpoint.find_resume(run, f"{run}/{left}")[1]["epoch"] == 2
+        assert checkpoint.find_resume(run, f"{run}/{left}", auto_resume=False)[1]["epoch"] == 2
+    for resume in ("", str(other)):
+        for auto_resume in (True, False):
+            with pytest.raises(ValueError, match=f"run holds {left} of an earlier run, but not its newest checkpoint"):
+                checkpoint.find_resume(run, resume, auto_resume)
+
+
+def test_a_run_killed_before_or_while_it_saves_for_the_first_time_starts_again(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for log in ("", '{"epoch": 0}\n'):
+        (tmp_path / "log.jsonl").write_text(log)
+        assert checkpoint.find_resume(tmp_path) is None
+        assert checkpoint.find_resume(tmp_path, auto_resume=False) is None
+
+
 def test_what_may_change_when_a_run_goes_on(tmp_path):
     path = tmp_path / "c.pth"
     changes = checkpoint.check_resumable(path, state(), "main_pretrain", {"epochs": 3, "lr": 0.2}, ["epochs"])

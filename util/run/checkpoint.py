@@ -24,8 +24,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from util.data.files import summarize
 from util.run.distributed import from_rank_zero
-from util.run.folder import BEST, LAST, PREVIOUS, RunFolder, link, write_file
+from util.run.folder import BEST, LAST, LOG, PREVIOUS, RunFolder, link, read_log, write_file
 from util.weights.load import FORMAT, read_meta
 from util.weights.read import read_file
 
@@ -85,7 +86,8 @@ def find_resume(folder: Path, resume: str = "", auto_resume: bool = True) -> tup
     3. none: a new run.
 
     Raises:
-        ValueError: the folder holds a run that a new one would overwrite, or checkpoints of which none is complete.
+        ValueError: the folder holds a run, or what is left of one, that a new one would overwrite, or checkpoints of
+            which none is complete.
     """
     own = resume and Path(resume).resolve().parent == folder.resolve()
     if own and not auto_resume and _has_restarted(folder, resume):
@@ -112,6 +114,14 @@ def find_resume(folder: Path, resume: str = "", auto_resume: bool = True) -> tup
         raise ValueError(
             f"{folder} holds a run: omit --no-auto_resume to resume it, choose another folder, or go back in it with "
             "--resume and one of its own checkpoints"
+        )
+    left = sorted(path.name for path in folder.glob("checkpoint-*.pth"))
+    if (folder / LOG).exists() and len(read_log(folder)) > 1:  # killed at its first checkpoint, a run has one line
+        left.append(LOG)
+    if left and not own:
+        raise ValueError(
+            f"{folder} holds {summarize(left)} of an earlier run, but not its newest checkpoint: resume from one of "
+            "its checkpoints with --resume, or for a new run delete these files or choose another folder"
         )
     return (Path(resume), read_run(resume)) if resume else None
 

@@ -223,7 +223,7 @@ def add_run_options(parser: OptionParser) -> None:
     group.add_argument("--experiment", default="", help="name of a subfolder of --output_dir for this run")
     group.add_argument("--log_dir", help="TensorBoard events go to LOG_DIR/MODEL_EXPERIMENT (default: the run folder)")
     group.add_argument(
-        "--resume", default="", help="checkpoint to resume from (ignored if the run folder already contains one)"
+        "--resume", default="", help="checkpoint to resume from (ignored if the run folder has checkpoint-last.pth)"
     )
     group.add_argument(
         "--auto_resume",

@@ -7,7 +7,7 @@ Of several folders, which one job fills one after the other, the first incomplet
     0    all are complete
     75   a signal stopped the run, which is saved: start it again
     1    incomplete, and the last stop was not by a signal: see its log
-    2    no checkpoint can be read
+    2    no checkpoint can be read, or the newest one is gone
 """
 
 import sys
@@ -28,7 +28,7 @@ def status_of(folders: list[str]) -> int:
     """The exit status, as above.
 
     Raises:
-        ValueError: there are checkpoints in a folder, but none is complete.
+        ValueError: there are checkpoints in a folder, but none is complete, or the newest one is gone.
     """
     for folder in folders:
         found = checkpoint.find_resume(Path(folder))
