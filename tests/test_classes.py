@@ -147,6 +147,25 @@ def test_imagenets_folders_name_the_outputs_of_a_foreign_classifier():
     assert imagenet_record(1000, source_of(["cat"], [0])) is None
 
 
+def test_imagenets_classes_in_words_are_those_of_its_folders():
+    """As Hugging Face's classifiers and data sets name them, two of them the same or not."""
+    info = ImageNetInfo("imagenet-1k")
+    ids = info.label_names()
+    words = [info.label_name_to_description(name) for name in ids]
+    assert words[134] == words[517] == "crane"
+    record = {"names": words, "numbered": False}
+    folders = source_of([ids[7], ids[900]], [0, 1])
+    numbers = source_of([], [7, 900], numbered=True)
+    some = source_of([words[7], words[900]], [0, 1])
+    whole = source_of([*words[:517], "crane2", *words[518:]], [7, 900])
+    for images in (folders, numbers, some, whole):
+        assert label_as(record, 1000, images, "the file").labels.tolist() == [7, 900]
+    others = {"names": words[::-1], "numbered": False}
+    assert label_as(others, 1000, some, "the file").labels.tolist() == [992, 99]
+    with pytest.raises(ValueError, match="2 of 2 classes are unknown to the file"):
+        label_as(others, 1000, folders, "the file")
+
+
 def test_a_model_without_class_names_needs_images_of_all_its_classes():
     images = source_of(["apple", "bread", "cheese"], [0, 1, 2])
     assert label_as(None, 3, images, "the file") is images

@@ -162,6 +162,23 @@ def test_foreign_folders_and_files(tmp_path):
         read_meta(folder)
 
 
+def test_class_names_of_a_foreign_classifier(tmp_path, classifiers):
+    """transformers names them in id2label, LABEL_k where nobody gave names; encoders have it, too."""
+    pytest.importorskip("transformers")
+    folder = export("hf_vit", classifiers["token"], tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["classes"]
+    names = [f"class {k}" for k in range(10)]
+    for labels, found in ((names, names), ([f"LABEL_{k}" for k in range(10)], [])):
+        config["id2label"] = {str(k): labels[k] for k in reversed(range(10))}
+        (folder / "config.json").write_text(json.dumps(config))
+        assert load_classifier(folder)[2] == found
+        assert ("classes" in read_meta(folder)["options"]) == bool(found)
+    config |= {"architectures": ["ViTModel"], "id2label": {"0": "cat", "1": "dog"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "classes" not in read_meta(folder)["options"]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

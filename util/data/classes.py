@@ -36,14 +36,35 @@ def class_record(source: Labelled) -> dict[str, Any]:
 
 
 def imagenet_record(num_classes: int, source: Labelled) -> dict[str, Any] | None:
-    """The record of a model that stores none, if it has 1,000 outputs and all classes are named as ImageNet's folders.
+    """The record of a model of ImageNet's classes that does not store them as the images name them: by their WordNet
+    ids, as ImageNet's folders, or all of them in words. None if it does not have 1,000 outputs, or for other names.
 
-    MAE's and timm's classifiers have ImageNet's classes in the order of their WordNet ids.
+    MAE's, timm's and Hugging Face's classifiers have ImageNet's classes in the order of their WordNet ids.
     """
     names = [name for name in source.classes if name]
-    if num_classes != 1000 or not names or not all(re.fullmatch(r"n\d{8}", name) for name in names):
+    if num_classes != 1000 or not names:
         return None
-    return {"names": ImageNetInfo("imagenet-1k").label_names(), "numbered": False}
+    if all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return {"names": ImageNetInfo("imagenet-1k").label_names(), "numbered": False}
+    return class_record(source) if in_words(source.classes) else None
+
+
+def in_words(names: list[str]) -> bool:
+    """Whether these are ImageNet's classes in words ("tench, Tinca tinca") and in the order of their WordNet ids: at
+    least most of them, since spellings differ."""
+    if len(names) != 1000:
+        return False
+    info = ImageNetInfo("imagenet-1k")
+    words = [info.label_name_to_description(name) for name in info.label_names()]
+    return sum(name == word for name, word in zip(names, words, strict=True)) > 500
+
+
+def as_named(record: dict[str, Any] | None, num_classes: int, source: Labelled) -> dict[str, Any] | None:
+    """The record of a model's classes, with ImageNet's as the images name them; None if they must be matched by
+    position."""
+    if record is None or in_words(record["names"]):
+        return imagenet_record(num_classes, source) or (record if any(source.classes) else None)
+    return record
 
 
 def match_classes(record: dict[str, Any], source: L, owner: str = "the model") -> L:
@@ -96,7 +117,7 @@ def label_as(record: dict[str, Any] | None, num_classes: int, source: L, owner: 
         raise ValueError(
             f"{owner} has one output, so any prediction would be right: evaluate one of two classes or more"
         )
-    record = record or imagenet_record(num_classes, source)
+    record = as_named(record, num_classes, source)
     named = sum(bool(name) for name in source.classes)
     if record is not None:
         source = match_classes(record, source, owner)
@@ -108,7 +129,7 @@ def label_as(record: dict[str, Any] | None, num_classes: int, source: L, owner: 
     if int(source.labels.max()) >= num_classes:
         raise ValueError(f"{owner} has {num_classes} outputs, the images have labels up to {int(source.labels.max())}")
     if record is None:
-        log.info("classes   %s stores no class names: labels are compared by position", owner)
+        log.info("classes   labels are compared with the outputs of %s by position", owner)
     return source
 
 

@@ -75,7 +75,7 @@ def meta_of_header(header: dict[str, str]) -> dict[str, Any]:
 
 
 def meta_of_folder(folder: Path) -> dict[str, Any]:
-    """Sizes, decoder, mean, std, crop and classes in the configuration files of a folder that transformers or timm
+    """Sizes, decoder, mean, std, crop and class names in the configuration files of a folder that transformers or timm
     saved; {} without them."""
     config, processor = (_read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
     if isinstance(config.get("pretrained_cfg"), dict):
@@ -90,7 +90,9 @@ def meta_of_folder(folder: Path) -> dict[str, Any]:
         options["mask_ratio"] = config.get("mask_ratio", 0.75)
     elif "ViTForImageClassification" in config.get("architectures", []):
         options["global_pool"] = False
-    if "classes" in config:
+        if names := _label_names(config):
+            options["classes"] = {"names": names, "numbered": False}
+    if "classes" in config:  # of our own exports
         options["classes"] = config["classes"]
     image = _pixels_of(processor)
     if config.get("value_range"):
@@ -100,6 +102,13 @@ def meta_of_folder(folder: Path) -> dict[str, Any]:
         options["crop_pct"] = min(1.0, options["input_size"] / edge["shortest_edge"])
     model = _model_of(config["hidden_size"], config.get("num_attention_heads"), config.get("hidden_act", "gelu"))
     return {"model": model, "options": options, "image": image}
+
+
+def _label_names(config: dict[str, Any]) -> list[str]:
+    """Names of a Hugging Face classifier's outputs; [] for transformers' placeholders LABEL_0, LABEL_1, ..."""
+    labels = config.get("id2label") or {}
+    names = [labels[number] for number in sorted(labels, key=int)]
+    return [] if names == [f"LABEL_{number}" for number in range(len(names))] else names
 
 
 def _pixels_of(processor: dict[str, Any]) -> dict[str, Any]:
