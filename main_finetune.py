@@ -33,7 +33,7 @@ from util.run.folder import BEST, LAST, create, run_folder
 from util.run.logger import log
 from util.run.loop import Loop
 from util.run.splits import evaluation_loader, read_splits
-from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, log_loaded, read_meta
+from util.weights.load import DECODERS, fingerprint, fit_head, load_into, load_pretrained, log_loaded, read_meta
 
 SCRIPT = "main_finetune"
 
@@ -193,11 +193,15 @@ def build_augmentation(
     return augment, loss
 
 
-def load_weights(args: argparse.Namespace, model: nn.Module, weights: dict[str, Tensor] | None) -> None:
+def load_weights(
+    args: argparse.Namespace, model: nn.Module, weights: dict[str, Tensor] | None, train: Source | None
+) -> None:
     """Load pre-trained weights: head and pooling norm may be newly initialised, but not for evaluation."""
     if weights is None:
         log.info("no --finetune: starting from random weights")
         return
+    if train is not None:
+        weights = fit_head(weights, read_meta(args.weights).get("options", {}).get("classes"), train, args.weights)
     allow_missing = [] if args.eval else ["head.", "fc_norm."]
     with options.user_mistakes():
         report = load_into(model, weights, allow_missing, allow_unexpected=(*DECODERS, "norm.", "fc_norm."))
@@ -246,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     amp.choose_attention(model)
     describe(args, train, val)
     if not resumed:
-        load_weights(args, model, weights)
+        load_weights(args, model, weights, train)
     if args.compile:
         model.compile(fullgraph=True)
     to_model_input = transforms.ToModelInput(args.mean, args.std, device, flip=False)

@@ -4,12 +4,14 @@ import unicodedata
 
 import numpy as np
 import pytest
+import torch
 from images import encode, members, picture, write_tree
 from timm.data import ImageNetInfo
 
 from util.data.classes import class_record, count_classes, imagenet_record, label_as, match_classes
 from util.data.files import ImageFiles
 from util.data.sources import ShapesSource, build_source, build_splits
+from util.weights.load import fit_head
 
 IMAGE = encode(picture())
 
@@ -164,6 +166,27 @@ def test_imagenets_classes_in_words_are_those_of_its_folders():
     assert label_as(others, 1000, some, "the file").labels.tolist() == [992, 99]
     with pytest.raises(ValueError, match="2 of 2 classes are unknown to the file"):
         label_as(others, 1000, folders, "the file")
+
+
+def test_a_head_is_kept_for_the_classes_that_it_has(log):
+    """By name; a head without names as is."""
+    head = {"head.weight": torch.arange(6.0).view(3, 2), "head.bias": torch.arange(3.0), "cls_token": torch.ones(1)}
+    record = {"names": ["cat", "dog"], "numbered": False}
+    for names, order in ((["cat", "dog"], [0, 1, 2]), (["dog", "cat"], [1, 0, 2])):
+        fitted = fit_head(head, record, source_of(names, [0, 1]), "the file")
+        assert fitted["head.bias"].tolist() == order
+        assert torch.equal(fitted["head.weight"], head["head.weight"][order])
+    assert log.text == ""
+    for names in (["ant", "zebra"], ["cat", "dog", "fox"], []):
+        assert set(fit_head(head, record, source_of(names, [0, 1]), "the file")) == {"cls_token"}
+        assert "the file has a head of other classes (cat, dog), which is not used" in log.text
+        log.clear()
+    for unnamed in (None, {"names": [], "numbered": True}):
+        assert fit_head(head, unnamed, source_of(["ant", "zebra"], [0, 1]), "the file") is head
+    ids = ImageNetInfo("imagenet-1k").label_names()
+    words = {"names": [ImageNetInfo("imagenet-1k").label_name_to_description(name) for name in ids], "numbered": False}
+    head = {"head.weight": torch.arange(1000.0), "head.bias": torch.arange(1000.0)}
+    assert fit_head(head, words, source_of(ids, [0]), "the file") is head
 
 
 def test_a_model_without_class_names_needs_images_of_all_its_classes():

@@ -457,6 +457,20 @@ def test_labels_are_matched_by_name(tmp_path, capsys):
     assert "'fox'" in capsys.readouterr().err
 
 
+def test_the_head_of_other_classes_is_not_taken_over(tmp_path):
+    """Even if their number is the same."""
+    options = [*SIZES, "--batch_size", 4, "--num_workers", 0, "--max_steps", 1]
+    for name, classes in (("a", ("cat", "dog")), ("b", ("cat", "dog")), ("c", ("ant", "zebra"))):
+        data = write_tree(tmp_path / f"data {name}", members(classes=classes))
+        given = ["--data_path", data, "--output_dir", tmp_path / name]
+        first = [] if name == "a" else ["--finetune", tmp_path / "a/checkpoint-last.pth"]
+        log = run("main_finetune", *options, *given, *first)
+        if first:
+            assert ("newly initialised  none" in log) == (name == "b")
+    assert "has a head of other classes (cat, dog), which is not used" in log
+    assert "newly initialised  head (2)" in log
+
+
 def test_a_probe_is_evaluated_while_it_trains(tmp_path, pretrained):
     """--eval takes no lock, and evaluates an unfinished run."""
     start("main_linprobe", tmp_path, pretrained, "--max_steps", 3)

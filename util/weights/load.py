@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from util.data.classes import Labelled, as_named
 from util.data.files import summarize
 from util.pos_embed import interpolate_pos_embed
 from util.weights.hugging_face import from_hugging_face, is_hugging_face
@@ -183,6 +184,31 @@ def load_into(
         unused=[k for k in state_dict if k not in loaded],
         newly_initialised=[k for k in own if k not in loaded],
     )
+
+
+def fit_head(
+    weights: dict[str, Tensor], record: dict[str, Any] | None, source: Labelled, path: str | Path
+) -> dict[str, Tensor]:
+    """Weights for a new classifier of the classes of `source`: with the outputs of the head in their order, or without
+    the head, as a line in the log then says, if it is one of other classes.
+
+    Args:
+        record: of the head's classes (`class_record`). Without names, weights are returned unchanged.
+        path: whose weights they are, for the log.
+    """
+    if "head.weight" not in weights or not (record and record["names"]):
+        return weights
+    outputs = len(weights["head.weight"])
+    record = as_named(record, outputs, source)
+    if record is None or record["names"] == source.classes:
+        return weights
+    fitted = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+    if sorted(record["names"]) != sorted(source.classes):
+        log.info("classes   %s has a head of other classes (%s), which is not used", path, summarize(record["names"]))
+        return fitted
+    order = [record["names"].index(name) for name in source.classes]
+    order += range(len(order), outputs)  # outputs without a class (--nb_classes)
+    return fitted | {name: weights[name][order] for name in ("head.weight", "head.bias")}
 
 
 def _hint(weights: dict[str, Tensor], own: dict[str, Tensor], missing: list[str], mismatched: list[str]) -> str:
