@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.origins[name] != "option":
                 setattr(args, name, value)
                 args.origins[name] = "checkpoint"
+        transforms.check_statistics(args.mean, args.std)
         crop_pct = resolve.evaluation_crop(args.input_size, recorded.get("options", {}))
         resolve.fill_in(args, {"crop_pct": crop_pct})
         resolve.resolve_val_fraction(args, recorded.get("options", {}))

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 import models_vit
-from util.data.transforms import EvaluationTransform
+from util.data.transforms import EvaluationTransform, check_statistics
 from util.run.classwise import output_names
 from util.run.folder import read_log
 from util.run.resolve import evaluation_crop
@@ -145,7 +145,8 @@ def describe_weights(
     """Size name, image size and patch size of weights, and their transform; what is given replaces what is recorded.
 
     Raises:
-        ValueError: they are not a ViT of this family and of a known size, or not of RGB images.
+        ValueError: they are not a ViT of this family and of a known size, or not of RGB images, or mean or standard
+            deviation are not those of values in 0..1.
     """
     check_family(path, weights)
     name = model or settings_of(meta).get("model") or size_name(path, weights)
@@ -157,6 +158,7 @@ def describe_weights(
     recorded = meta.get("options", {})
     given = {"mean": mean, "std": std, "value_range": value_range}
     pixels = {**DEFAULTS, **settings_of(meta), **{key: value for key, value in given.items() if value is not None}}
+    check_statistics(pixels["mean"], pixels["std"])
     transform = EvaluationTransform(
         size, crop_pct or evaluation_crop(size, recorded), pixels["mean"], pixels["std"], pixels["value_range"]
     )

@@ -33,6 +33,7 @@ import main_segment
 import models_hpm
 from benchmarks.ranking import rank_correlations, teacher_of
 from benchmarks.subset import subset
+from util.data.transforms import check_statistics
 from util.run import distributed, options
 from util.run.folder import LAST, read_log
 from util.run.logger import log, setup_logging
@@ -100,11 +101,8 @@ def get_args_parser() -> options.OptionParser:
         "--train_images", type=options.COUNT, help="number of training images, evenly chosen (default: all)"
     )
     group.add_argument("--val_images", type=options.COUNT, help="number of validation images (default: all)")
-    group.add_argument("--mean", type=options.NUMBER, nargs=3, help="channel means (default: ImageNet's)")
-    group.add_argument(
-        "--std", type=options.POSITIVE, nargs=3, help="channel standard deviations (default: ImageNet's)"
-    )
-
+    group.add_argument("--mean", type=options.NUMBER, nargs=3, help="channel means in 0..1 (default: ImageNet's)")
+    group.add_argument("--std", type=options.POSITIVE, nargs=3, help="their standard deviations (default: ImageNet's)")
     group.add_argument("--segment_path", help="as in main_segment.py: adds the mIoU of a linear head and of 10-NN")
 
     group = parser.add_argument_group("budget")
@@ -304,6 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(True)
     with options.user_mistakes():
         args = get_args_parser().parse_args(argv)
+        check_statistics(args.mean or (), args.std or ())
         if args.data_path and (args.train_images or args.val_images):
             counts = {"train": args.train_images, "val": args.val_images}
             whole, args.data_path = args.data_path, subset(args.data_path, counts, Path(args.work_dir))

@@ -27,6 +27,7 @@ from export.encoders import Safetensors, Timm
 from export.hugging_face import FOLDER_CONTENTS, HfMae, HfVit
 from export.onnx_graph import Onnx
 from export.publish import check_target, publish
+from util.data.transforms import check_statistics
 from util.run import options, resolve
 from util.run.logger import log, setup_logging
 from util.weights.load import load_into, read_meta
@@ -49,8 +50,8 @@ def get_args_parser() -> options.OptionParser:
     options.add_crop_option(parser)
     group = parser.add_argument_group("files that do not record how they were trained (official HPM, MAE, timm)")
     group.add_argument("--model", choices=list(models_vit.MODELS), help="size; default: by width and depth")
-    group.add_argument("--mean", type=options.NUMBER, nargs=3, help="image mean of the training; default: ImageNet's")
-    group.add_argument("--std", type=options.POSITIVE, nargs=3, help="image std of the training; default: ImageNet's")
+    group.add_argument("--mean", type=options.NUMBER, nargs=3, help="channel means in 0..1; default: ImageNet's")
+    group.add_argument("--std", type=options.POSITIVE, nargs=3, help="their standard deviations; default: ImageNet's")
     group.add_argument(
         "--norm_pix_loss", action=options.SWITCH, default=None, help="hf_mae: the model predicts normalised pixels"
     )
@@ -89,6 +90,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     args.model = args.model or settings_of(args.meta).get("model")
     defaults = DEFAULTS | settings_of(args.meta)
     resolve.fill_in(args, {name: defaults[name] for name in ("mean", "std")})
+    check_statistics(args.mean, args.std)
     resolve.fill_in(args, {"mask_ratio": recorded.get("mask_ratio", 0.75)})
     norm_pix_loss = recorded["target"] == "norm_pixel" if "target" in recorded else bool(args.norm_pix_loss)
     if args.norm_pix_loss not in (None, norm_pix_loss):

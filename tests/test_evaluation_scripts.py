@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import main_finetune
 import models_vit
+from models_load import load_encoder
 from util.data.transforms import ToModelInput
 from util.run import loop
 from util.run.distributed import World
@@ -177,6 +178,25 @@ def test_a_probe_keeps_its_pixels(tmp_path, pretrained):
         log = run("main_linprobe", *given, *more)
         assert "pixels    mean 0.1 0.2 0.3 (checkpoint), " in log
         assert "value_range 0 4095 (checkpoint)" in log
+
+
+def test_statistics_of_bytes_in_a_checkpoint_are_an_error(tmp_path, pretrained, capsys):
+    """Unless options give others."""
+    start("main_linprobe", tmp_path / "probe", pretrained, "--max_steps", 1)
+    path, probe = tmp_path / "bytes.pth", tmp_path / "probe/checkpoint-last.pth"
+    for file, broken in ((pretrained, path), (probe, probe)):
+        state = torch.load(file, weights_only=True)
+        torch.save(state | {"image": {"mean": [102.0, 127.5, 153.0], "std": [0.2] * 3, "value_range": None}}, broken)
+    scripts = {**SCRIPTS, "main_pretrain": PRETRAIN}
+    commands = [(script, *words, "--finetune", path) for script, words in scripts.items()]
+    commands += [("main_linprobe", "--finetune", pretrained, "--resume", probe, *more) for more in ([], ["--eval"])]
+    for command in commands:
+        with pytest.raises(SystemExit):
+            run(*command)
+        assert "mean 102 127.5 153 lies outside 0..1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="mean 102 127.5 153 lies outside 0..1"):
+        load_encoder(path)
+    assert accuracies(run("main_knn", *KNN, "--finetune", path, "--mean", 0.4, 0.5, 0.6))
 
 
 def test_heads_go_on_with_their_own_encoder_alone(tmp_path, pretrained, capsys):

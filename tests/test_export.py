@@ -80,6 +80,11 @@ def test_a_target_that_contradicts_the_checkpoint(tmp_path, pretrained, capsys):
     assert "(target pixel): omit it" in message
 
 
+def test_statistics_of_bytes(tmp_path, pretrained, capsys):
+    given = ["--checkpoint", pretrained, "--format", "timm", "--output", tmp_path / "m.pth"]
+    assert "std 58.395 57.12 57.375 lies outside 0..1" in rejected(capsys, *given, "--std", 58.395, 57.12, 57.375)
+
+
 @pytest.mark.parametrize("norm_pix", [False, True])
 def test_hf_mae(tmp_path, pretrained, norm_pix):
     """Encoder and decoder with every patch visible, in the order of a given noise; and the loss of a masked image."""

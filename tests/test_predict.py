@@ -156,6 +156,7 @@ MISTAKES = {
     "--checkpoint TUNED --output a.txt": "--output a.txt: expected the name of a file, .csv",
     "--checkpoint TUNED --features a.csv": "--features a.csv: expected the name of a file, .npz or .npy",
     "--checkpoint TUNED --output /proc/a.csv": "/proc",
+    "--checkpoint TUNED --mean 127 127 127": "mean 127 127 127 lies outside 0..1",
     "--checkpoint TUNED --cls_token": "a classifier has its own pooling",
     "--checkpoint TUNED --class_names imagenet": "has 1,000 names, the checkpoint 3 classes",
     "--checkpoint TUNED --head 2": "--encoder and --head apply only to checkpoints of main_linprobe.py",

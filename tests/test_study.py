@@ -138,6 +138,13 @@ def test_targets_that_are_no_pixels_cannot_be_ranked(tmp_path, capsys):
     assert "was trained with --target dino: only pixels can be ranked" in capsys.readouterr().err
 
 
+def test_statistics_of_bytes_end_the_study_before_its_first_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--mean", "123.7", "116.3", "103.5", "--work_dir", str(tmp_path), "--results", str(tmp_path / "r")])
+    assert "mean 123.7 116.3 103.5 lies outside 0..1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("words", [["--mean", "0", "0", "0"], ["--rank_masks", "8"], ["--jobs", "2"]])
 def test_what_identifies_a_run(words, monkeypatch):
     """Pixels, evaluation and threads: other lines do not count, and the run has a folder of its own."""

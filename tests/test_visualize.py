@@ -360,6 +360,7 @@ MISTAKES = {
     "--checkpoint HPM --input_size 18": "patch size 4 does not divide an image of 18 x 18",
     f"--checkpoint HPM --seed {2**63}": "--seed",
     "--checkpoint HPM --mean nan 0 0": "expected a number, got 'nan'",
+    "--checkpoint HPM --mean 123.675 116.28 103.53": "mean 123.675 116.28 103.53 lies outside 0..1",
     "--checkpoint HPM --split test": "--split test: Shapes have train and val",
     "--checkpoint HPM --images nowhere.jpg": "--images nowhere.jpg does not exist",
     "--checkpoint HPM --images broken.jpg": "broken.jpg",

@@ -106,8 +106,8 @@ def get_args_parser() -> options.OptionParser:
         help="the predictor ranks patches; otherwise it predicts loss values",
     )
     group.add_argument("--epochs", type=options.COUNT, help=f"length of the training (default: {FOREIGN['epochs']})")
-    group.add_argument("--mean", type=options.NUMBER, nargs=3, help="mean of the training images (default: ImageNet's)")
-    group.add_argument("--std", type=options.POSITIVE, nargs=3, help="their standard deviation (default: ImageNet's)")
+    group.add_argument("--mean", type=options.NUMBER, nargs=3, help="channel means in 0..1 (default: ImageNet's)")
+    group.add_argument("--std", type=options.POSITIVE, nargs=3, help="their standard deviations (default: ImageNet's)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if available)")
     return parser
 
@@ -143,6 +143,7 @@ def resolve_options(args: argparse.Namespace) -> argparse.Namespace:
     for name, value in {**FOREIGN, **model, **trained, **image}.items():
         if name not in ("device", "cache_dir") and getattr(args, name, "") is None:  # those are of this machine
             setattr(args, name, value)
+    transforms.check_statistics(args.mean, args.std)
     if args.value_range and args.value_range[0] >= args.value_range[1]:
         raise ValueError(f"--value_range {args.value_range[0]:g} {args.value_range[1]:g}: LOW must be below HIGH")
     args.trained, args.epochs_done = trained, meta.get("epoch")

@@ -22,6 +22,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises ValueError if mean or standard deviation cannot be those of pixel values in 0..1."""
+    for name, values in (("mean", mean), ("std", std)):
+        if not all(0 <= value <= 1 for value in values):
+            numbers = " ".join(f"{value:g}" for value in values)
+            raise ValueError(
+                f"{name} {numbers} lies outside 0..1, the range of pixel values here: divide mean and std by 255 "
+                "(--mean, --std)"
+            )
+
+
 class RandomCrop:
     """RandomResizedCrop: (H, W, 3) uint8 -> (3, S, S) uint8. torchvision's box, resized 8-20 % faster than by v2.
 

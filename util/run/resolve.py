@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from util.data.files import summarize
+from util.data.transforms import check_statistics
 from util.masking import STRATEGIES
 from util.run.distributed import World
 from util.run.options import OptionParser
@@ -26,7 +27,14 @@ def fill_in(given: argparse.Namespace, defaults: dict[str, Any]) -> None:
 
 def resolve_settings(given: argparse.Namespace, meta: dict[str, Any], names: Iterable[str] = tuple(DEFAULTS)) -> None:
     """Fill in model, sizes and image statistics that were not given, in place: from a checkpoint's metadata
-    (`read_meta`), else the defaults. `origins` then tells which: "option", "checkpoint" or "default"."""
+    (`read_meta`), else the defaults. `origins` then tells which: "option", "checkpoint" or "default".
+
+    Args:
+        names: of the settings, `mean` and `std` among them.
+
+    Raises:
+        ValueError: mean or standard deviation outside 0..1.
+    """
     recorded = settings_of(meta)
     given.origins = {}
     for name in names:
@@ -38,6 +46,8 @@ def resolve_settings(given: argparse.Namespace, meta: dict[str, Any], names: Ite
         else:
             given.origins[name] = "default"
             setattr(given, name, DEFAULTS[name])
+    if {given.origins["mean"], given.origins["std"]} != {"default"}:
+        check_statistics(given.mean, given.std)
 
 
 def reject_changes(
