@@ -152,7 +152,7 @@ def describe_weights(
     name = model or settings_of(meta).get("model") or size_name(path, weights)
     channels, patch = weights["patch_embed.proj.weight"].shape[1:3]
     if channels != 3:
-        raise ValueError(f"{path} takes images of {channels} channels; only RGB is supported")
+        raise ValueError(f"{path} takes {channels}-channel images; only RGB is supported")
     own_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch
     size = input_size or settings_of(meta).get("input_size") or own_size
     recorded = meta.get("options", {})

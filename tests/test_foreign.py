@@ -12,7 +12,7 @@ from torch import nn
 import models_hpm
 import models_vit
 from util.weights.hugging_face import from_hugging_face, is_hugging_face, to_hugging_face
-from util.weights.load import load_into, load_pretrained, read_meta
+from util.weights.load import DECODERS, load_into, load_pretrained, read_meta
 from util.weights.read import read_file
 
 
@@ -232,6 +232,8 @@ HINTS = {
     "classifier on mean tokens": ({"global_pool": True}, {}, "so give --global_pool"),
     "other number of classes": ({"num_classes": 7}, {}, r"head.weight is \(7, 16\).*: give --nb_classes 7"),
     "other patch size": ({"img_size": 4, "patch_size": 2}, {}, "give --patch_size 2"),
+    "greyscale": ({"in_chans": 1}, {}, r"\(16, 1, 4, 4\) in the file.*: they take 1-channel images; only RGB is supp"),
+    "other bands and patch size": ({"in_chans": 4, "img_size": 4, "patch_size": 2}, {}, "they take 4-channel images"),
     "other width": ({"embed_dim": 32}, {}, "is this the right --model"),
     "other depth": ({"depth": 2}, {}, "unexpected: blocks.1.*is this the right --model"),
     "fewer blocks": ({}, {"depth": 2}, "is this the right --model"),
@@ -243,6 +245,16 @@ def test_weights_that_do_not_fit_name_the_option_that_helps(of_file, of_model, m
     with pytest.raises(ValueError, match=message) as error:
         load_into(tiny(**of_model), tiny(**of_file).state_dict())
     assert ("--model" in str(error.value)) == ("--model" in message)
+
+
+def test_pre_training_needs_the_norm_of_the_encoder():
+    """It has no option --global_pool."""
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}
+    decoder = {f"decoder_{name}": 4 for name in ("embed_dim", "depth", "num_heads")}
+    model = models_hpm.MaskedAutoencoderViT(**sizes, **decoder)
+    with pytest.raises(ValueError, match="without the norm of the encoder: take weights from pre-training") as error:
+        load_into(model, tiny(global_pool=True).state_dict(), DECODERS, ("head.", "fc_norm."))
+    assert "--global_pool" not in str(error.value)
 
 
 def test_other_architectures_are_not_blamed_on_the_model_option():

@@ -348,6 +348,7 @@ MISTAKES = {
     "--checkpoint finetuned.pth": "an encoder alone, without the decoder",
     "--checkpoint classifier.pth": "was written by main_finetune: pictures need a pre-training checkpoint",
     "--checkpoint foreign.pth": "is this the right --model?",
+    "--checkpoint grey.pth": "grey.pth takes 1-channel images; only RGB is supported",
     "--checkpoint foreign.pth --which ema": "has no EMA teacher",
     "--checkpoint HPM --model mae_vit_base_patch16": "contradicts HPM (mae_vit_micro_patch16): omit the option",
     "--checkpoint HPM --target pixel": "--target pixel contradicts HPM (norm_pixel): omit the option",
@@ -397,6 +398,8 @@ def test_mistakes_end_with_one_line(hpm, text, message, tmp_path, capsys, monkey
     torch.save({"model": {**encoder, "head.weight": torch.zeros(10, 128)}}, tmp_path / "finetuned.pth")
     torch.save({"model": {**encoder, "decoder_pred.weight": weights["decoder_pred.weight"]}}, tmp_path / "half.pth")
     torch.save({"model": weights}, tmp_path / "foreign.pth")
+    grey = {"patch_embed.proj.weight": weights["patch_embed.proj.weight"][:, :1]}
+    torch.save({"model": {**weights, **grey}}, tmp_path / "grey.pth")
     if "classifier" in text:
         save(tmp_path / "classifier.pth", script="main_finetune")
     if "sparse" in text:

@@ -4,6 +4,7 @@ Shapes: h, w grid of patches, L = h * w patches, E width, P prefix tokens (class
 """
 
 import logging
+import math
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ def interpolate_pos_embed(model: nn.Module, state_dict: dict[str, torch.Tensor],
         name: "pos_embed", or "decoder_pos_embed" for the positions of the decoders.
 
     Raises:
-        ValueError: the file's number of patches is not a square number, so its grid is unknown.
+        ValueError: the file has no position of the class token, or its number of patches is not a square number, so
+            that its grid is unknown.
     """
     if name not in state_dict:
         return
@@ -55,6 +57,11 @@ def interpolate_pos_embed(model: nn.Module, state_dict: dict[str, torch.Tensor],
         return
     side = round(max(length, 0) ** 0.5)
     if side == 0 or side * side != length:
+        if math.isqrt(table.shape[1]) ** 2 == table.shape[1]:
+            raise ValueError(
+                f"{name} has {table.shape[1]} positions, those of patches alone: the weights are of another "
+                "architecture, whose class token has no position embedding"
+            )
         raise ValueError(
             f"{name} has {length} patches, which is not a square grid, and cannot be interpolated to {h} x {w}: set "
             "--input_size to the size the file was trained with"

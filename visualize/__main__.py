@@ -175,7 +175,7 @@ def build_model(args: argparse.Namespace, weights: dict[str, Tensor]) -> MaskedA
     """The model of --checkpoint with its student or EMA weights.
 
     Raises:
-        ValueError: there is no decoder in the weights, or they do not fit the model.
+        ValueError: there is no decoder in the weights, they do not fit the model, or they are not for RGB images.
     """
     settings = {"img_size": args.input_size, "relative": args.relative}
     for name in ("predictor_loss", "score_by"):  # not in older checkpoints, which have the defaults
@@ -187,6 +187,8 @@ def build_model(args: argparse.Namespace, weights: dict[str, Tensor]) -> MaskedA
     elif args.target and "decoder_pred.weight" in weights:  # features can be as wide as a patch of pixels
         settings["target_dim"] = len(weights["decoder_pred.weight"])
     model = build_for(args.model, weights, **settings)
+    if model.in_chans != 3:
+        raise ValueError(f"{args.checkpoint} takes {model.in_chans}-channel images; only RGB is supported")
     interpolate_pos_embed(model, weights, "decoder_pos_embed")
     load_into(model, weights)
     return model.to(args.device).eval()

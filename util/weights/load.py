@@ -213,15 +213,23 @@ def fit_head(
 
 def _hint(weights: dict[str, Tensor], own: dict[str, Tensor], missing: list[str], mismatched: list[str]) -> str:
     """What may help if these tensors of the model are missing in a file or have another shape there."""
+    patches = "patch_embed.proj.weight"  # (E, C, P, P)
+    if patches in mismatched and weights[patches].shape[1:2] != own[patches].shape[1:2]:
+        return f"they take {weights[patches].shape[1]}-channel images; only RGB is supported"
     same_width = "cls_token" in weights and "cls_token" in own and weights["cls_token"].shape == own["cls_token"].shape
     if same_width and mismatched and mismatched[0].startswith("head."):
         return f"give --nb_classes {len(weights[mismatched[0]])}"
-    if same_width and mismatched == ["patch_embed.proj.weight"]:
-        return f"give --patch_size {weights['patch_embed.proj.weight'].shape[-1]}"
+    if same_width and mismatched == [patches]:
+        return f"give --patch_size {weights[patches].shape[-1]}"
     if "heads.0.weight" in weights and "cls_token" not in weights:
         return "they are the heads of a linear probe: evaluate them with main_linprobe.py --eval"
     parts = {name.split(".")[0] for name in missing}
     if not mismatched and parts == {"norm"} and "fc_norm.weight" in weights:
+        if "mask_token" in own:  # a model of pre-training
+            return (
+                "they were fine-tuned with the mean of the patch tokens, without the norm of the encoder: take weights "
+                "from pre-training, or fine-tuned with --cls_token"
+            )
         return "they were fine-tuned with the mean of the patch tokens, so give --global_pool"
     if not mismatched and parts == {"fc_norm"} and "norm.weight" in weights:
         return "they belong to a classifier on the class token, so give --cls_token"
