@@ -49,8 +49,8 @@ def get_args_parser() -> options.OptionParser:
     options.add_device_options(parser)
 
     group = parser.add_argument_group("fine-tuning")
-    options.add_pooling_options(group, default=True)
-    options.add_crop_option(group)
+    options.add_pooling_options(group, "on; with --eval the classifier's")
+    options.add_crop_option(group, "that of the classifier that is evaluated or resumed")
     group.add_argument(
         "--drop_path",
         type=options.FRACTION_OR_ZERO,
@@ -125,6 +125,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     if args.eval and meta.get("script", SCRIPT) == SCRIPT:  # an export names no script
         resolve.reject_changes(args, get_args_parser(), recorded, ["global_pool"])
         args.global_pool = recorded.get("global_pool", args.global_pool)
+    resolve.fill_in(args, {"global_pool": True})
     resolve.resolve_training(args, world, warmup_epochs=5, num_workers=10)
     if args.lr is None:
         args.lr = args.blr * args.global_batch / 256
@@ -216,6 +217,8 @@ def describe(args: argparse.Namespace, train: Source | None, val: Source) -> Non
     log.info("model     %s (%s), %d classes, %s", args.model, origin["model"], args.nb_classes, pooling)
     log.info("image     %d pixels (%s) in patches of %d", args.input_size, origin["input_size"], args.patch_size)
     resolve.describe(get_args_parser(), args, f"{count} training images, {len(val):,} validation images")
+    if args.aa and args.color_jitter is not None and train is not None:
+        log.info("ignored: --color_jitter %g, in favour of --aa %s ('' disables that)", args.color_jitter, args.aa)
 
 
 @record

@@ -59,7 +59,7 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument(
         "--temperature", type=options.POSITIVE, default=knn.TEMPERATURE, help="temperature of the votes (DINO: 0.07)"
     )
-    options.add_pooling_options(group, default=False)
+    options.add_pooling_options(group, "off")
     options.add_crop_option(group)
     group.add_argument(
         "--features",
@@ -103,7 +103,8 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         raise ValueError("--features pixels runs no encoder and reads images: omit --load_features and --compile")
     meta = read_meta(args.finetune) if args.finetune else {}
     resolve.resolve_settings(args, meta)
-    resolve.fill_in(args, {"crop_pct": resolve.evaluation_crop(args.input_size, meta.get("options", {}))})
+    crop_pct = resolve.evaluation_crop(args.input_size, meta.get("options", {}))
+    resolve.fill_in(args, {"crop_pct": crop_pct, "global_pool": False})
     resolve.resolve_workers(args, world, 4)
     with torch.device("meta"):  # checks the sizes of the model at no cost
         args.patch_size = build_encoder(args).patch_embed.patch_size[0]

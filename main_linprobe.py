@@ -48,8 +48,8 @@ def get_args_parser() -> options.OptionParser:
     options.add_device_options(parser)
 
     group = parser.add_argument_group("linear probe")
-    options.add_pooling_options(group, default=False)
-    options.add_crop_option(group)
+    options.add_pooling_options(group, "off; with --eval the probe's")
+    options.add_crop_option(group, "that of the probe that is evaluated or resumed")
     group.add_argument("--eval", action="store_true", help="evaluate the heads of --resume or of the run folder")
     group.add_argument(
         "--optimizer", choices=["sgd", "lars"], default="sgd", help="sgd: HPM's script; lars: MAE's, for large batches"
@@ -79,6 +79,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     resolve.resolve_which(args)
     meta = read_meta(args.finetune) if args.finetune else {}
     resolve.resolve_settings(args, meta)
+    resolve.fill_in(args, {"global_pool": False})
     resolve.resolve_training(args, world, warmup_epochs=10, num_workers=10)
     if args.lr is None:
         args.blr = args.blr or [{"sgd": 1e-3, "lars": 0.1}[args.optimizer]]

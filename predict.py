@@ -64,7 +64,7 @@ def get_args_parser() -> options.OptionParser:
     group.add_argument(
         "--model", choices=list(models_vit.MODELS), metavar="MODEL", help="size (default: by width and depth)"
     )
-    options.add_pooling_options(group, default=None)
+    options.add_pooling_options(group, "the classifier's, off for encoders")
     group.add_argument("--encoder", help="of a linear probe: the file it was trained on (default: its recorded path)")
     group.add_argument(
         "--head", type=options.COUNT, help="of a linear probe: number of the head, from 1 (default: best)"

@@ -13,6 +13,7 @@ from programs import PRETRAIN, assert_same_training, checkpoint, log_lines, rank
 from safetensors.torch import save_file
 
 import main_finetune
+import main_knn
 import models_vit
 from models_load import load_encoder
 from util.data.transforms import ToModelInput
@@ -159,11 +160,17 @@ def test_a_head_alone_is_the_head_among_others(tmp_path, pretrained):
 
 
 @pytest.mark.parametrize(
-    ("script", "option", "trained"),
-    [("main_linprobe", ["--input_size", 32], 16), ("main_finetune", ["--cls_token"], True)],
+    ("script", "given", "option", "trained"),
+    [
+        ("main_linprobe", [], ["--input_size", 32], 16),
+        ("main_linprobe", ["--global_pool"], ["--cls_token"], True),
+        ("main_finetune", [], ["--cls_token"], True),
+        ("main_finetune", ["--cls_token"], ["--global_pool"], False),
+    ],
 )
-def test_an_evaluation_changes_no_setting_of_the_training(tmp_path, pretrained, capsys, script, option, trained):
-    start(script, tmp_path, pretrained, "--max_steps", 1)
+def test_an_evaluation_changes_no_setting_of_the_training(tmp_path, pretrained, capsys, script, given, option, trained):
+    """Not even to the default of training."""
+    start(script, tmp_path, pretrained, "--max_steps", 1, *given)
     given = ["--resume", tmp_path / "checkpoint-last.pth", "--finetune", pretrained, "--output_dir", tmp_path, *option]
     with pytest.raises(SystemExit):
         run(script, "--eval", "--shapes_val", 21, *given)
@@ -544,6 +551,24 @@ def test_evaluation_crop(tmp_path, pretrained):
         args = main_finetune.get_args_parser().parse_args(words)
         crops[name] = main_finetune.resolve_options(args, World(0, 1, 0, 1)).crop_pct
     assert crops == {"same": 0.6, "other size": 1.0, "given": 1.0}
+
+
+def test_a_new_classifier_does_not_inherit_the_crop_of_its_encoder(tmp_path):
+    """It is evaluated as in MAE and HPM; k-NN evaluates the encoder as its file says."""
+    config = {"model_type": "vit", "hidden_size": 128, "image_size": 32, "patch_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    processor = {"do_center_crop": True, "size": {"shortest_edge": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    for script, crop in ((main_knn, 1.0), (main_finetune, 0.875)):
+        args = script.get_args_parser().parse_args(["--finetune", str(tmp_path)])
+        assert script.resolve_options(args, World(0, 1, 0, 1)).crop_pct == crop
+
+
+def test_colour_jitter_that_is_ignored_is_reported(tmp_path, pretrained):
+    said = "ignored: --color_jitter 0.4, in favour of --aa rand-m9-mstd0.5-inc1"
+    for name, more, ignored in (("a", [], True), ("b", ["--aa", ""], False)):
+        given = ["--finetune", pretrained, "--output_dir", tmp_path / name, "--max_steps", 1, "--color_jitter", 0.4]
+        assert (said in run("main_finetune", *FINETUNE, *given, *more)) == ignored
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -306,15 +306,15 @@ def add_classifier_options(parser: OptionParser, models: list[str]) -> None:
     )
 
 
-def add_crop_option(group: argparse._ActionsContainer) -> None:
+def add_crop_option(group: argparse._ActionsContainer, whose: str = "the checkpoint's") -> None:
     group.add_argument(
         "--crop_pct",
         type=FRACTION_OR_ONE,
-        help="side of the evaluation crop as a fraction of the shorter side of the image (default: the checkpoint's "
-        "for its image size, else 0.875 up to 224 pixels and 1.0 above, as in MAE)",
+        help="side of the evaluation crop as a fraction of the shorter side of the image (default: "
+        f"{whose}, if for this image size, else 0.875 up to 224 pixels and 1.0 above, as in MAE)",
     )
 
 
-def add_pooling_options(group: argparse._ActionsContainer, default: bool | None) -> None:
-    group.add_argument("--global_pool", action=SWITCH, default=default, help="use the mean of the patch tokens")
-    group.add_argument("--cls_token", dest="global_pool", action="store_false", help="use the class token")
+def add_pooling_options(group: argparse._ActionsContainer, default: str) -> None:
+    group.add_argument("--global_pool", action=SWITCH, help=f"use the mean of the patch tokens (default: {default})")
+    group.add_argument("--cls_token", dest="global_pool", action="store_const", const=False, help="use the class token")
