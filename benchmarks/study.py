@@ -184,9 +184,11 @@ def run_folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of a results file; none if there is no file."""
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Lines of a results file; none if there is no file. Raises ValueError for a line that is not JSON."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that is not JSON ({error}): remove it") from error
 
 
 def has_line(rows: list[dict[str, Any]], run: dict[str, Any]) -> bool:
@@ -202,9 +204,8 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def run_all(args: argparse.Namespace, argv: list[str]) -> int:
-    """Do the runs that have no line yet, `args.jobs` at a time. Returns the exit status."""
-    done = read_results(args.results)
+def run_all(args: argparse.Namespace, argv: list[str], done: list[dict[str, Any]]) -> int:
+    """Do the runs that have no line in `done`, `args.jobs` at a time. Returns the exit status."""
     grid = itertools.product(args.seeds, args.variants)  # a seed of all variants before the next seed
     pending = [(variant, seed) for seed, variant in grid if not has_line(done, key(args, variant, seed))]
     already = len(args.seeds) * len(args.variants) - len(pending)
@@ -307,8 +308,9 @@ def main(argv: list[str] | None = None) -> int:
             counts = {"train": args.train_images, "val": args.val_images}
             whole, args.data_path = args.data_path, subset(args.data_path, counts, Path(args.work_dir))
             log.info("data      %s of %s", args.data_path, whole)
+        done = read_results(args.results) if args.one is None else []
     if args.one is None:
-        return run_all(args, argv)
+        return run_all(args, argv, done)
     variant, seed = args.one[0], int(args.one[1])
     append_result(Path(args.results), run_one(args, variant, seed))
     return 0

@@ -154,6 +154,15 @@ def test_where_a_run_goes_on(tmp_path, log):
         folder.RunFolder(tmp_path / "run", "main_pretrain")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "is damaged"), ("{", "is damaged"), ("[1]", "holds a list, no opt")]
+)
+def test_a_damaged_configuration_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.json {message}.*: delete it, or choose another folder"):
+        folder.run_folder(str(tmp_path), "", "main_pretrain")
+
+
 @pytest.mark.parametrize("left", ["checkpoint-best.pth", "checkpoint-2.pth", "log.jsonl"])
 def test_what_is_left_of_a_run_is_not_overwritten(tmp_path, left):
     """Without its newest checkpoint: only what the command names can be resumed."""

@@ -9,6 +9,8 @@ from exports import FILES, MEAN, STD, classifiers, evaluation_pixels, photograph
 from images import members, write_tree
 from PIL import Image
 from programs import PRETRAIN, run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import models_vit
 from models_load import load_classifier
@@ -157,9 +159,39 @@ def test_foreign_folders_and_files(tmp_path):
     found = read_meta(folder)
     assert (found["model"], found["image"]) == ("vit_base_patch16", {"mean": [0.5] * 3, "std": [0.5] * 3})
     assert found["options"] == {"input_size": 384, "patch_size": 16}
+    assert read_meta(empty_folder(tmp_path / "null", config | {"architectures": None}))["options"] == {
+        "input_size": 384,
+        "patch_size": 16,
+    }
     (tmp_path / "vit/config.json").write_text("{")
     with pytest.raises(ValueError, match=r"vit/config.json is not valid JSON"):
         read_meta(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "processor", "said"),
+    [
+        ({"image_size": None}, {}, "a value in config.json or preprocessor_config.json cannot be read"),
+        ({"hidden_size": [768]}, {}, "a value in config.json or preprocessor_config.json cannot be read"),
+        ({}, {"image_mean": 0.5, "image_std": 0.5}, "a value in config.json or preprocessor_config.json cannot be"),
+        ({}, {"rescale_factor": 0, "do_normalize": False}, "a value in config.json or preprocessor_config.json cannot"),
+        ({"image_size": [384, 224]}, {}, "config.json gives a size of .*: only squares are supported"),
+    ],
+)
+def test_values_that_cannot_be_read_name_their_folder(tmp_path, config, processor, said):
+    known = {"model_type": "vit", "hidden_size": 768, "image_size": 384, "patch_size": 16}
+    folder = empty_folder(tmp_path / "vit", known | config, processor)
+    with pytest.raises(ValueError, match=f"{folder}: {said}"):
+        read_meta(folder)
+
+
+def test_a_header_that_somebody_added_to_is_named(tmp_path, pretrained):
+    path = export("safetensors", pretrained, tmp_path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    save_file(load_file(path), path, header | {"author": "me"})
+    with pytest.raises(ValueError, match=f"{path} has a value in its header that is not JSON"):
+        read_meta(path)
 
 
 def test_class_names_of_a_foreign_classifier(tmp_path, classifiers):

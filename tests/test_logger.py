@@ -142,7 +142,8 @@ def test_lines_are_valid_json_whatever_the_values(tmp_path):
 
 def test_lines_of_epochs_to_be_repeated_are_cut(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text("".join(json.dumps({"epoch": e}) + "\n" for e in range(4)) + '{"epoch": 4, "tr')
+    lines = "".join(json.dumps({"epoch": e}) + "\n" for e in range(4))
+    path.write_bytes(lines.encode() + b'12\n[0]\n{"loss": 1}\n\xff\n' + b'{"epoch": 4, "tr')
     run_logger(tmp_path, position=2.0).close()
     assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1]
 

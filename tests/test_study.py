@@ -202,6 +202,15 @@ def test_mining_is_compared_at_the_same_predictor(tmp_path, capsys):
     assert "| sparse_1_norm - predictor_1_norm | +2.00 (one run)" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_line_that_was_cut_off_is_named(tmp_path, capsys):
+    path = tmp_path / "study.jsonl"
+    path.write_text('{"variant": "hpm_')
+    for command in (lambda: study_report.main([str(path)]), lambda: study.main(["--results", str(path)])):
+        with pytest.raises(SystemExit):
+            command()
+        assert f"{path} has a line that is not JSON" in capsys.readouterr().err
+
+
 def test_two_lines_of_a_run_are_rejected(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report(tmp_path, [row("mae_norm", 0, 41.0), row("mae_norm", 0, 43.0)])

@@ -142,21 +142,34 @@ def events_folder(log_dir: str, name: str, run: Path) -> Path:
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl, one per completed epoch; a line that a crash cut off is skipped. [] without the file."""
+    """The lines of log.jsonl, one per completed epoch; others are skipped, such as one that a crash cut off. [] without
+    the file."""
     lines = []
     with contextlib.suppress(FileNotFoundError):
-        for line in (Path(folder) / LOG).read_text().splitlines():
+        for text in (Path(folder) / LOG).read_text("utf-8", "replace").splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
+                line = json.loads(text)
+                if isinstance(line, dict) and "epoch" in line:
+                    lines.append(line)
     return lines
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json: script, options, environment. {} without the file."""
+    """config.json: script, options, environment. {} without the file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = Path(folder) / CONFIG
     try:
-        return json.loads((Path(folder) / CONFIG).read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, or choose another folder") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, no options: delete it, or choose another folder")
+    return config
 
 
 class RunFolder:

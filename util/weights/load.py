@@ -87,7 +87,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         return meta_of_folder(path)
     if path.suffix == ".safetensors" and path.is_file():
-        return meta_of_header(read_header(path)) or meta_of_folder(path.parent)
+        return meta_of_header(read_header(path), path) or meta_of_folder(path.parent)
     if path.name == "pytorch_model.bin" and (meta := meta_of_folder(path.parent)):  # of transformers or timm
         return meta
     content = read_file(path, tensors=False)

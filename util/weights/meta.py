@@ -65,21 +65,44 @@ def header_of(name: str, options: dict[str, Any], image: dict[str, Any]) -> dict
     return {"model": name, **{key: json.dumps(value) for key, value in (options | image).items()}}
 
 
-def meta_of_header(header: dict[str, str]) -> dict[str, Any]:
-    """The reverse of `header_of`; {} for the header of a foreign file."""
+def meta_of_header(header: dict[str, str], path: Path) -> dict[str, Any]:
+    """The reverse of `header_of`; {} for the header of a foreign file.
+
+    Raises:
+        ValueError: the header of `path` has a value that is not JSON.
+    """
     if not {"model", "input_size", "mean", "std"} <= header.keys():
         return {}
-    values = {key: json.loads(value) for key, value in header.items() if key not in ("format", "model")}
+    try:
+        values = {key: json.loads(value) for key, value in header.items() if key not in ("format", "model")}
+    except ValueError as error:
+        raise ValueError(f"{path} has a value in its header that is not JSON ({error}): export it again") from error
     image = {key: values.pop(key) for key in ("mean", "std", "value_range") if key in values}
     return {"model": header["model"], "options": values, "image": image}
 
 
 def meta_of_folder(folder: Path) -> dict[str, Any]:
     """Sizes, decoder, mean, std, crop and class names in the configuration files of a folder that transformers or timm
-    saved; {} without them."""
+    saved; {} without them.
+
+    Raises:
+        ValueError: they are damaged, or describe a network that computes something else than ours.
+    """
     config, processor = (_read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
-    if isinstance(config.get("pretrained_cfg"), dict):
-        return _meta_of_timm(config)
+    try:
+        if isinstance(config.get("pretrained_cfg"), dict):
+            return _meta_of_timm(config)
+        return _meta_of_transformers(config, processor)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: a value in config.json or preprocessor_config.json cannot be read, correct it "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _meta_of_transformers(config: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
     known = {"model_type", "image_size", "patch_size"} <= config.keys()
     if not known or config.get("hidden_size") not in MODEL_OF_WIDTH:
         return {}
@@ -88,7 +111,7 @@ def meta_of_folder(folder: Path) -> dict[str, Any]:
         options["target"] = "norm_pixel" if config.get("norm_pix_loss") else "pixel"
         options["decoder_num_heads"] = config.get("decoder_num_attention_heads", 16)
         options["mask_ratio"] = config.get("mask_ratio", 0.75)
-    elif "ViTForImageClassification" in config.get("architectures", []):
+    elif "ViTForImageClassification" in (config.get("architectures") or []):
         options["global_pool"] = False
         if names := _label_names(config):
             options["classes"] = {"names": names, "numbered": False}
