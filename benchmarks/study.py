@@ -1,7 +1,7 @@
 """Does hard-patch mining help? Train a grid of variants under one budget, evaluate each, and keep a line of results.
 
     python -m benchmarks.study --data_path cifar10_images.tar.gz --patch_size 4 --input_size 32 --jobs 2
-    python -m benchmarks.study_report docs/study/study.jsonl
+    python -m benchmarks.study_report study_runs/study.jsonl
 
 A run is one variant with one seed: pre-training, then k-NN, linear probe and fine-tuning of its encoder, and the rank
 correlation of predicted and true patch losses. Every stage is one of the scripts; each run has its own process. A
@@ -90,7 +90,7 @@ def get_args_parser() -> options.OptionParser:
     group = parser.add_argument_group("what to run")
     group.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=MAIN, help="variants to run")
     group.add_argument("--seeds", nargs="+", type=options.SEED, default=[0, 1, 2], help="seeds of each variant")
-    group.add_argument("--results", default="docs/study/study.jsonl", help="results file, one line per run")
+    group.add_argument("--results", default="study_runs/study.jsonl", help="results file, one line per run")
     group.add_argument("--work_dir", default="study_runs", help="folder of checkpoints and logs; needed to resume only")
     group.add_argument("--jobs", type=options.COUNT, default=1, help="parallel runs, which share the CPU cores")
     group.add_argument("--device", help="cuda or cpu (default: cuda where available)")

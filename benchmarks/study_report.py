@@ -53,7 +53,7 @@ SPEARMAN = (
 
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
-    parser.add_argument("results", nargs="?", default="docs/study/study.jsonl", help="what benchmarks.study wrote")
+    parser.add_argument("results", nargs="?", default="study_runs/study.jsonl", help="what benchmarks.study wrote")
     parser.add_argument("--plots", help="folder for the plots (default: tables only)")
     return parser
 

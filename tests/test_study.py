@@ -94,6 +94,12 @@ def test_runs_of_another_budget_have_folders_of_their_own():
     assert len(folders) == 8
 
 
+def test_results_are_not_added_to_the_published_ones():
+    """Unless --results says so. The report reads what the study writes."""
+    given, report = study.get_args_parser().parse_args([]), study_report.get_args_parser().parse_args([])
+    assert given.results == report.results == f"{given.work_dir}/study.jsonl" == "study_runs/study.jsonl"
+
+
 def test_a_run_is_done_if_a_line_of_the_same_budget_says_so(tmp_path, monkeypatch):
     results = tmp_path / "results" / "study.jsonl"
     for line in (row("mae_norm", 0, 41.0), row("mae_norm", 1, 41.0, epochs=3)):
