@@ -36,6 +36,7 @@ from util.run.splits import evaluation_loader, read_splits
 from util.weights.load import DECODERS, fingerprint, fit_head, load_into, load_pretrained, log_loaded, read_meta
 
 SCRIPT = "main_finetune"
+WARMUP_EPOCHS, NUM_WORKERS = 5, 10  # defaults
 
 # Options that must not change on resume: weights and schedule depend on them.
 FIXED = ["model", "input_size", "patch_size", "global_pool", "nb_classes", "epochs", "global_batch", "val_fraction"]
@@ -44,8 +45,8 @@ FIXED = ["model", "input_size", "patch_size", "global_pool", "nb_classes", "epoc
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
     options.add_classifier_options(parser, list(models_vit.MODELS))
-    options.add_training_options(parser, batch_size=64, epochs=50, warmup_epochs=5)
-    options.add_data_options(parser, num_workers=10)
+    options.add_training_options(parser, batch_size=64, epochs=50, warmup_epochs=WARMUP_EPOCHS)
+    options.add_data_options(parser, num_workers=NUM_WORKERS)
     options.add_device_options(parser)
 
     group = parser.add_argument_group("fine-tuning")
@@ -126,7 +127,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         resolve.reject_changes(args, get_args_parser(), recorded, ["global_pool"])
         args.global_pool = recorded.get("global_pool", args.global_pool)
     resolve.fill_in(args, {"global_pool": True})
-    resolve.resolve_training(args, world, warmup_epochs=5, num_workers=10)
+    resolve.resolve_training(args, world, warmup_epochs=WARMUP_EPOCHS, num_workers=NUM_WORKERS)
     if args.lr is None:
         args.lr = args.blr * args.global_batch / 256
     if mixes(args) and args.batch_size % 2:

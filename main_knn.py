@@ -39,6 +39,7 @@ OF_FEATURES = [
 ]
 THUMBNAIL = 16  # pixels per side of --features pixels
 SPLITS = {"train": "train", "test": "val"}
+NUM_WORKERS = 4  # default
 
 # Training options of the official script, which does not read them either.
 UNREAD = (
@@ -49,7 +50,7 @@ UNREAD = (
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
     options.add_classifier_options(parser, list(models_vit.MODELS))
-    options.add_data_options(parser, num_workers=4)
+    options.add_data_options(parser, num_workers=NUM_WORKERS)
     options.add_device_options(parser)
     group = parser.add_argument_group("k-NN")
     group.add_argument("--batch_size", type=options.COUNT, default=512, help="images per process and forward pass")
@@ -105,7 +106,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     resolve.resolve_settings(args, meta)
     crop_pct = resolve.evaluation_crop(args.input_size, meta.get("options", {}))
     resolve.fill_in(args, {"crop_pct": crop_pct, "global_pool": False})
-    resolve.resolve_workers(args, world, 4)
+    resolve.resolve_workers(args, world, NUM_WORKERS)
     with torch.device("meta"):  # checks the sizes of the model at no cost
         args.patch_size = build_encoder(args).patch_embed.patch_size[0]
     return args

@@ -35,6 +35,7 @@ from util.run.splits import evaluation_loader, read_splits
 from util.weights.load import DECODERS, fingerprint, load_into, load_pretrained, log_loaded, read_meta
 
 SCRIPT = "main_linprobe"
+WARMUP_EPOCHS, NUM_WORKERS = 10, 10  # defaults
 
 # Options that must not change on resume: heads, features and schedule depend on them.
 FIXED = ["model", "input_size", "patch_size", "global_pool", "nb_classes", "epochs", "global_batch", "optimizer", "lr"]
@@ -43,8 +44,8 @@ FIXED = ["model", "input_size", "patch_size", "global_pool", "nb_classes", "epoc
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
     options.add_classifier_options(parser, list(models_vit.MODELS))
-    options.add_training_options(parser, batch_size=512, epochs=90, warmup_epochs=10)
-    options.add_data_options(parser, num_workers=10)
+    options.add_training_options(parser, batch_size=512, epochs=90, warmup_epochs=WARMUP_EPOCHS)
+    options.add_data_options(parser, num_workers=NUM_WORKERS)
     options.add_device_options(parser)
 
     group = parser.add_argument_group("linear probe")
@@ -80,7 +81,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     meta = read_meta(args.finetune) if args.finetune else {}
     resolve.resolve_settings(args, meta)
     resolve.fill_in(args, {"global_pool": False})
-    resolve.resolve_training(args, world, warmup_epochs=10, num_workers=10)
+    resolve.resolve_training(args, world, warmup_epochs=WARMUP_EPOCHS, num_workers=NUM_WORKERS)
     if args.lr is None:
         args.blr = args.blr or [{"sgd": 1e-3, "lars": 0.1}[args.optimizer]]
         args.lr = [blr * args.global_batch / 256 for blr in args.blr]

@@ -42,13 +42,14 @@ from util.weights.meta import classifier_name
 from visualize.panel import pick_panel_images, training_panel
 
 SCRIPT = "main_pretrain"
+WARMUP_EPOCHS, NUM_WORKERS = 40, 8  # defaults
 SIZE_OPTIONS = ("patch_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "predictor_depth")
 
 
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
-    options.add_training_options(parser, batch_size=64, epochs=400, warmup_epochs=40)
-    options.add_data_options(parser, num_workers=8, splits=("train",))
+    options.add_training_options(parser, batch_size=64, epochs=400, warmup_epochs=WARMUP_EPOCHS)
+    options.add_data_options(parser, num_workers=NUM_WORKERS, splits=("train",))
     options.add_device_options(parser)
     add_pretraining_options(parser, list(models_hpm.MODELS), models_teacher.TARGETS, models_teacher.FILES)
     return parser
@@ -61,7 +62,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         ValueError: options that contradict each other, or a checkpoint that cannot be read.
     """
     args = copy.copy(args)
-    resolve.resolve_training(args, world, warmup_epochs=40, num_workers=8)
+    resolve.resolve_training(args, world, warmup_epochs=WARMUP_EPOCHS, num_workers=NUM_WORKERS)
     folder = run_folder(args.output_dir, args.experiment, SCRIPT)
     meta = read_resumed(folder, args.resume, args.auto_resume)
     meta = meta or (read_meta(args.load_from) if args.load_from else {})

@@ -45,13 +45,14 @@ UPERNET = {"steps": 160_000, "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 0.
 LARGE = {**UPERNET, "lr": 9e-5, "layer_decay": 0.75, "drop_path": 0.2}
 LINEAR = {"steps": 40_000, "lr": 1e-3, "weight_decay": 1e-3, "layer_decay": 1.0, "drop_path": 0.0}
 GLOBAL_BATCH, WARMUP_STEPS = 16, 1500
+NUM_WORKERS = 4  # default
 
 
 def get_args_parser() -> options.OptionParser:
     parser = options.OptionParser((__doc__ or "").split("\n")[0])
     options.add_classifier_options(parser, list(models_vit.MODELS))
     layout = f"folder, .tar or .tar.gz in ADE20K's layout: {segmentation.LAYOUT}, and objectInfo150.txt"
-    options.add_data_options(parser, num_workers=4, splits=(), layout=layout.format("{training,validation}"))
+    options.add_data_options(parser, num_workers=NUM_WORKERS, splits=(), layout=layout.format("{training,validation}"))
     options.add_run_options(parser)
     options.add_device_options(parser)
     add_segmentation_options(parser)
@@ -96,7 +97,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         raise ValueError(f"{size}: {error}") from error
     if args.head in PROBES:
         resolve.fill_in(args, {"batch_size": 64, "max_patches": 4_000_000})
-        resolve.resolve_workers(args, world, 4)
+        resolve.resolve_workers(args, world, NUM_WORKERS)
     else:
         resolve_schedule(args, world)
     return args
@@ -129,7 +130,7 @@ def resolve_schedule(args: argparse.Namespace, world: distributed.World) -> None
         raise ValueError(f"--warmup_steps {args.warmup_steps} must be less than --steps {args.steps}")
     args.epochs, args.warmup_epochs = args.steps // args.eval_interval, args.warmup_steps / args.eval_interval
     args.min_lr, args.accum_iter, args.steps_per_epoch = 0.0, None, args.eval_interval
-    resolve.resolve_training(args, world, warmup_epochs=0, num_workers=4)
+    resolve.resolve_training(args, world, warmup_epochs=0, num_workers=NUM_WORKERS)
     alone = world.size == 1 or distributed.pick_device(args.device, world).type == "cpu"
     if args.head == "upernet" and args.batch_size == 1 and alone and not args.eval:
         raise ValueError(

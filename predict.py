@@ -35,6 +35,7 @@ from util.run.splits import data_settings, evaluation_loader, warn_of_range
 log = logging.getLogger("hpm")
 
 TOP = 5
+NUM_WORKERS = 10  # default
 PIXELS = ("mean", "std", "value_range")
 
 
@@ -55,7 +56,7 @@ def get_args_parser() -> options.OptionParser:
         "--class_names", help="names of the classes, one per line, or imagenet (default: those in the checkpoint)"
     )
     parser.add_argument("--batch_size", type=options.COUNT, default=64, help="images per forward pass")
-    options.add_data_options(parser, num_workers=10, splits=("val",), layout=options.IMAGES)
+    options.add_data_options(parser, num_workers=NUM_WORKERS, splits=("val",), layout=options.IMAGES)
     options.add_device_options(parser)
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--which", choices=["student", "ema"], default="student", help="weights of an HPM checkpoint")
@@ -93,7 +94,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         args.paths[name] = Path(path)
         if Path(path).suffix not in suffixes or Path(path).is_dir():
             raise ValueError(f"--{name} {path}: expected the name of a file, {' or '.join(suffixes)}")
-    resolve.resolve_workers(args, world, 10)
+    resolve.resolve_workers(args, world, NUM_WORKERS)
     return args
 
 
