@@ -108,11 +108,11 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     resolve.fill_in(args, {"crop_pct": crop_pct, "global_pool": False})
     resolve.resolve_workers(args, world, NUM_WORKERS)
     with torch.device("meta"):  # checks the sizes of the model at no cost
-        args.patch_size = build_encoder(args).patch_embed.patch_size[0]
+        args.patch_size = build_model(args).patch_embed.patch_size[0]
     return args
 
 
-def build_encoder(args: argparse.Namespace) -> models_vit.VisionTransformer:
+def build_model(args: argparse.Namespace) -> models_vit.VisionTransformer:
     settings = {"num_classes": 0, "global_pool": args.global_pool, "pooled_norm": False}
     return models_vit.build(args.model, args.input_size, args.patch_size, **settings)
 
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> dict[int | str, tuple[float, float]]:
             args.nb_classes = count_classes(sources["train"], sources["test"], args.nb_classes)
             weights = load_pretrained(args.finetune, args.which) if args.finetune else None
             if weights is not None:
-                models_load.has_pooled_norm(weights, args.global_pool, args.finetune)  # raises what cannot be encoded
+                models_load.check_pooling(weights, args.global_pool, args.finetune)
         num_train = len(features["train"][1] if features else sources["train"])
         if max(args.nb_knn) > num_train:
             raise ValueError(f"--nb_knn {max(args.nb_knn)} of {num_train:,} training images: choose fewer neighbours")
@@ -233,7 +233,7 @@ def extract_all(
         rng.seed_all(args.seed)
         if weights is None:
             log.info("no --finetune: features of random weights")
-            encoder = build_encoder(args).eval()
+            encoder = build_model(args).eval()
         else:
             shape = (args.model, args.input_size, args.patch_size)
             with options.user_mistakes():

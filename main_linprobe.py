@@ -90,11 +90,11 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
     if args.min_lr > 0 and len(args.lr) > 1:  # the schedule scales it with the learning rate of a head
         raise ValueError(f"--min_lr {args.min_lr:g} is for one learning rate, {len(args.lr)} were given: omit it")
     with torch.device("meta"):  # checks the sizes of the model at no cost
-        args.patch_size = build_encoder(args).patch_embed.patch_size[0]
+        args.patch_size = build_model(args).patch_embed.patch_size[0]
     return args
 
 
-def build_encoder(args: argparse.Namespace) -> models_vit.VisionTransformer:
+def build_model(args: argparse.Namespace) -> models_vit.VisionTransformer:
     settings = {"num_classes": 0, "global_pool": args.global_pool}
     return models_vit.build(args.model, args.input_size, args.patch_size, **settings)
 
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         resolve.resolve_val_fraction(args, recorded.get("options", {}))
         weights = load_pretrained(args.finetune, args.which) if args.finetune else None
         if weights is not None:
-            models_load.has_pooled_norm(weights, args.global_pool, args.finetune)  # raises what cannot be probed
+            models_load.check_pooling(weights, args.global_pool, args.finetune)
         train, val = read_splits(args, args.nb_classes, "the probe")
         if train is not None:
             sampler = EpochSampler(len(train), args.batch_size, args.accum_iter, world.rank, world.size, args.seed)
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Frozen encoder, heads
     rng.seed_all(args.seed)
-    encoder = build_encoder(args)
+    encoder = build_model(args)
     describe(args, train, val)
     with options.user_mistakes():
         if weights is None:

@@ -108,26 +108,25 @@ def build_encoder(
     Raises:
         ValueError: the weights do not fit, or lack the norm of the class token.
     """
-    pooled_norm = has_pooled_norm(weights, global_pool, path)
+    check_pooling(weights, global_pool, path)
     if global_pool is None:
         global_pool = "fc_norm.weight" in weights
     model = models_vit.build(
-        name, input_size, patch_size, num_classes=0, global_pool=global_pool, pooled_norm=pooled_norm
+        name, input_size, patch_size, num_classes=0, global_pool=global_pool, pooled_norm=has_pooled_norm(weights)
     )
     report = load_into(model, weights, allow_unexpected=(*DECODERS, "head.", "fc_norm."))
     return model.eval(), report
 
 
-def has_pooled_norm(weights: dict[str, Tensor], global_pool: bool | None, path: Any) -> bool:
-    """Whether the weights were fine-tuned with global pooling: they then have `fc_norm` instead of the final norm.
+def has_pooled_norm(weights: dict[str, Tensor]) -> bool:
+    """Whether the weights were fine-tuned with global pooling: they then have `fc_norm` instead of the final norm."""
+    return "fc_norm.weight" in weights and "norm.weight" not in weights
 
-    Raises:
-        ValueError: the class token is requested, which such weights do not normalise.
-    """
-    pooled = "fc_norm.weight" in weights and "norm.weight" not in weights
-    if pooled and global_pool is False:
+
+def check_pooling(weights: dict[str, Tensor], global_pool: bool | None, path: Any) -> None:
+    """Raises ValueError if the class token is requested of weights that lack its norm (`has_pooled_norm`)."""
+    if global_pool is False and has_pooled_norm(weights):
         raise ValueError(f"{path} was fine-tuned with global pooling and has no class token norm: --global_pool")
-    return pooled
 
 
 def describe_weights(

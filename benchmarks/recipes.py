@@ -101,7 +101,7 @@ def macs_per_image(script: str, args: argparse.Namespace) -> float:
         flops = _count(main_segment.build_model(args, torch.device("meta")), train=True, size=args.crop)
     else:
         with torch.device("meta"):
-            flops = _count(main_knn.build_encoder(args), train=False)
+            flops = _count(main_knn.build_model(args), train=False)
     return flops / 2
 
 
