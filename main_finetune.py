@@ -137,9 +137,7 @@ def resolve_options(args: argparse.Namespace, world: distributed.World) -> argpa
         raise ValueError(f"--cutmix_minmax {low:g} {high:g}: the lower bound comes first")
     with torch.device("meta"):  # checks the sizes of the model at no cost
         args.patch_size = build_model(args, num_classes=1).patch_embed.patch_size[0]
-    transforms.AugmentedCrop(
-        args.input_size, args.aa, args.color_jitter
-    )  # raises ValueError if timm does not know --aa
+    transforms.AugmentedCrop(args.input_size, args.aa, args.color_jitter)  # raises if timm does not know --aa
     return args
 
 
