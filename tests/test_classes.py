@@ -183,8 +183,9 @@ def test_a_head_is_kept_for_the_classes_that_it_has(log):
         log.clear()
     for unnamed in (None, {"names": [], "numbered": True}):
         assert fit_head(head, unnamed, source_of(["ant", "zebra"], [0, 1]), "the file") is head
-    ids = ImageNetInfo("imagenet-1k").label_names()
-    words = {"names": [ImageNetInfo("imagenet-1k").label_name_to_description(name) for name in ids], "numbered": False}
+    info = ImageNetInfo("imagenet-1k")
+    ids = info.label_names()
+    words = {"names": [info.label_name_to_description(name) for name in ids], "numbered": False}
     head = {"head.weight": torch.arange(1000.0), "head.bias": torch.arange(1000.0)}
     assert fit_head(head, words, source_of(ids, [0]), "the file") is head
 
