@@ -263,7 +263,8 @@ def test_folders_that_timm_saved(tmp_path):
         "classes": {"names": ["cat", "cat-2", "dog"], "numbered": False},
     }
     data = write_tree(tmp_path / "d", members(("val",), classes=("dog",)))
-    log = run("main_finetune", "--eval", "--resume", tmp_path / "hub", "--data_path", data, "--num_workers", 0)
+    evaluation = ["--eval", "--data_path", data, "--num_workers", 0, "--output_dir", tmp_path / "eval"]
+    log = run("main_finetune", *evaluation, "--resume", tmp_path / "hub")
     assert "mean 0.5 0.5 0.5 (checkpoint)" in log
     assert "3 classes, class token" in log
 
@@ -314,8 +315,9 @@ def test_a_classifier_is_evaluated_without_options(tmp_path, classifiers, name):
     state["image"]["value_range"] = [0, 4095]
     torch.save(state, tmp_path / "token.pth")
     metrics = {}
+    evaluation = ["--eval", "--shapes_val", 8, "--num_workers", 0, "--output_dir", tmp_path / "eval"]
     for path in (tmp_path / "token.pth", export(name, tmp_path / "token.pth", tmp_path)):
-        log = run("main_finetune", "--eval", "--resume", path, "--shapes_val", 8, "--num_workers", 0)
+        log = run("main_finetune", *evaluation, "--resume", path)
         assert "value_range 0 4095 (checkpoint)" in log
         metrics[path] = log.splitlines()[-1]
     assert len(set(metrics.values())) == 1, metrics

@@ -51,6 +51,7 @@ def test_names_of_any_bytes(data, tmp_path, monkeypatch, encoding):
     names = checkpoint(tmp_path / "tune")["options"]["classes"]["names"]
     assert sorted(names) == sorted([r"caf\xe9", "日本", r"new\nline", "é"])
     file = tmp_path / "tune/checkpoint-last.pth"
-    assert "acc1" in run("main_finetune", "--eval", "--resume", file, "--data_path", data, "--num_workers", 0)
+    evaluation = ["--eval", "--data_path", data, "--num_workers", 0, "--output_dir", tmp_path / "eval"]
+    assert "acc1" in run("main_finetune", *evaluation, "--resume", file)
     run("export", "--checkpoint", file, "--format", "timm", "--output", tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors.md").read_text("utf-8")
