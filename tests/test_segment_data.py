@@ -82,20 +82,24 @@ def test_names_of_classes(tmp_path):
     write_tree(tmp_path, {"objectInfo2.txt": b"1 wall\n2 sky\n"})
     with pytest.raises(ValueError, match=r"objectInfo2.txt: expected a tab-separated table with a column 'name'"):
         class_names(build_source(str(path), None), REDUCED)
+    for row in (b"sky\t2", b"2"):  # as in a table whose first column is the name
+        write_tree(tmp_path, {"objectInfo2.txt": b"Idx\tName\n1\twall\n" + row + b"\n\n"})
+        with pytest.raises(ValueError, match=rf"objectInfo2.txt: expected a label in the first .*'{row.decode()[0]}"):
+            class_names(build_source(str(path), None), REDUCED)
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_names_that_are_not_utf_8_are_an_error_that_names_the_file(tmp_path, kind):
     for encoding in ("utf-8", "utf-8-sig", "latin-1"):
-        files = ade_files() | {"objectInfo3.txt": "Name\tIdx\ncafé\t1\n".encode(encoding)}
+        files = ade_files() | {"objectInfo3.txt": "Idx\tName\n1\tcafé\n".encode(encoding)}
         path = tmp_path / encoding
         path = write_tree(path, files) if kind == "folder" else write_tar(path.with_suffix(".tar"), files)
         read = build_source(str(path), None)
         if encoding == "latin-1":
-            with pytest.raises(ValueError, match=r"objectInfo3.txt is not UTF-8 \(byte 0xe9 at 12\): save it as UTF-8"):
+            with pytest.raises(ValueError, match=r"objectInfo3.txt is not UTF-8 \(byte 0xe9 at 14\): save it as UTF-8"):
                 class_names(read, PLAIN)
         else:
-            class_names(read, PLAIN)
+            assert class_names(read, PLAIN) == ["label 0", "café"]
 
 
 @pytest.mark.parametrize(
@@ -312,12 +316,12 @@ def test_nothing_but_ignored_pixels(tmp_path, split):
 )
 @pytest.mark.parametrize("num_classes", [None, 4])
 def test_a_single_class_is_an_error(tmp_path, labels, split, form, value, num_classes):
-    """Any prediction would be right: a binary mask is read by the wrong convention."""
+    """Such as a binary mask that is read by the wrong convention: with one class in all, mIoU is 100."""
     advice = (
         r"With --reduce_zero_label 0 is ignored .* with --no-reduce_zero_label 255 is ignored .* masks of 0 and 255"
     )
     where = "validation" if split else "training"
-    message = rf"{where}/p_000.png has label {value}, .* the only class: any prediction .*{advice}"
+    message = rf"{where}/p_000.png has label {value}, .* the only class of its split: two or more .*{advice}"
     with pytest.raises(ValueError, match=message):
         classes_of(relabelled(tmp_path, labels, split), num_classes, form)
 

@@ -120,10 +120,10 @@ def count_classes(
             )
         if len(labels) == 1:
             raise ValueError(
-                f"{counts.first[labels[0]]} has label {labels[0]}, which is the only class: any prediction would be "
-                "right. With --reduce_zero_label 0 is ignored and classes count from 1; with --no-reduce_zero_label "
-                f"{form.ignore_index} is ignored (--ignore_index) and classes count from 0; masks of 0 and 255 need 1 "
-                "for 255"
+                f"{counts.first[labels[0]]} has label {labels[0]}, which is the only class of its split: two or more "
+                "are needed. With --reduce_zero_label 0 is ignored and classes count from 1; with "
+                f"--no-reduce_zero_label {form.ignore_index} is ignored (--ignore_index) and classes count from 0; "
+                "masks of 0 and 255 need 1 for 255"
             )
     classes = {value - form.reduce_zero: value for value in present if value != form.ignored_label}
     total = num_classes or len(names) or max(classes) + 1

@@ -167,7 +167,7 @@ def class_names(files: ImageFiles, form: LabelFormat) -> list[str]:
     not in it is a class without a name.
 
     Raises:
-        ValueError: the file is not UTF-8 or has no such column.
+        ValueError: the file is not UTF-8 or has no such column, or a row without label or name.
     """
     data, path = _object_info(files)
     if data is None:
@@ -182,7 +182,11 @@ def class_names(files: ImageFiles, form: LabelFormat) -> list[str]:
     if "name" not in header:
         raise ValueError(f"{path}: expected a tab-separated table with a column 'name', found {header[:6]}")
     column = header.index("name")
-    names = {int(row[0]): row[column].strip() for row in rows[1:] if len(row) > column and row[0].strip().isdecimal()}
+    rows = [row for row in rows[1:] if any(row)]
+    for row in rows:
+        if len(row) <= column or not row[0].strip().isdecimal():
+            raise ValueError(f"{path}: expected a label in the first column and a name, found {row[:6]}")
+    names = {int(row[0]): row[column].strip() for row in rows}
     if not form.reduce_zero:
         names.pop(form.ignore_index, None)
     return [names.get(label, f"label {label}") for label in range(int(form.reduce_zero), max(names, default=-1) + 1)]
