@@ -31,7 +31,7 @@ class MaskedAutoencoderViT(nn.Module):
         img_size: side or (height, width) of the images in pixels, a multiple of the patch size.
         norm_pix_loss, relative: official names of `pixel_target` "norm_pixel" and `predictor_loss` "relative".
         vis_mask_ratio: fraction of the visible tokens replaced by a learned token (UM-MAE's second masking).
-        learning_loss: add the loss predictor; without it this is the MAE baseline.
+        learning_loss: add the loss predictor; without it, and with random masks, this is the MAE baseline.
         target_dim: width of feature targets; None reconstructs pixels.
         predictor_depth: blocks of the loss predictor; None for as many as the reconstructor has (published).
         predictor_loss: objective of the predictor, a name in `PREDICTOR_LOSSES`.
@@ -103,7 +103,7 @@ class MaskedAutoencoderViT(nn.Module):
 
         # Loss predictor. Its output is the mean over `pixel_dim` outputs (official); see `forward_loss_predictor`.
         if learning_loss:
-            predictor_depth = predictor_depth or decoder_depth
+            predictor_depth = decoder_depth if predictor_depth is None else predictor_depth
             self.decoder_blocks_losspred = nn.ModuleList(block(*decoder) for _ in range(predictor_depth))
             self.decoder_norm_losspred = norm_layer(decoder_embed_dim)
             self.decoder_pred_losspred = nn.Linear(decoder_embed_dim, pixel_dim)
@@ -139,6 +139,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     def make_pixel_target(self, imgs: Tensor) -> Tensor:
         """Target of the reconstructor: (B, C, H, W) -> (B, L, P * P * C), float32."""
+        assert self.target_dim is None, "the reconstructor's target is features, not pixels"
         target = self.patchify(imgs.float())
         return target if self.target_transform is None else self.target_transform(target)
 
@@ -293,7 +294,6 @@ SIZES = {
     "mae_vit_huge_patch14_dec512d8b": _sizes("vit_huge_patch14", 512, 8, 16),
 }
 SIZES |= {name.split("_dec")[0]: sizes for name, sizes in SIZES.items()}  # mae_vit_base_patch16, ...
-
 
 # Called with settings of `MaskedAutoencoderViT`, which replace those of the size.
 MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {

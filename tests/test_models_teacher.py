@@ -151,6 +151,8 @@ def test_each_target_trains_on_a_fixed_batch(target, networks, tmp_path):
     if target != "ema":
         torch.save(networks[target].state_dict(), tmp_path / "teacher.pth")
         more = [f"--{target}_path", tmp_path / "teacher.pth"]
+    if target == "dino":
+        more += ["--score_by", "loss", "--alpha_0", 0.5]  # of the features: as wide as a patch of pixels here
     run("main_pretrain", *FIXED_BATCH, "--target", target, *more, "--output_dir", tmp_path / "run")
     losses = [line["train_loss_rec"] for line in log_lines(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0]

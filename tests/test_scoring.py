@@ -106,6 +106,13 @@ def test_features_are_scored_by_their_loss():
     torch.testing.assert_close(scores[hidden].view(2, 12), expected, rtol=0, atol=0)
 
 
+def test_features_are_never_scored_by_the_loss_of_pixels():
+    """The features may be as wide as a patch of pixels."""
+    model = make(target_dim=192, learning_loss=False, score_by="loss")
+    with pytest.raises(AssertionError, match="features, not pixels"):
+        model.score_patches(torch.randn(2, 3, 32, 32), random_mask(2, 16, 12), 12)
+
+
 def test_scores_by_predictor_run_no_reconstructor_and_scores_by_loss_no_predictor():
     for score_by, unused in (("predictor", "decoder_blocks"), ("loss", "decoder_blocks_losspred")):
         model = make()
