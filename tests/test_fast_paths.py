@@ -13,7 +13,7 @@ from engine_pretrain import train_one_epoch
 from models_hpm import MaskedAutoencoderViT
 from util.data.transforms import ToModelInput
 from util.ema import EMATeacher
-from util.masking import hard_mask, random_mask
+from util.masking import MaskSampler, random_mask
 from util.metrics import MeanMeter
 from util.run.amp import Amp
 
@@ -24,24 +24,20 @@ SMALL = {
 
 
 # The teacher sees the whole image (HPM); scores the patches hidden from it by predicted or by true loss.
-TEACHERS = [{}, {"num_hidden": 12}, {"num_hidden": 12, "score_by": "loss"}]
+TEACHERS = [{}, {"teacher_keep": 0.25}, {"teacher_keep": 0.25, "score_by": "loss"}]
 
 
-class Masks:
-    """Masks of HPM's kind, with more of the hardest patches from step to step."""
+class Masks(MaskSampler):
+    """Masks of a run whose epochs have three steps: 1, 2, 4, 6 of 12 by score."""
 
-    num_hidden = 0
-    num_hardest = (1,)
+    steps = 0
 
-    def __init__(self, num_masked):
-        self.num_masked, self.step = num_masked, 0
-
-    def draw_hidden(self, batch_size, device):
-        return random_mask(batch_size, 16, self.num_hidden, device=device)
+    def __init__(self, strategy, teacher_keep):
+        super().__init__((4, 4), 0.75, 4, strategy, alphas=(0.1, 0.5), teacher_keep=teacher_keep)
 
     def draw(self, scores, batch_size, epoch, device):
-        self.step += 1
-        return hard_mask(scores, 12, (self.step - 1) // 3)
+        self.steps += 1
+        return super().draw(scores, batch_size, (self.steps - 1) // 3, device=device)
 
 
 def train(
@@ -51,8 +47,8 @@ def train(
     precision="fp32",
     guard=nullcontext,
     after_step=None,
-    num_masked=12,
-    num_hidden=0,
+    strategy="easy_to_hard",
+    teacher_keep=1.0,
     score_by="predictor",
 ):
     """Steps of HPM on random images, every third with another number of hardest patches.
@@ -63,8 +59,7 @@ def train(
     device = torch.device(device)
     torch.manual_seed(0)
     model = MaskedAutoencoderViT(**SMALL).to(device)
-    model.score_by, masks = score_by, Masks(num_masked)
-    masks.num_hidden = num_hidden
+    model.score_by, masks = score_by, Masks(strategy, teacher_keep)
     teacher = EMATeacher(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     if compiled:
@@ -185,7 +180,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("teacher", [*TEACHERS, {"teacher_keep": 0.25, "strategy": "easiest"}])
 def test_a_step_never_waits_for_the_device(teacher):
     train(4, guard=NoWaiting, **teacher)
 
@@ -198,9 +193,34 @@ def test_waiting_would_be_noticed(wait):
         wait(torch.randn(4))
 
 
-def test_a_step_that_reads_the_number_of_masked_patches_would_be_noticed():
-    with pytest.raises(RuntimeError, match="waits for the device"):
-        train(1, num_masked=None, guard=NoWaiting)
+def test_reading_the_number_of_masked_patches_would_be_noticed():
+    model, images, mask = MaskedAutoencoderViT(**SMALL), torch.rand(2, 3, 16, 16), random_mask(2, 16, 12)
+    with pytest.raises(RuntimeError, match="waits for the device"), NoWaiting():
+        model(images, mask)
+
+
+class RandomDraws(TorchDispatchMode):
+    """Records the shapes of all random draws on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        attention = "scaled_dot_product" in str(func)  # tagged for its dropout, which is 0
+        if torch.Tag.nondeterministic_seeded in func.tags and not attention:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_step_draws_the_flips_and_the_mask_alone(teacher):
+    """One draw more in a published step would change every mask of a run. A sparse teacher also draws what it sees."""
+    draws = RandomDraws()
+    train(2, guard=lambda: draws, **teacher)
+    hidden = [(4, 16)] if teacher else []
+    assert draws.shapes == [(4, 1, 1, 1), *hidden, (4, 16)] * 2
 
 
 @pytest.mark.gpu
