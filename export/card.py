@@ -40,11 +40,12 @@ tags:
 
 def model_card(form: Format, name: str) -> str:
     """The card of the export called `name`, in Markdown."""
-    source = form.source
+    source, options = form.source, form.source.meta.get("options", {})
+    scored = options.get("score_by") == "loss" or "decoder_pred_losspred.weight" in source.weights
     tags = {
         "vision-transformer": True,
         "masked-autoencoder": bool(source.meta) or source.autoencoder is not None,
-        "hard-patches-mining": "decoder_pred_losspred.weight" in source.weights,
+        "hard-patches-mining": options.get("mask_strategy") != "random" and scored,
     }
     has_teacher = source.meta.get("script") == "main_pretrain" or source.which == "ema"
     what = describe(form)
@@ -82,11 +83,11 @@ def model_card(form: Format, name: str) -> str:
         "Training": "The checkpoint does not record it: it was not written by this project's scripts.",
     }
     if "script" in source.meta:
-        epochs = f"{source.meta['epoch']} of {source.meta['options']['epochs']}"
-        options = {"data_path": "Shapes, drawn by the program"} | _without_folders(source.meta["options"])
+        epochs = f"{source.meta['epoch']} of {options['epochs']}"
+        shown = {"data_path": "Shapes, drawn by the program"} | _without_folders(options)
         metrics = metrics_of(source.path, source.meta["epoch"])
         sections |= {
-            "Training": _table({"script": source.meta["script"], "epochs completed": epochs, **options}),
+            "Training": _table({"script": source.meta["script"], "epochs completed": epochs, **shown}),
             "Metrics": _table(metrics) if metrics else "There is no log next to the checkpoint.",
             "Versions at training": _table(_versions_of(source.path)),
         }

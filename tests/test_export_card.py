@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 import torch
 from exports import pretrained
 from programs import log_lines, run
@@ -40,3 +41,15 @@ def test_metrics_are_those_of_the_checkpoint_not_of_later_epochs(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"epoch": 5, "tes')
     assert metrics_of(tmp_path / "checkpoint-3.pth", 3) == {"test_acc1": 20.0}
     assert metrics_of(tmp_path / "elsewhere/checkpoint-3.pth", 3) == {}
+
+
+@pytest.mark.parametrize(("options", "mined"), [({"mask_strategy": "random"}, False), ({"score_by": "loss"}, True)])
+def test_tagged_as_hard_patches_mining_if_masks_were_chosen_by_score(tmp_path, pretrained, options, mined):
+    """By a predictor or by the teacher's loss."""
+    state = torch.load(pretrained, weights_only=True)
+    state["options"] |= options
+    if mined:
+        state["state_dict"] = {name: value for name, value in state["state_dict"].items() if "losspred" not in name}
+    torch.save(state, tmp_path / "a.pth")
+    run("export", "--checkpoint", tmp_path / "a.pth", "--format", "timm", "--output", tmp_path / "b.safetensors")
+    assert ("- hard-patches-mining" in (tmp_path / "b.safetensors.md").read_text()) == mined
