@@ -9,7 +9,7 @@
 # hardware   no published wall time
 # compute    1,281,167 images x 200 epochs x 67.9 GMAC = 17.4 EMAC; then 1,281,167 images x 100 epochs x 52.6 GMAC =
 #            6.74 EMAC
-# definition ours: the share chosen by predicted loss is 0.5 in every epoch.
+# definition ours: the share chosen by score is 0.5 in every epoch.
 # notes      Not in the official code. Otherwise as in pretrain_hpm_base_200 and finetune_hpm_base_200.
 source "$(dirname "$0")/_run.sh"
 

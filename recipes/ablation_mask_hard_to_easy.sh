@@ -8,7 +8,7 @@
 # hardware   no published wall time
 # compute    1,281,167 images x 200 epochs x 67.9 GMAC = 17.4 EMAC; then 1,281,167 images x 100 epochs x 52.6 GMAC =
 #            6.74 EMAC
-# definition ours: the share chosen by predicted loss falls linearly from 0.5 to 0. The paper's definition was not
+# definition ours: the share chosen by score falls linearly from 0.5 to 0. The paper's definition was not
 #            seen.
 # notes      Not in the official code. Otherwise as in pretrain_hpm_base_200 and finetune_hpm_base_200.
 source "$(dirname "$0")/_run.sh"

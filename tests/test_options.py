@@ -175,6 +175,7 @@ MISTAKES = {
     "--score_by loss --teacher_keep 1": "--score_by loss needs patches hidden from the teacher",
     "--teacher_keep 0.5 --target ema": "needs the teacher's features of the whole image: omit --teacher_keep",
     "--score_by loss --target ema": "needs the teacher's features of the whole image: omit --score_by loss",
+    "--teacher_keep 0.002": "--teacher_keep 0.002 leaves the teacher none of 196 patches to see: give a larger value",
     "--teacher_keep 0.8": "--teacher_keep 0.8: the teacher scores 40 of 196 patches, and up to 73 are masked by score",
     "--mask_strategy constant --alpha_0 0.3": "--alpha_0 has no effect with --mask_strategy constant: omit it",
     "--mask_strategy hardest --alpha_T 0.7": "--alpha_T has no effect with --mask_strategy hardest: omit it",

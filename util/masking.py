@@ -16,7 +16,7 @@ def count_masked(num_patches: int, mask_ratio: float) -> int:
 
 
 def num_hardest(num_masked: int, epoch: int, total_epochs: int, alpha_0: float = 0.0, alpha_T: float = 0.5) -> int:
-    """Number of masked patches that are chosen by predicted loss in `epoch` (counted from 0).
+    """Number of masked patches that are chosen by score in `epoch` (counted from 0).
 
     The easy-to-hard schedule, alpha_t = alpha_0 + t / T (alpha_T - alpha_0) (HPM), constant within an epoch.
     As in the official code t counts from 1, so the last epoch reaches `alpha_T`.
@@ -139,7 +139,7 @@ def split_mask(mask: torch.Tensor, num_masked: int) -> tuple[torch.Tensor, torch
     return ids[:, :num_visible], ids[:, num_visible:]
 
 
-# Masks that do not depend on predicted loss (UM-MAE, ratio 0.75).
+# Masks that do not depend on scores (UM-MAE, ratio 0.75).
 PATTERNS = {"block": block_mask, "regular": regular_mask}
 
 
@@ -186,7 +186,12 @@ class MaskSampler:
                 f"--mask_ratio {mask_ratio} masks {self.num_masked} of {self.num_patches} patches: leave some of each"
             )
         self.num_hidden = self.num_patches - int(self.num_patches * teacher_keep)  # from the teacher
-        if teacher_keep < 1 and not max(1, *self.num_hardest) <= self.num_hidden < self.num_patches:
+        if self.num_hidden == self.num_patches:
+            raise ValueError(
+                f"--teacher_keep {teacher_keep} leaves the teacher none of {self.num_patches} patches to see: give a "
+                "larger value"
+            )
+        if teacher_keep < 1 and max(1, *self.num_hardest) > self.num_hidden:
             raise ValueError(
                 f"--teacher_keep {teacher_keep}: the teacher scores {self.num_hidden} of {self.num_patches} patches, "
                 f"and up to {max(self.num_hardest)} are masked by score: give another value, or another "

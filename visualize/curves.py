@@ -17,7 +17,7 @@ CURVES = {
     "rank accuracy (0.5 is chance)": ("train_rank_acc",),
     "learning rate": ("train_lr",),
     "EMA decay": ("ema_decay",),
-    "fraction of masked patches chosen by predicted loss": ("hard_ratio",),
+    "fraction of masked patches chosen by score": ("hard_ratio",),
 }
 PLACES = ("output_dir", "experiment", "log_dir")  # options that differ between any two runs
 

@@ -66,7 +66,11 @@ def add_pretraining_options(
     group.add_argument("--patch_size", type=COUNT, help="patch size in pixels (default: the model's)")
     group.add_argument("--token_size", type=COUNT, help="patches per side; derived, the option is only checked")
     group.add_argument("--decoder_embed_dim", type=COUNT, help="width of both decoders (default: the model's)")
-    group.add_argument("--decoder_depth", type=COUNT, help="blocks of each decoder; fewer are faster")
+    group.add_argument(
+        "--decoder_depth",
+        type=COUNT,
+        help="blocks of each decoder (of the predictor: --predictor_depth); fewer are faster",
+    )
     group.add_argument("--decoder_num_heads", type=COUNT, help="attention heads of both decoders")
     group.add_argument(
         "--grad_checkpointing",
@@ -93,7 +97,10 @@ def add_pretraining_options(
     for network, file in networks.items():
         group.add_argument(f"--{network}_path", default="none", help=f"{file} (none: download)")
     group.add_argument(
-        "--learning_loss", action=SWITCH, default=True, help="train the loss predictor; without it, this is MAE"
+        "--learning_loss",
+        action=SWITCH,
+        default=True,
+        help="train the loss predictor; without it, and without --score_by loss, this is MAE",
     )
     group.add_argument(
         "--predictor_loss",
@@ -120,19 +127,19 @@ def add_pretraining_options(
     group.add_argument(
         "--mask_strategy",
         choices=list(STRATEGIES),
-        help="how predicted loss selects the masked patches (default: easy_to_hard; random without a loss predictor, "
-        "unless --score_by loss)",
+        help="how scores select the masked patches (default: easy_to_hard; random without a loss predictor, unless "
+        "--score_by loss)",
     )
     group.add_argument(
         "--alpha_0",
         type=SHARE,
-        help="fraction of masked patches chosen by predicted loss before the first epoch; it then changes linearly, to "
+        help="fraction of masked patches chosen by score before the first epoch; it then changes linearly, to "
         "alpha_T in the last. For hard_to_easy the two are swapped (default: 0)",
     )
     group.add_argument(
         "--alpha_T",
         type=SHARE,
-        help="fraction of masked patches chosen by predicted loss in the last epoch; with --mask_strategy constant in "
+        help="fraction of masked patches chosen by score in the last epoch; with --mask_strategy constant in "
         "every epoch (default: 0.5; 1.0 does worse than random masks)",
     )
     group.add_argument("--mask_block", action=SWITCH, default=False, help="keep one square visible, no mining (UM-MAE)")
