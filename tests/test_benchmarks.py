@@ -1,9 +1,14 @@
 """The arithmetic of the benchmarks, and the scripts as a person runs them."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from images import write_tar
-from programs import run
+from programs import ROOT, run
 
 import main_pretrain
 from benchmarks.step import peak_of_process
@@ -96,3 +101,16 @@ def test_data_rejects_an_archive(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("benchmarks.data", "--data_path", write_tar(tmp_path / "data.tar"))
     assert "is an archive: give the folder of its files" in capsys.readouterr().err
+
+
+def test_the_check_of_a_gpu_ends_well_without_one(tmp_path):
+    command = ["bash", str(ROOT / "scripts/gpu_check.sh"), str(tmp_path / "report.md")]
+    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert found.stdout == "gpu_check.sh: PyTorch finds no CUDA device; nothing was checked\n"
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_the_check_of_a_gpu_times_every_method():
+    script = (ROOT / "scripts/gpu_check.sh").read_text()
+    assert set(METHODS) <= {*re.findall(r"[a-z_0-9]+", script)}
