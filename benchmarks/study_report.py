@@ -3,9 +3,11 @@
     python -m benchmarks.study_report docs/study/study.jsonl --plots docs/study
 
 The tables go to standard output, in Markdown. Runs of different data, budgets, machines or PyTorch versions share no
-table. ± is the standard deviation over seeds (n - 1). Plots need matplotlib.
+table. ± is the standard deviation over seeds (n - 1). Compute is that of pre-training by FLOPs, in epochs of MAE: it
+does not depend on what else ran, as minutes do. Plots need matplotlib.
 """
 
+import functools
 import math
 import statistics
 import sys
@@ -14,9 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import main_pretrain
+from benchmarks.ranking import teacher_of
 from benchmarks.report import table
 from benchmarks.study import BUDGET, MACHINE, SEGMENT, VARIANTS, read_results
-from util.run import options
+from benchmarks.trainer import step_flops
+from util.run import distributed, options
 from util.run.logger import setup_logging
 
 Row = dict[str, Any]
@@ -56,6 +61,11 @@ def get_args_parser() -> options.OptionParser:
     parser.add_argument("results", nargs="?", default="study_runs/study.jsonl", help="what benchmarks.study wrote")
     parser.add_argument("--plots", help="folder for the plots (default: tables only)")
     return parser
+
+
+def columns_of(budget: Row) -> dict[str, Callable[[Row], float | None]]:
+    """The metrics of runs with this budget, by column title."""
+    return METRICS | SEGMENTATION if budget["segment_data"] else dict(METRICS)
 
 
 def by_budget(rows: Sequence[Row]) -> list[tuple[Row, dict[str, list[Row]]]]:
@@ -101,6 +111,21 @@ def differences(runs: dict[str, list[Row]], a: str, b: str, metric: Callable[[Ro
     )
 
 
+@functools.cache
+def image_flops(variant: str, model: str, input_size: int, patch_size: int) -> int:
+    """FLOPs of a variant's training step, per image."""
+    size = ["--model", model, "--input_size", str(input_size), "--patch_size", str(patch_size), "--device", "cpu"]
+    given = main_pretrain.get_args_parser().parse_args([*size, *VARIANTS[variant]])
+    with teacher_of(variant):
+        return step_flops(main_pretrain.resolve_options(given, distributed.ALONE), 1)
+
+
+def compute_of(row: Row) -> float:
+    """Compute of a run's pre-training, in epochs of MAE on the same model and images."""
+    size = (row["model"], row["input_size"], row["patch_size"])
+    return len(row["loss_rec"]) * image_flops(row["variant"], *size) / image_flops("mae_norm", *size)
+
+
 def relative_time(a: Sequence[Row], b: Sequence[Row]) -> str:
     """Median pre-training time of runs `a`, as a multiple of that of runs `b`."""
     first, second = (statistics.median(row["seconds"] for row in found) for found in (a, b))
@@ -142,9 +167,8 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
         f"{budget['epochs']} epochs",
         f"{some['device']}, PyTorch {some['torch']}, {budget['precision']}.",
     ]
-    columns: dict[str, Callable[[Row], float | None]] = dict(METRICS)
+    columns = columns_of(budget)
     if budget["segment_data"]:
-        columns |= SEGMENTATION
         lr = budget["segment_lr"]
         text.append(
             f"mIoU: {budget['segment_data']}, {budget['segment_size']} pixels, a frozen linear head trained for "
@@ -155,9 +179,12 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
     for name, found in runs.items():
         minutes = [row["seconds"] / 60 for row in found]
         metrics = [spread([metric(row) for row in found]) for metric in columns.values()]
-        epochs = str(len(found[0]["loss_rec"]))
-        rows.append([name, str(len(found)), *metrics, spread(minutes, 1), f"{min(minutes):.1f}", epochs])
-    text.append(table(["variant", "seeds", *columns, "minutes of pre-training", "fastest", "epochs"], rows))
+        time = [spread(minutes, 1), f"{min(minutes):.1f}"]
+        rows.append(
+            [name, str(len(found)), *metrics, *time, str(len(found[0]["loss_rec"])), f"{compute_of(found[0]):.1f}"]
+        )
+    header = ["variant", "seeds", *columns, "minutes of pre-training", "fastest", "epochs", "compute"]
+    text.append(table(header, rows))
     text.append(limits([row for found in runs.values() for row in found]))
     compared = [
         [
@@ -183,7 +210,7 @@ def tables(budget: Row, runs: dict[str, list[Row]]) -> str:
 
 
 def plot(budget: Row, runs: dict[str, list[Row]], path: Path) -> None:
-    """Accuracy of every run by variant; accuracy against time; rank accuracy over the epochs.
+    """Each metric of every run by variant, and against the compute of pre-training; rank accuracy over the epochs.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -192,39 +219,39 @@ def plot(budget: Row, runs: dict[str, list[Row]], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("plots need matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    axes = figure.subplots(2, 3)
-    colors = {name: f"C{number % 10}" for number, name in enumerate(runs)}
-    for axis, (title, of) in zip(axes[0], METRICS.items(), strict=True):
-        for place, (name, found) in enumerate(runs.items()):
-            values = [of(row) for row in found]
-            axis.plot([place] * len(values), values, "o", color=colors[name], alpha=0.7)
-            axis.plot([place - 0.3, place + 0.3], [statistics.mean(values)] * 2, color=colors[name])
-        axis.set_title(f"{title}, top-1 in percent", fontsize=10)
-        axis.set_xticks(range(len(runs)), list(runs), rotation=40, ha="right", fontsize=8)
-        axis.grid(axis="y", alpha=0.25)
-    for name, found in runs.items():
-        minutes = statistics.mean(row["seconds"] / 60 for row in found)
-        for axis, title in zip(axes[1][:2], list(METRICS)[:2], strict=True):
-            values = [METRICS[title](row) for row in found]
+    columns = columns_of(budget)
+    figure = Figure(figsize=(3.6 * (len(columns) + 1), 7.5), layout="constrained")
+    axes = figure.subplots(2, len(columns) + 1)
+    for place, (name, found) in enumerate(runs.items()):
+        color = f"C{place % 10}"
+        compute = compute_of(found[0])
+        for (by_variant, by_compute), of in zip(axes.T, columns.values(), strict=False):
+            values = [value for row in found if (value := of(row)) is not None]
+            if not values:
+                continue
+            by_variant.plot([place] * len(values), values, "o", color=color, alpha=0.7)
+            by_variant.plot([place - 0.3, place + 0.3], [statistics.mean(values)] * 2, color=color)
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            axis.errorbar(minutes, statistics.mean(values), deviation, fmt="o", color=colors[name], label=name)
+            by_compute.errorbar(compute, statistics.mean(values), deviation, fmt="o", color=color)
+        axes[0][-1].plot([], [], "o", color=color, label=name)
         curves = [row["rank_acc"] for row in found if row["rank_acc"]]
         if curves:
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            axes[1][2].plot(range(1, len(means) + 1), means, color=colors[name], label=name)
-    for axis, title in zip(axes[1][:2], list(METRICS)[:2], strict=True):
-        axis.set_title(f"{title} against pre-training time", fontsize=10)
-        axis.set_xlabel("minutes of pre-training, one standard deviation", fontsize=9)
-    axes[1][2].set_title("rank accuracy of the predictor (0.5 is chance)", fontsize=10)
-    axes[1][2].set_xlabel("epochs", fontsize=9)
-    for axis in axes[1]:
-        axis.grid(alpha=0.25)
-    points, names = axes[1][0].get_legend_handles_labels()
-    figure.legend(points, names, loc="outside lower center", ncols=len(names), fontsize=8)
+            axes[1][-1].plot(range(1, len(means) + 1), means, color=color)
+    for (by_variant, by_compute), title in zip(axes.T, columns, strict=False):
+        by_variant.set_title(title + ("" if title in SEGMENTATION else ", top-1 in percent"), fontsize=10)
+        by_variant.set_xticks(range(len(runs)), list(runs), rotation=40, ha="right", fontsize=8)
+        by_compute.set_xlabel("compute of pre-training, in epochs of MAE\nbar: one standard deviation", fontsize=9)
+        for axis in (by_variant, by_compute):
+            axis.grid(alpha=0.25)
+    axes[0][-1].legend(loc="center", fontsize=9)
+    axes[0][-1].axis("off")
+    axes[1][-1].set_title("rank accuracy of the predictor\n(0.5 is chance)", fontsize=10)
+    axes[1][-1].set_xlabel("epochs", fontsize=9)
+    axes[1][-1].grid(alpha=0.25)
     figure.suptitle(f"{budget['data']}, {budget['epochs']} epochs", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def main(argv: list[str] | None = None) -> None:

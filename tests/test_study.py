@@ -180,6 +180,8 @@ def test_tables(tmp_path, capsys):
     assert "+2.00 ± 1.00 (3 of 3)" in first  # 1, 2, 3
     assert "1.0 ± 0.0 |     1.0 |" in first  # 60, 61 and 62 seconds
     assert first.count("(3 of 3) |") == 3
+    assert "| 2 | 2.0 | | hpm_norm" in " ".join(first.split())  # MAE's compute is its epochs
+    assert "| 2 | 4.7 |" in " ".join(first.split())  # HPM: 2.33 times as much per image
     assert "(3 of 3) | 1.00 |" in " ".join(first.split())  # as long as each other
     assert "Waiting for data: 5.0 to 5.0 %" in first
     assert "Standard error" not in first  # of how many images is not known
