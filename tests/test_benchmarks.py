@@ -112,5 +112,11 @@ def test_the_check_of_a_gpu_ends_well_without_one(tmp_path):
 
 
 def test_the_check_of_a_gpu_times_every_method():
+    """Of ViT-B and of ViT-L: the methods that the commands of either name."""
     script = (ROOT / "scripts/gpu_check.sh").read_text()
-    assert set(METHODS) <= {*re.findall(r"[a-z_0-9]+", script)}
+    others = re.search(r"^others=\((.*)\)", script, re.MULTILINE)[1]
+    for size in ("base", "large"):
+        methods = re.search(rf"^{size}=.*--method (.*)\)", script, re.MULTILINE)[1]
+        for more in re.findall(rf'^check .*"\${{{size}\[@\]}}" (.*)', script, re.MULTILINE):
+            methods += " " + more.replace('"${others[@]}"', others)
+        assert set(methods.split()) == set(METHODS), size

@@ -28,7 +28,7 @@ TEACHERS = [{}, {"teacher_keep": 0.25}, {"teacher_keep": 0.25, "score_by": "loss
 
 
 class Masks(MaskSampler):
-    """Masks of a run whose epochs have three steps: 1, 2, 4, 6 of 12 by score."""
+    """Masks of a run whose epochs have three steps: 2, 3, 4, 6 of 12 by score."""
 
     steps = 0
 
